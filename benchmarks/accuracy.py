@@ -1,0 +1,261 @@
+"""Accuracy of adapter methods on Reuters R8 and R52 with MiniLM-L6: one data order, optimizer and search for all.
+
+    python benchmarks/accuracy.py run --method lora --data r8 --seed 0 --lr 2e-3 [--search] [--max-steps N]
+    python benchmarks/accuracy.py plan --data r8 [--methods lora,hf-lora]
+    python benchmarks/accuracy.py table [--out docs/accuracy.md]
+
+`plan` runs what is missing: for each method a search over three learning rates on a held-out tenth of the training
+set (one seed, the test set untouched), then three seeds at the best rate on the whole training set, each looking at the
+test set once. Every finished run is one line of `results/accuracy.jsonl`; runs that are there are skipped: a plan can
+be stopped, continued, and shared by processes that run different methods. One thread; more processes use more cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import logging
+import os
+import platform
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "reuters")]  # this checkout is what is measured
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from accuracy_methods import METHODS  # noqa: E402
+from accuracy_table import best_rate, table  # noqa: E402
+from inputs import minilm_folder, reuters  # noqa: E402
+from lightning.pytorch import Callback, Trainer, seed_everything  # noqa: E402
+
+from lightning_peft.modules import TextClassifier, TextData  # noqa: E402
+
+RATES = (1e-3, 2e-3, 4e-3)
+EPOCHS = {"r8": 2, "r52": 4}
+PROTOCOL = {
+    "backbone": "MiniLM-L6",
+    "max_length": 64,
+    "batch_size": 32,
+    "head_lr": 5e-3,
+    "weight_decay": 0.01,
+    "warmup": 0.06,
+    "clip": 1.0,
+}
+RESULTS = Path(__file__).resolve().parent / "results" / "accuracy.jsonl"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is run; two runs with equal fields are the same run."""
+
+    method: str
+    data: str
+    seed: int
+    lr: float
+    search: bool
+
+
+class StepClock(Callback):
+    """Wall and processor time from the start of one batch to the start of the next."""
+
+    def __init__(self) -> None:
+        self.wall: list[float] = []
+        self.cpu: list[float] = []
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        """Take both clocks."""
+        self.wall.append(time.perf_counter())
+        self.cpu.append(time.process_time())
+
+    def milliseconds(self) -> dict[str, float]:
+        """Median over the steps; processor time is the steadier one when the machine is shared."""
+        return {
+            f"{name}_ms_per_step": round(1e3 * statistics.median(b - a for a, b in pairwise(t)), 1)
+            for name, t in (("wall", self.wall), ("cpu", self.cpu))
+        }
+
+
+def execute(run: Run, max_steps: int = -1) -> dict[str, Any]:
+    """Train and evaluate once; the result is one line of the results file."""
+    started = time.perf_counter()
+    method, (train, test) = METHODS[run.method], reuters(run.data)
+    seed_everything(run.seed, verbose=False)
+    data = TextData(
+        train,
+        tokenizer=minilm_folder(),
+        test=None if run.search else test,
+        val_share=0.1 if run.search else 0.0,
+        max_length=PROTOCOL["max_length"],
+        batch_size=PROTOCOL["batch_size"],
+        seed=run.seed,
+    )
+    data.setup("fit")
+    steps = len(data.train_dataloader()) * EPOCHS[run.data] if max_steps < 0 else max_steps
+    classifier = TextClassifier(
+        minilm_folder(),
+        data.num_labels,
+        lr=run.lr,
+        head_lr=PROTOCOL["head_lr"],
+        weight_decay=PROTOCOL["weight_decay"],
+        warmup=PROTOCOL["warmup"],
+    )
+    prepared, clock, precision = method.build(classifier, steps), StepClock(), _precision()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        precision=precision,
+        max_epochs=EPOCHS[run.data] if max_steps < 0 else -1,
+        max_steps=max_steps,
+        gradient_clip_val=PROTOCOL["clip"],
+        callbacks=[clock, *prepared.callbacks],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        check_val_every_n_epoch=1_000_000,  # evaluation once, after training
+    )
+    trainer.fit(classifier, datamodule=data)
+    stage = "val" if run.search else "test"
+    evaluate = trainer.validate if run.search else trainer.test
+    metrics = evaluate(classifier, datamodule=data, verbose=False)[0]
+    rows = len(data.val_dataloader().dataset if run.search else data.test_dataloader().dataset)
+    ranks = dict(prepared.ranks())
+    return {
+        **asdict(run),
+        "settings": settings(run.method, run.data),
+        "precision": precision,
+        "versions": {p: version(p) for p in ("torch", "lightning", "transformers", "peft", "torchmetrics")},
+        "cpu": platform.processor() or platform.machine(),
+        "steps": trainer.global_step,
+        "evaluated_on": f"{rows} {'held-out' if run.search else 'test'} rows",
+        "accuracy": round(metrics[f"{stage}/accuracy"], 6),
+        "macro_f1": round(metrics[f"{stage}/macro_f1"], 6),
+        "errors": round((1 - metrics[f"{stage}/accuracy"]) * rows),
+        "trainable_parameters": sum(p.numel() for p in classifier.parameters() if p.requires_grad),
+        "adapter_bytes": prepared.adapter_bytes() if prepared.adapter_bytes else None,
+        "ranks": {
+            "layers": len(ranks),
+            "total": sum(ranks.values()),
+            "min": min(ranks.values(), default=0),
+            "max": max(ranks.values(), default=0),
+        },
+        "seconds": round(time.perf_counter() - started, 1),
+        **clock.milliseconds(),
+    }
+
+
+def settings(method: str, data: str) -> dict[str, Any]:
+    """All that a run depends on beside its own fields."""
+    return {**PROTOCOL, "epochs": EPOCHS[data], **METHODS[method].settings}
+
+
+def load(path: Path = RESULTS) -> list[dict[str, Any]]:
+    """Finished runs whose settings are today's."""
+    if not path.exists():
+        return []
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [r for r in rows if r["method"] in METHODS and r["settings"] == settings(r["method"], r["data"])]
+
+
+def append(result: dict[str, Any], path: Path = RESULTS) -> None:
+    """Add one line, whole, whoever else writes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = (json.dumps(result, ensure_ascii=False) + "\n").encode()
+    with path.open("ab", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(line)
+        os.fsync(file.fileno())
+
+
+def finished(run: Run) -> bool:
+    """Whether the results file has this run."""
+    return any(all(row[key] == value for key, value in asdict(run).items()) for row in load())
+
+
+def plan(data: str, methods: list[str]) -> None:
+    """Run what is missing: all searches, then seed by seed, so that an unfinished table compares like with like."""
+    for lr in RATES:
+        for name in methods:
+            if METHODS[name].searched:
+                _run_once(Run(name, data, 0, lr, search=True))
+    for seed in range(max(len(METHODS[name].seeds) for name in methods)):
+        for name in methods:
+            if seed in METHODS[name].seeds:
+                rate = best_rate(load(), name, data) if METHODS[name].searched else RATES[0]
+                _run_once(Run(name, data, seed, rate, search=False))
+
+
+def _run_once(run: Run) -> None:
+    if finished(run):
+        print(f"there already: {run}", flush=True)
+        return
+    print(f"{time.strftime('%H:%M:%S')} {run}", flush=True)
+    result = execute(run)
+    append(result)
+    print(_summary(result), flush=True)
+
+
+def _summary(result: dict[str, Any]) -> str:
+    keys = ("accuracy", "macro_f1", "errors", "trainable_parameters", "adapter_bytes", "ranks", "seconds")
+    return "  " + " ".join(f"{key}={result[key]}" for key in (*keys, "wall_ms_per_step", "cpu_ms_per_step"))
+
+
+def _precision() -> Any:
+    """bf16 autocast only where the processor computes in it; emulated it is slower than float32."""
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16-mixed" if native else "32-true"
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="one run")
+    run.add_argument("--method", choices=METHODS, required=True)
+    run.add_argument("--data", choices=EPOCHS, default="r8")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--lr", type=float, default=2e-3)
+    run.add_argument("--search", action="store_true", help="train on nine tenths, evaluate on the held-out tenth")
+    run.add_argument("--max-steps", type=int, default=-1, help="a short trial; its result is printed and not kept")
+    missing = commands.add_parser("plan", help="all runs that are missing")
+    missing.add_argument("--data", choices=EPOCHS, default="r8")
+    missing.add_argument("--methods", default=",".join(METHODS), help="comma-separated; default: all")
+    show = commands.add_parser("table", help="Markdown table of the finished runs")
+    show.add_argument("--out", type=Path, help="file to write; default: standard output")
+    args = parser.parse_args()
+
+    if args.command == "table":
+        text = table(load(), METHODS, list(EPOCHS))
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(text, encoding="utf-8")
+        else:
+            print(text)
+        return
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    print(f"precision {_precision()}, one thread", flush=True)
+    if args.command == "plan":
+        if unknown := [name for name in args.methods.split(",") if name not in METHODS]:
+            parser.error(f"unknown methods {unknown}; known: {', '.join(METHODS)}")
+        plan(args.data, args.methods.split(","))
+    elif args.max_steps > 0:
+        print(_summary(execute(Run(args.method, args.data, args.seed, args.lr, args.search), args.max_steps)))
+    else:
+        _run_once(Run(args.method, args.data, args.seed, args.lr, args.search))
+
+
+if __name__ == "__main__":
+    main()

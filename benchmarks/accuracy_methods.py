@@ -1,0 +1,186 @@
+"""The methods that `accuracy.py` compares: each puts something trainable into the same classifier.
+
+A method is a function `build(classifier, steps) -> Prepared`. The classifier, its head, the optimizer, the schedule and
+the order of batches are the same for all; only the adapters differ.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from lightning_peft.modules import TextClassifier
+
+RANK, ALPHA, START_RANK = 8, 16, 12
+ENCODER_LINEARS = r"encoder\.layer\..*"
+
+
+@dataclass
+class Prepared:
+    """A classifier made ready: callbacks that drive the method, and what to read from it when it is trained."""
+
+    callbacks: list[Callback] = field(default_factory=list)
+    ranks: Callable[[], Mapping[str, int]] = dict
+    adapter_bytes: Callable[[], int] | None = None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Args:
+        title: what the table calls it.
+        build: prepares a fresh classifier; the second argument is the number of optimizer steps to come.
+        searched: whether the adapters' learning rate is searched; a method without adapters has none.
+        seeds: seeds of the final runs.
+        settings: what a reader must know to repeat it.
+    """
+
+    title: str
+    build: Callable[[TextClassifier, int], Prepared]
+    settings: Mapping[str, Any]
+    searched: bool = True
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+def frozen(classifier: TextClassifier, steps: int) -> Prepared:
+    """Nothing but the head trains."""
+    _freeze_encoder(classifier)
+    return Prepared(adapter_bytes=lambda: sum(p.numel() * 4 for p in classifier.parameters() if p.requires_grad))
+
+
+def hf_lora(classifier: TextClassifier, steps: int) -> Prepared:
+    """HF PEFT's LoRA."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    linears = _encoder_linears(classifier.model)
+    config = LoraConfig(task_type=TaskType.SEQ_CLS, r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=linears)
+    classifier.model = get_peft_model(classifier.model, config)
+    return Prepared(
+        ranks=lambda: dict.fromkeys(linears, RANK),
+        adapter_bytes=lambda: _saved_bytes(classifier.model.save_pretrained),
+    )
+
+
+def hf_adalora(classifier: TextClassifier, steps: int) -> Prepared:
+    """HF PEFT's AdaLoRA, with its allocator called after every step and its orthogonality penalty in the loss."""
+    from peft import AdaLoraConfig, TaskType, get_peft_model
+
+    linears = _encoder_linears(classifier.model)
+    config = AdaLoraConfig(
+        task_type=TaskType.SEQ_CLS,  # without a task type PEFT bypasses the forward that adds the penalty
+        init_r=START_RANK,
+        target_r=RANK,
+        lora_alpha=ALPHA,
+        lora_dropout=0.0,
+        target_modules=linears,
+        total_step=steps,
+        **_adalora_schedule(steps),
+    )
+    # The classifier must call the wrapper, not the model inside it: the penalty is added there.
+    classifier.model = get_peft_model(classifier.model, config)
+
+    def ranks() -> dict[str, int]:
+        pattern = classifier.model.peft_config["default"].rank_pattern
+        return {name.split(".lora_E")[0]: sum(kept) for name, kept in pattern.items()}
+
+    return Prepared([AdaLoraAllocation(steps)], ranks, lambda: _saved_bytes(classifier.model.save_pretrained))
+
+
+class AdaLoraAllocation(Callback):
+    """Calls PEFT's allocator once per optimizer step, and refuses to train without the penalty.
+
+    The allocator reads gradients. Lightning clears them before the next backward, so at the end of a batch they are
+    still there (clipped, as in PEFT's own documented order: backward, step, allocate, clear).
+
+    Args:
+        steps: optimizer steps the schedule was made for.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self._step = 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The schedule must end where training ends."""
+        if trainer.estimated_stepping_batches != self.steps:
+            raise RuntimeError(f"AdaLoRA was set up for {self.steps} steps, not {trainer.estimated_stepping_batches}.")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Check the first loss, then allocate if the optimizer has stepped."""
+        if trainer.global_step == 1:
+            task = F.cross_entropy(outputs["logits"], batch["labels"])
+            # 36 layers of rank 12 near zero: |P P' - I| is about sqrt(12) each, times the weight 0.5
+            if not outputs["loss"] - task > 0.5:
+                raise RuntimeError(f"AdaLoRA's penalty is missing: loss {outputs['loss']}, cross-entropy alone {task}.")
+        if trainer.global_step > self._step:
+            self._step = trainer.global_step
+            pl_module.model.base_model.update_and_allocate(self._step)
+
+
+def lora(classifier: TextClassifier, steps: int) -> Prepared:
+    """This package's LoRA."""
+    from lightning_peft import presets
+
+    return _ours(classifier, presets.lora(rank=RANK, alpha=ALPHA, targets=[ENCODER_LINEARS]))
+
+
+def dynamic_dora(classifier: TextClassifier, steps: int) -> Prepared:
+    """This package's dynamic DoRA."""
+    from lightning_peft import presets
+
+    return _ours(classifier, presets.dynamic_dora(final_rank=RANK, targets=[ENCODER_LINEARS]))
+
+
+def _ours(classifier: TextClassifier, callbacks: list[Callback]) -> Prepared:
+    from lightning_peft import RankBudget, to_hf_peft
+
+    return Prepared(
+        callbacks,
+        lambda: RankBudget.of(classifier).ranks(),
+        lambda: _saved_bytes(lambda folder: to_hf_peft(classifier, folder, mode="compact")),
+    )
+
+
+def _adalora_schedule(steps: int) -> dict[str, int]:
+    """Warm-up 10 %, frozen tail 30 %, an allocation every 10 steps."""
+    return {"tinit": round(0.1 * steps), "tfinal": round(0.3 * steps), "deltaT": 10}
+
+
+def _encoder_linears(model: nn.Module) -> list[str]:
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and "encoder.layer." in name]
+
+
+def _freeze_encoder(classifier: TextClassifier) -> None:
+    classifier.model.base_model.requires_grad_(False)
+
+
+def _saved_bytes(save: Callable[[str], Any]) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        save(folder)
+        return sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
+
+
+_OURS = {"rank": RANK, "targets": "encoder linears"}
+METHODS: dict[str, Method] = {
+    "frozen": Method("frozen encoder, head only", frozen, {}, searched=False, seeds=(0,)),
+    "hf-lora": Method("LoRA r=8 (HF PEFT)", hf_lora, _OURS | {"alpha": ALPHA, "dropout": 0.0}),
+    "hf-adalora": Method(
+        "AdaLoRA 12 → 8 (HF PEFT)",
+        hf_adalora,
+        _OURS
+        | {"init": START_RANK, "alpha": ALPHA, "dropout": 0.0, "tinit": "10 %", "tfinal": "30 %", "deltaT": 10}
+        | {"orthogonality": 0.5},
+    ),
+    "lora": Method("LoRA r=8", lora, _OURS | {"alpha": ALPHA, "dropout": 0.0}),
+    "dynamic-dora": Method("dynamic DoRA 12 → 8", dynamic_dora, _OURS | {"init": START_RANK, "preset": "default"}),
+}

@@ -1,0 +1,77 @@
+"""Rank-adaptive, parameter-efficient fine-tuning for PyTorch Lightning: one callback, and the model stays as it is."""
+
+from lightning_peft import presets
+from lightning_peft.adapters import Adapter, AdapterFactory, DynamicDoRA, LoRA, LowRank, NormShare
+from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, RankMonitor, RankPruning, Regularization
+from lightning_peft.checkpoint import AdapterFileError, adapter_state_dict, load
+from lightning_peft.export import Merged, compact, merge
+from lightning_peft.heat_map import rank_heat_map
+from lightning_peft.interop.folder import Export
+from lightning_peft.interop.hf_peft import to_hf_peft
+from lightning_peft.interop.merged import save_merged
+from lightning_peft.rank import (
+    Budget,
+    Constant,
+    Cubic,
+    Gate,
+    Importance,
+    Linear,
+    RankBudget,
+    RankPolicy,
+    Schedule,
+    Site,
+    SlowCubic,
+    Step,
+    Taylor,
+)
+from lightning_peft.regularizers import DEM, Orthogonality, Regularizer, UntilTail, regularized
+from lightning_peft.surgery import Injection, adapters, eject, inject
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DEM",
+    "Adapter",
+    "AdapterCheckpoint",
+    "AdapterFactory",
+    "AdapterFileError",
+    "AdapterInjection",
+    "Budget",
+    "Constant",
+    "Cubic",
+    "DynamicDoRA",
+    "Export",
+    "Gate",
+    "Importance",
+    "Injection",
+    "Linear",
+    "LoRA",
+    "LowRank",
+    "Merged",
+    "NormShare",
+    "Orthogonality",
+    "RankBudget",
+    "RankMonitor",
+    "RankPolicy",
+    "RankPruning",
+    "Regularization",
+    "Regularizer",
+    "Schedule",
+    "Site",
+    "SlowCubic",
+    "Step",
+    "Taylor",
+    "UntilTail",
+    "adapter_state_dict",
+    "adapters",
+    "compact",
+    "eject",
+    "inject",
+    "load",
+    "merge",
+    "presets",
+    "rank_heat_map",
+    "regularized",
+    "save_merged",
+    "to_hf_peft",
+]

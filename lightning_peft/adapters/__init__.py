@@ -1,0 +1,8 @@
+"""Adapters: one paper, one file."""
+
+from lightning_peft.adapters.base import Adapter, AdapterFactory
+from lightning_peft.adapters.dynamic_dora import DynamicDoRA, NormShare, component_shares
+from lightning_peft.adapters.lora import LoRA
+from lightning_peft.adapters.low_rank import LowRank
+
+__all__ = ["Adapter", "AdapterFactory", "DynamicDoRA", "LoRA", "LowRank", "NormShare", "component_shares"]

@@ -1,0 +1,84 @@
+"""Adapter: a module that stands in place of a base layer."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from lightning_peft.adapters.layers import stored
+from lightning_peft.rank.gate import Gate
+
+
+class Adapter(nn.Module, ABC):
+    """Stands in place of a base layer, which it freezes and keeps as `self.base`.
+
+        forward(x) = effective_weight() x + bias
+
+    Two views of one equation: `effective_weight` is what the paper writes, `forward` is what runs; a law says that they
+    agree. The adapter answers for its base: an attribute that it does not have is the base's, and `weight` is the
+    weight that the layer now acts with. Code that reads a layer's weight and never calls the layer (`out_proj` of
+    MultiheadAttention, the fast path of TransformerEncoderLayer) therefore gets the adapted layer, not a silent base.
+
+    A subclass is final: one paper, one class, no overriding of what is concrete here. Every argument of its constructor
+    but `base` is also an attribute of the same name, so that the adapter can be described and built again.
+
+    Args:
+        base: layer to adapt; frozen and kept.
+
+    Attributes:
+        mergeable: whether `effective_weight` says all, so that the adapter can be merged into its base.
+        identity_at_start: whether a new adapter gives the base's output bit for bit.
+    """
+
+    mergeable: ClassVar[bool] = True
+    identity_at_start: ClassVar[bool] = True
+
+    base: nn.Module
+    gate: Gate | None
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        base.requires_grad_(False)
+        self.base = base
+        self.gate = None
+        self.training = base.training
+
+    @abstractmethod
+    def effective_weight(self) -> Tensor:
+        """The weight that the layer acts with: (d_out, d_in), in the adapter's dtype."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The effective weight in the base's layout and dtype: what code that reads a layer's weight should get."""
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        return stored(self.base, self.effective_weight()).to(weight.dtype)
+
+    def compacted(self) -> Adapter | None:
+        """An equal adapter without the closed components, on the same base; ``None`` if no component is open."""
+        raise TypeError(f"{type(self).__name__} cannot be compacted: its components are not cut out of its tensors.")
+
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's arguments but `base`, so that `type(self)(base, **arguments)` builds the same structure."""
+        names = list(inspect.signature(type(self)).parameters)[1:]
+        return {name: getattr(self, name) for name in names}
+
+    def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The adapter's own parameters, without its base's."""
+        return ((name, p) for name, p in self.named_parameters() if not name.startswith("base."))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # `weight` gets here only when computing it has failed; the base's would be a silent wrong answer.
+            if name in ("base", "weight") or "base" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.base, name)
+
+
+AdapterFactory = Callable[[nn.Module], Adapter]
+"""What builds an adapter around a layer: `partial(LoRA, rank=8)`, a class, a lambda."""

@@ -1,0 +1,54 @@
+"""The kinds of layer that can be adapted, and the one fact in which they differ: how they store their weight.
+
+nn.Linear, MultiheadAttention's in_proj and out_proj   weight (d_out, d_in)
+transformers' Conv1D, nn.Embedding                     weight (d_in, d_out)
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """Whether `layer` is transformers' Conv1D, a linear layer with a transposed weight. Imports nothing."""
+    return any(
+        kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils" for kind in type(layer).__mro__
+    )
+
+
+def why_not(layer: nn.Module) -> str | None:
+    """Why `layer` cannot be adapted, as the end of a sentence; ``None`` if it can."""
+    kind = type(layer)
+    if isinstance(layer, nn.Linear):
+        known = kind.forward is nn.Linear.forward
+    elif isinstance(layer, nn.Embedding):
+        known = kind.forward is nn.Embedding.forward and layer.max_norm is None
+    elif is_conv1d(layer):
+        known = kind.__name__ == "Conv1D"
+    else:
+        return f"{kind.__name__} is not a Linear, Conv1D or Embedding layer"
+    if not known:
+        # Its forward is not y = W x + b, so an update of W would not be what merging writes.
+        return f"{kind.__name__} computes something else than its base class does"
+    if parametrize.is_parametrized(layer):
+        return "its weight is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
+    if not layer.weight.is_floating_point():
+        return f"its weight is of dtype {layer.weight.dtype}, which has no gradient"
+    return None
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether the layer stores its weight as (d_in, d_out)."""
+    return not isinstance(layer, nn.Linear)
+
+
+def matrix(layer: nn.Module) -> Tensor:
+    """The layer's weight as the (d_out, d_in) matrix of y = W x; a view."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]  # a module's attribute; why_not() has seen it
+    return weight.t() if is_transposed(layer) else weight
+
+
+def stored(layer: nn.Module, weight: Tensor) -> Tensor:
+    """A (d_out, d_in) matrix in the layout in which `layer` stores its weight; a view."""
+    return weight.t() if is_transposed(layer) else weight

@@ -1,0 +1,129 @@
+"""What low-rank adapters share: W + scaling * B diag(value) A, on every kind of layer."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_peft.adapters.base import Adapter
+from lightning_peft.adapters.layers import matrix, why_not
+from lightning_peft.functional.low_rank import low_rank_linear
+from lightning_peft.rank.gate import Gate
+
+
+class LowRank(Adapter):
+    """A sum of r rank-one terms added to a frozen weight.
+
+        y = W x + b + scaling * B diag(value) A drop(x)
+
+    A subclass makes the gate (its mask, and the paper's gain if it has one), fills A and B, and says what scaling is.
+
+    A: (r, d_in).  B: (d_out, r).  value: (r,), the gate's gain times its mask.  All are float32, or the base's dtype
+    where that is wider, whatever the dtype of the base.
+
+    Args:
+        base: Linear, Conv1D or Embedding layer; frozen and kept.
+        rank: number of components r; at most min(d_in, d_out).
+        alpha: update scale; see the subclass.
+        dropout: probability of dropout on the adapter's input, while training. It acts where the layer is called; a
+            layer whose weight is only read has no input to drop, and an embedding's input is an index.
+
+    Raises:
+        TypeError: the layer is of a kind that cannot be adapted.
+        ValueError: rank, alpha or dropout is out of range.
+    """
+
+    A: nn.Parameter
+    B: nn.Parameter
+    gate: Gate
+
+    def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float) -> None:
+        reason = why_not(base)
+        if reason is not None:
+            raise TypeError(f"{type(self).__name__} cannot adapt this layer: {reason}.")
+        weight = matrix(base)
+        d_out, d_in = weight.shape
+        if not 1 <= rank <= min(d_in, d_out):
+            raise ValueError(
+                f"rank={rank} is not possible on a layer of {d_in} inputs and {d_out} outputs: "
+                f"give a rank from 1 to {min(d_in, d_out)}, or leave the layer out of the targets."
+            )
+        if not alpha > 0:
+            raise ValueError(f"alpha scales the update and must be positive. Got {alpha}.")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is a probability in [0, 1). Got {dropout}.")
+        super().__init__(base)
+        self.rank = rank
+        self.alpha = alpha
+        self.dropout = dropout
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.A = nn.Parameter(torch.empty(rank, d_in, dtype=dtype, device=weight.device))
+        self.B = nn.Parameter(torch.empty(d_out, rank, dtype=dtype, device=weight.device))
+        self.gate = self._make_gate(d_in, d_out)
+        self.reset_parameters()
+
+    @abstractmethod
+    def _make_gate(self, d_in: int, d_out: int) -> Gate:
+        """The gate of `self.rank` components."""
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Fill A, B and the gate's gain with the paper's start."""
+
+    @property
+    def scaling(self) -> float:
+        """What multiplies the update: alpha / r, with the rank that the adapter was built with."""
+        return self.alpha / self.rank
+
+    def value(self) -> Tensor:
+        """What multiplies each component, scaling included: (r,)."""
+        return self.gate.value() * self.scaling
+
+    def update(self) -> Tensor:
+        """The low-rank update alone: (d_out, d_in)."""
+        return (self.B * self.value().to(self.B.dtype)) @ self.A
+
+    def effective_weight(self) -> Tensor:
+        return matrix(self.base).to(self.A.dtype) + self.update()
+
+    def forward(self, x: Tensor) -> Tensor:
+        base = self.base
+        if isinstance(base, nn.Embedding):
+            h = F.embedding(x, self.A.t()) * self.value().to(self.A.dtype)
+            y: Tensor = base(x)
+            return y + F.linear(h, self.B).to(y.dtype)
+        p = self.dropout if self.training else 0.0
+        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+            # Somebody listens to the base layer: call it, so that they hear.
+            y = base(x)
+            h = F.linear(F.dropout(x, p).to(self.A.dtype), self.A) * self.value()
+            return y + F.linear(h, self.B).to(y.dtype)
+        return low_rank_linear(x, matrix(base), base.bias, self.A, self.B, self.value(), p)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The open components, the gain folded into B: (k, d_in) and (d_out, k); scaling * B A is the update."""
+        open_ = self.gate.open()
+        value = self.gate.value()[open_].to(self.B.dtype)
+        return self.A[open_].clone(), self.B[:, open_] * value
+
+    @torch.no_grad()
+    def compacted(self) -> Adapter | None:
+        open_ = self.gate.open()
+        k = int(open_.sum())
+        if k == 0:
+            return None
+        # scaling = alpha / rank belongs to the rank that the adapter was trained with: alpha follows the rank down.
+        arguments = self.arguments() | {"rank": k, "alpha": self.alpha * k / self.rank}
+        small = type(self)(self.base, **arguments)
+        small.A.copy_(self.A[open_])
+        small.B.copy_(self.B[:, open_])
+        if small.gate.gain is not None and self.gate.gain is not None:
+            small.gate.gain.copy_(self.gate.gain[open_])
+        return small.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}"

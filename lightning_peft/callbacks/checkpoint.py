@@ -1,0 +1,146 @@
+"""AdapterCheckpoint: every checkpoint is small, and resuming from it is exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.utils._pytree import tree_leaves
+
+from lightning_peft.adapters.base import Adapter
+from lightning_peft.callbacks.injection import AdapterInjection
+from lightning_peft.callbacks.order import require_before
+from lightning_peft.checkpoint import (
+    ENTRY,
+    AdapterFileError,
+    adapter_state_dict,
+    check,
+    check_entry,
+    describe,
+    unreadable,
+)
+from lightning_peft.distributed import gather_objects, rank
+from lightning_peft.resume import ResumableLoader, make_plain, make_resumable, rng_state, set_rng_state
+from lightning_peft.seams import wrap_method
+
+
+class AdapterCheckpoint(Callback):
+    """Keep the frozen base out of every checkpoint, and make `fit(ckpt_path=...)` continue as if never interrupted.
+
+    Whatever writes checkpoints (ModelCheckpoint, also with `save_weights_only`, or `trainer.save_checkpoint`) writes
+    adapters, masks, terms, the trained head and buffers; and beside Lightning's own entries a recipe to inject again, a
+    digest of the tensors and a fingerprint of the base. All are checked when a checkpoint is loaded.
+
+    For resuming, the global generators' state and the place in the training data are saved too. Lightning resumes in
+    the middle of an epoch with the first batches of a new one; with this callback a plain DataLoader goes on with the
+    batch that would have come next, whether it shuffles or not. Other loaders are left to their own means.
+
+    Args:
+        full: keep the base in the checkpoint as well.
+
+    Raises:
+        AdapterFileError: at loading, if the file is damaged, changed, or made for another base model or other adapters.
+    """
+
+    def __init__(self, full: bool = False) -> None:
+        self.full = full
+        self._undo: list[Callable[[], object]] = []
+        self._undo_after: list[Callable[[], object]] = []
+        self._loaders: list[ResumableLoader] = []
+        self._restored: Mapping[str, Any] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        require_before(trainer, self, AdapterInjection)
+        self._detach()
+        _call_all(self._undo)
+        strict = pl_module.strict_loading
+        pl_module.strict_loading = False  # the base is not in the file; `check` is stricter than strict about the rest
+        # These stay after the run: `trainer.save_checkpoint` is often called when fit has returned.
+        self._undo = [
+            lambda: setattr(pl_module, "strict_loading", strict),
+            wrap_method(pl_module, "on_save_checkpoint", self._save),
+            wrap_method(pl_module, "on_load_checkpoint", self._load),
+        ]
+        self._undo_after = [wrap_method(trainer.strategy, "load_checkpoint", _read)]
+        if stage == "fit":
+            self._watch_loaders(trainer)
+
+    def _watch_loaders(self, trainer: Trainer) -> None:
+        # Before the first iterator is made, which may be as early as configure_optimizers: where the loaders come from.
+        source = trainer.fit_loop._data_source.instance
+        if hasattr(source, "train_dataloader"):
+            self._undo_after.append(wrap_method(source, "train_dataloader", self._adopt))
+        else:
+            self._adopt(lambda: source, source)
+
+    def _adopt(self, call: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
+        loaders = call(*args, **kwargs)
+        leaves = tree_leaves(getattr(loaders, "iterables", loaders))  # a CombinedLoader holds a collection
+        found = [loader for loader in map(make_resumable, leaves) if loader is not None]
+        # The iterator is held by the trainer's loop; asking again (reload_dataloaders_every_n_epochs) starts anew.
+        self._loaders = found
+        return loaders
+
+    def _save(self, call: Callable[..., Any], module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        call(checkpoint)
+        if not any(isinstance(child, Adapter) for child in module.modules()):
+            return
+        keep = adapter_state_dict(module).keys()
+        state = checkpoint["state_dict"]
+        own = {key: value for key, value in state.items() if key in keep}
+        checkpoint[ENTRY] = describe(module, own)
+        if not self.full:
+            checkpoint["state_dict"] = own
+
+    def _load(self, call: Callable[..., Any], module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Before any weight is copied: a checkpoint that does not fit leaves the model as it is.
+        if ENTRY in checkpoint:
+            source = "this checkpoint"
+            check_entry(checkpoint, source)
+            check(module, checkpoint, source)
+        call(checkpoint)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The last thing before the first batch: sanity checks and dataloaders have drawn what they wanted.
+        if self._restored is None:
+            return
+        state, self._restored = self._restored, None
+        progress = trainer.fit_loop.epoch_loop.batch_progress.current
+        mid_epoch = 0 < progress.ready < trainer.num_training_batches
+        for loader, position in zip(self._loaders, state["loaders"], strict=False):
+            loader.load_state_dict(position if mid_epoch else {})
+        if rank() < len(state["rng"]):
+            set_rng_state(state["rng"][rank()])
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._detach()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._detach()
+
+    def _detach(self) -> None:
+        _call_all(self._undo_after)
+        while self._loaders:
+            make_plain(self._loaders.pop())
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rng": gather_objects(rng_state()), "loaders": [loader.state_dict() for loader in self._loaders]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict or None
+
+
+def _call_all(undo: list[Callable[[], object]]) -> None:
+    while undo:
+        undo.pop()()
+
+
+def _read(call: Callable[..., Any], strategy: Any, path: Any, weights_only: bool | None = None) -> Any:
+    """Tensors and plain values only, unless the user says otherwise; a damaged file is named."""
+    try:
+        return call(path, weights_only=True if weights_only is None else weights_only)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # what torch raises on a damaged file is not documented
+        raise AdapterFileError(unreadable(path, error)) from error

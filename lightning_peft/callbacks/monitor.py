@@ -1,0 +1,208 @@
+"""RankMonitor: where the rank goes, in every logger, the progress bar and a table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_peft.callbacks.board import Hyperparameters, Pictures, boards, lay_out
+from lightning_peft.callbacks.injection import AdapterInjection
+from lightning_peft.callbacks.order import callbacks_of, require_before
+from lightning_peft.callbacks.pruning import RankPruning
+from lightning_peft.rank.budget import RankBudget, Unit
+
+_PICTURES = 500  # at most about so many per fit: as many histograms as TensorBoard keeps
+
+
+class RankMonitor(Callback):
+    """Show the ranks before the first batch, at every pruning event, and at the end.
+
+    Every logger gets the scalars, at the number of optimizer steps taken: `rank/<layer>`, `rank/open` (components), and
+    `rank/spent` beside `rank/budget`, both in the unit of the final budget. TensorBoard also gets `rank/heatmap`,
+    histograms `importance/<kind of layer>`, CUSTOM SCALARS charts (budget and spent; rank per layer; losses), and a
+    row in HPARAMS with the adapter, its arguments, the budget, and the latest metrics. The progress bar shows what is
+    spent now over the final budget. When fit ends, a table of ranks is printed.
+
+    Between events it reads nothing: every `log_every_n_steps` the scalars of the last event are written again, so
+    that curves are stairs and smoothing does not lag for good. An event costs one transfer from the device, and one
+    more for histograms. Before the first event a component counts as open unless its mask is closed, even if its gain
+    has not left zero yet.
+
+    Raises:
+        MisconfigurationException: no adapter is there, or the callbacks are in the wrong order.
+    """
+
+    def __init__(self) -> None:
+        self._budget = RankBudget({})
+        self._pruning: RankPruning | None = None
+        self._pictures: Pictures | None = None
+        self._hyperparameters: Hyperparameters | None = None
+        self._event = 0  # the last event that was shown
+        self._metrics: dict[str, float] = {}  # as of the last event
+        self._written = -1  # step of the last scalars
+        self._drawn: tuple[int, dict[str, int]] = (0, {})  # step and ranks of the last heat map
+        self._ranks: dict[str, int] = {}  # as of the last event: saved, so that a resumed run goes on from there
+        self._restored: dict[str, int] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        require_before(trainer, self, AdapterInjection, RankPruning)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._budget = RankBudget.of(pl_module)
+        if not self._budget:
+            raise MisconfigurationException(
+                "RankMonitor found no adapter to watch. Put AdapterInjection before it in the Trainer's callbacks, or "
+                "call inject() on the module first."
+            )
+        self._pruning = next((c for c in callbacks_of(trainer) if isinstance(c, RankPruning)), None)
+        if trainer.is_global_zero:
+            self._hyperparameters = Hyperparameters(boards(trainer))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Weights and loops are restored by now, under every strategy.
+        if not trainer.is_global_zero:
+            self._pruning = None  # no event for this rank
+            return
+        self._event = 0 if self._pruning is None else self._pruning.event_step
+        self._drawn = (0, {})
+        loggers = boards(trainer)
+        if loggers:
+            self._pictures = Pictures(self._budget)
+            lay_out(loggers)
+        ranks, self._restored = self._restored, {}
+        if set(ranks) != set(self._budget):
+            ranks = self._unmasked()
+        self._show(trainer, ranks)
+        self._draw(trainer, ranks)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        pruning = self._pruning
+        if pruning is None:
+            return
+        if pruning.event_step == self._event:
+            every, step = trainer.log_every_n_steps, trainer.global_step  # type: ignore[attr-defined]  # set by a connector
+            if every and step % every == 0:
+                self._write(trainer)
+            return
+        step = self._event = pruning.event_step
+        ranks = self._budget.ranks()
+        self._show(trainer, ranks)
+        last = pruning.policy.is_final(step, pruning.total_steps)
+        if self._pictures and (last or step - self._drawn[0] >= pruning.total_steps / _PICTURES):
+            self._draw(trainer, ranks)
+            self._pictures.weigh(boards(trainer), pruning.policy.importance.scores(), step)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The names of the metrics are known now. Not later: whoever watches a run, or kills it, sees the row as well.
+        if self._hyperparameters and not trainer.sanity_checking:
+            self._write_hyperparameters(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            ranks = self._budget.ranks()  # softly closed components may have returned since the last event
+            if ranks != self._ranks or trainer.global_step != self._written:
+                self._show(trainer, ranks)
+            if ranks != self._drawn[1]:
+                self._draw(trainer, ranks)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._write_hyperparameters(trainer)
+            rank_zero_info(f"Ranks after {trainer.global_step} steps\n{self._budget.table()}")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._write_hyperparameters(trainer)
+        self._forget()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._forget()
+
+    def _unmasked(self) -> dict[str, int]:
+        """Components per layer whose mask is open, in one transfer."""
+        counts = torch.stack([site.gate.mask.detach().sum() for site in self._budget.values()]).tolist()
+        return {name: int(count) for name, count in zip(self._budget, counts, strict=True)}
+
+    def _amounts(self, ranks: dict[str, int]) -> tuple[int, int, int]:
+        """Spent, the budget of the last event, and the final budget; in the final budget's unit."""
+        unit: Unit = "components" if self._pruning is None else self._pruning.policy.final.unit
+        sizes = self._budget.sizes(unit)
+        spent = sum(rank * sizes[name] for name, rank in ranks.items())
+        if self._pruning is None:
+            capacity = sum(len(site.gate) * sizes[name] for name, site in self._budget.items())
+            return spent, capacity, capacity
+        policy, total = self._pruning.policy, self._pruning.total_steps
+        return spent, policy.budget_at(self._pruning.event_step, total), policy.budget_at(total, total)
+
+    def _show(self, trainer: Trainer, ranks: dict[str, int]) -> None:
+        """Take on new ranks: scalars for every logger, and the progress bar."""
+        spent, budget, final = self._amounts(ranks)
+        self._ranks, self._written = dict(ranks), -1
+        self._metrics = {f"rank/{name}": rank for name, rank in ranks.items()}
+        self._metrics |= {"rank/open": sum(ranks.values()), "rank/spent": spent, "rank/budget": budget}
+        self._write(trainer)
+        # Put once per event into what the bars read, and both show a string as it is: `log(..., prog_bar=True)` would
+        # take a number and cost every step.
+        trainer.progress_bar_metrics["rank"] = f"{_short(spent)}/{_short(final)}"  # type: ignore[assignment]
+
+    def _write(self, trainer: Trainer) -> None:
+        """Write the scalars at this step, if they are not there yet."""
+        if self._written != trainer.global_step:
+            self._written = trainer.global_step
+            for logger in trainer.loggers:
+                logger.log_metrics(self._metrics, self._written)
+
+    def _draw(self, trainer: Trainer, ranks: dict[str, int]) -> None:
+        if self._pictures:
+            self._pictures.draw(boards(trainer), ranks, trainer.global_step)
+            self._drawn = (trainer.global_step, dict(ranks))
+
+    def _write_hyperparameters(self, trainer: Trainer) -> None:
+        if self._hyperparameters is None:
+            return
+        adapters = [site.adapter for site in self._budget.values()]
+        params: dict[str, Any] = {"adapter": _all_of([type(adapter).__name__ for adapter in adapters])}
+        for argument in dict.fromkeys(name for adapter in adapters for name in adapter.arguments()):
+            values = [adapter.arguments()[argument] for adapter in adapters if argument in adapter.arguments()]
+            params[f"adapter/{argument}"] = _all_of(values)
+        if self._pruning is not None:
+            params |= {"budget": str(self._pruning.policy.final), "schedule": str(self._pruning.policy.schedule)}
+        else:
+            params |= {"budget": "all", "schedule": "none"}
+        # Only what the loggers have: TensorBoard reads the values there. It shows the first five: scores before losses,
+        # and validation, which is logged last, before training.
+        logged = [name for name in reversed(trainer.logged_metrics) if not name.endswith("_step")]
+        scores = [name for name in logged if "loss" not in name]
+        metrics = [*scores, "rank/spent", "rank/budget", "rank/open", *(name for name in logged if name not in scores)]
+        self._hyperparameters.write(params, metrics)
+        self._hyperparameters = None
+
+    def _forget(self) -> None:
+        if self._hyperparameters is not None:
+            self._hyperparameters.release()
+        self._budget, self._pruning, self._pictures, self._hyperparameters = RankBudget({}), None, None, None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ranks": dict(self._ranks)} if self._ranks else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = dict(state_dict.get("ranks", {}))
+
+
+def _all_of(values: list[Any]) -> Any:
+    """The value if it is one for all, else all of them as text."""
+    unique = list(dict.fromkeys(values))
+    return unique[0] if len(unique) == 1 else ", ".join(map(str, unique))
+
+
+def _short(amount: int) -> str:
+    """412, 98304 -> 98.3k, 1327104 -> 1.33M."""
+    for size, unit in ((1e6, "M"), (1e4, "k")):
+        if amount >= size:
+            return f"{amount / (1e6 if unit == 'M' else 1e3):.3g}{unit}"
+    return str(amount)

@@ -1,0 +1,148 @@
+"""RankPruning: the rank budget follows its schedule while the Trainer trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_peft.callbacks.injection import AdapterInjection
+from lightning_peft.callbacks.order import require_before
+from lightning_peft.rank.budget import Budget, RankBudget
+from lightning_peft.rank.importance import Importance
+from lightning_peft.rank.policy import RankPolicy
+from lightning_peft.rank.schedule import Schedule
+
+
+class RankPruning(Callback):
+    """Close components on schedule; the number of steps comes from the Trainer.
+
+    Importance is updated once per optimizer step, gradients before the step and weights after it; components are chosen
+    after the step at the policy's events. Accumulated micro-batches count for nothing.
+
+    Args:
+        policy: schedule, importance and final budget in one, as a method's `policy(...)` gives them.
+
+    Raises:
+        MisconfigurationException: no adapter is there, the callbacks are in the wrong order, or the Trainer cannot tell
+            how many steps it will take.
+
+    Example:
+        >>> from lightning_peft import Budget, Cubic, RankPolicy, Taylor
+        >>> pruning = RankPruning(RankPolicy(Cubic(warmup=0.1, tail=0.2), Taylor(), Budget(rank=4)))
+    """
+
+    def __init__(self, policy: RankPolicy) -> None:
+        self.policy = policy
+        self.total_steps = 0
+        self.event_step = 0
+        """The step of the last event, 0 before the first; equal to `trainer.global_step` right after an event."""
+        self._seen = 0
+        self._restored: Mapping[str, Any] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        schedule: Schedule,
+        importance: Importance,
+        final: Budget,
+        interval: int = 10,
+        soft: bool = False,
+        minimum: int = 0,
+    ) -> RankPruning:
+        """The callback with its policy given in parts; see :class:`~lightning_peft.rank.RankPolicy`."""
+        return cls(RankPolicy(schedule, importance, final, interval, soft, minimum))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        require_before(trainer, self, AdapterInjection)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        budget = RankBudget.of(pl_module)
+        if not budget:
+            raise MisconfigurationException(
+                "RankPruning found no adapter to prune. Put AdapterInjection before it in the Trainer's callbacks, or "
+                "call inject() on the module first."
+            )
+        total = trainer.estimated_stepping_batches
+        if total == float("inf") or total < 1:
+            raise MisconfigurationException(
+                f"RankPruning needs the number of optimizer steps, and the Trainer expects {total}. Set max_steps, or "
+                "max_epochs together with a data loader whose length is known."
+            )
+        self.total_steps = int(total)
+        self._seen = trainer.global_step
+        self.event_step = 0
+        self.policy.track(budget)
+        if self._restored is not None:
+            state, self._restored = self._restored, None
+            if state["total_steps"] != self.total_steps:
+                rank_zero_warn(
+                    f"This checkpoint's rank schedule was made for {state['total_steps']} optimizer steps and the "
+                    f"Trainer now plans {self.total_steps}: the schedule follows the Trainer. Keep max_epochs, "
+                    "max_steps, the batch size and accumulation as they were to resume exactly."
+                )
+            self.event_step = int(state["event_step"])
+            self.policy.load_state_dict(state["policy"])
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Loops are restored after on_fit_start, and global_step with them.
+        self._seen = trainer.global_step
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self.policy.importance.reads == "gradients" and self._observes(trainer.global_step + 1):
+            self.policy.importance.update()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step == self._seen:
+            return  # an accumulated micro-batch
+        self._seen = step
+        if self.policy.importance.reads == "weights" and self._observes(step):
+            self.policy.importance.update()
+        if self.policy.is_event(step, self.total_steps):
+            # Every rank decides alike; rank 0's word is final all the same.
+            masks: dict[str, Tensor] = trainer.strategy.broadcast(self.policy.decide(step, self.total_steps))
+            self.policy.apply(masks, step, self.total_steps)
+            self.event_step = step
+
+    def _observes(self, step: int) -> bool:
+        return self.policy.observes(step, self.total_steps)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._seen and not trainer.fast_dev_run and not self.policy.is_final(self._seen, self.total_steps):
+            rank_zero_warn(
+                f"Training stopped at step {self._seen} of {self.total_steps}, before the rank schedule's last cut at "
+                f"step {self.policy.schedule.window(self.total_steps)[1]}: the final budget is not reached. Resume "
+                "from a checkpoint, or train on."
+            )
+        self._release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        self.policy.importance.release()
+
+    def budget_now(self) -> int:
+        """What may be spent after the last step that was taken, in the unit of the final budget."""
+        return self.policy.budget_at(self._seen, self.total_steps)
+
+    def state_dict(self) -> dict[str, Any]:
+        if not self.total_steps:
+            return {}
+        return {
+            "total_steps": self.total_steps,
+            "event_step": self.event_step,
+            "policy": self.policy.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Callbacks are restored before fit starts, when nothing is tracked yet.
+        self._restored = state_dict or None

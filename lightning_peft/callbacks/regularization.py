@@ -1,0 +1,114 @@
+"""Regularization: terms in the loss of a module that nobody has to change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_peft.callbacks.injection import AdapterInjection
+from lightning_peft.callbacks.order import require_before
+from lightning_peft.regularizers.base import Regularizer, regularized
+from lightning_peft.seams import when_built, wrap_method
+
+
+class Regularization(Callback):
+    """Add terms to what `training_step` returns.
+
+        loss = task + sum_i weight_i term_i
+
+    The loss is still a loss there: accumulation, gradient scaling and synchronisation come after it and need no care.
+    Terms are evaluated in float32 outside autocast; each is logged as `loss/<name>`, what the user returned as
+    `loss/task`. Validation and test losses stay as they are. A term whose weight is 0 at a step is not evaluated.
+
+    Args:
+        terms: terms by name; two of one class are fine.
+
+    Raises:
+        MisconfigurationException: the module optimizes by hand, or returns no loss.
+        ValueError: a name cannot be used in a log.
+
+    Example:
+        >>> from lightning_peft import DEM, Orthogonality
+        >>> regularization = Regularization({"dem": DEM(0.3), "orthogonality": Orthogonality(0.1)})
+    """
+
+    def __init__(self, terms: Mapping[str, Regularizer]) -> None:
+        for name in terms:
+            if not name.isidentifier() or name == "task":
+                raise ValueError(
+                    f"a term's name must be an identifier other than 'task', as in loss/<name>. Got {name!r}."
+                )
+        self.terms = nn.ModuleDict(terms)
+        self._remove: Callable[[], None] | None = None
+        self._total_steps = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        require_before(trainer, self, AdapterInjection)
+        when_built(pl_module, self._register)
+        if stage == "fit" and self._remove is None:
+            self._remove = wrap_method(pl_module, "training_step", self._add_terms)
+
+    def _register(self, module: LightningModule) -> None:
+        # Terms may own parameters: as a child of the module they reach optimizer, strategy and checkpoint.
+        if "peft_terms" not in module._modules:
+            module.add_module("peft_terms", self.terms)
+        elif module.peft_terms is not self.terms:
+            raise MisconfigurationException(
+                "this module has terms of another Regularization callback; give all terms to one: "
+                "Regularization({'first': ..., 'second': ...})."
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not pl_module.automatic_optimization:
+            raise MisconfigurationException(
+                f"{type(pl_module).__name__} optimizes by hand (automatic_optimization=False), where the loss is its "
+                "own affair and terms added to what training_step returns have no effect. Remove the Regularization "
+                "callback and call lightning_peft.regularized(loss, terms, weights) before manual_backward."
+            )
+        total = trainer.estimated_stepping_batches
+        scheduled = [name for name, term in self.terms.items() if callable(term.weight)]
+        if total == float("inf") and scheduled:
+            raise MisconfigurationException(
+                f"the weight of {scheduled[0]!r} follows a schedule, and the Trainer does not know its number of "
+                "steps. Set max_steps or max_epochs."
+            )
+        self._total_steps = 0 if total == float("inf") else int(total)
+
+    def _add_terms(self, call: Callable[..., Any], module: LightningModule, *args: Any, **kwargs: Any) -> Any:
+        outputs = call(*args, **kwargs)
+        if outputs is None:
+            return None  # the user skips this batch
+        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise MisconfigurationException(
+                f"training_step of {type(module).__name__} must return a scalar loss, or a dictionary with one under "
+                f"'loss', for terms to be added. Got {type(loss).__name__}."
+            )
+        step = module.trainer.global_step + 1
+        weights = {name: term.weight_at(step, self._total_steps) for name, term in self.terms.items()}
+        batch = args[0] if args else next(iter(kwargs.values()), None)
+        with torch.autocast(loss.device.type, enabled=False):
+            values = {n: term(module, batch, outputs) for n, term in self.terms.items() if weights[n] != 0}
+            total = regularized(loss, values, weights)
+        module.log("loss/task", loss.detach(), rank_zero_only=True)
+        for name, value in values.items():
+            module.log(f"loss/{name}", value.detach(), rank_zero_only=True)
+        if isinstance(outputs, Mapping):
+            return {**outputs, "loss": total}
+        return total
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._unwrap()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._unwrap()
+
+    def _unwrap(self) -> None:
+        if self._remove is not None:
+            self._remove()
+            self._remove = None

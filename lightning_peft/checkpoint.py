@@ -1,0 +1,274 @@
+"""What an adapter-only checkpoint holds beside Lightning's own entries, how it is checked, and how it is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Mapping
+from functools import partial
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.adapters.base import Adapter, AdapterFactory
+from lightning_peft.rank.budget import RankBudget, clean_name
+from lightning_peft.surgery import adaptable, adapters, eject, install
+
+ENTRY = "lightning_peft"
+"""The key of our entry in a checkpoint."""
+VERSION = 1
+_SAMPLES = 8
+
+
+class AdapterFileError(RuntimeError):
+    """A file does not hold what it should, or not for this model."""
+
+
+def own_keys(module: nn.Module) -> set[str]:
+    """Keys of the state dict that training changes: everything but the frozen parameters."""
+    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {key for key in module.state_dict() if key not in frozen}
+
+
+def adapter_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """The module's state dict without its frozen base: adapters, masks, terms, trained head, buffers."""
+    keep = own_keys(module)
+    return {key: value for key, value in module.state_dict().items() if key in keep}
+
+
+def recipe(module: nn.Module) -> dict[str, Any]:
+    """The data needed to inject again: per kind of adapter its class and arguments and the layers that have it.
+
+    Taken from the adapters that are there, not from the patterns that once chose them: it names what is, whatever was
+    cut since.
+    """
+    groups: list[dict[str, Any]] = []
+    for name, adapter in adapters(module).items():
+        kind = f"{type(adapter).__module__}:{type(adapter).__qualname__}"
+        entry = {"class": kind, "arguments": adapter.arguments()}
+        group = next((g for g in groups if {k: g[k] for k in entry} == entry), None)
+        if group is None:
+            groups.append(entry | {"layers": [name]})
+        else:
+            group["layers"].append(name)
+    own = {id(p) for adapter in adapters(module).values() for _, p in adapter.own_parameters()}
+    trained = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in own]
+    return {"adapters": groups, "trained": trained}
+
+
+def fingerprint(module: nn.Module) -> dict[str, Tensor]:
+    """A few values of every frozen parameter of the base, by name: enough to tell one base model from another."""
+    own = {id(p) for adapter in adapters(module).values() for _, p in adapter.own_parameters()}
+    prints = {}
+    for name, p in module.named_parameters():
+        if not p.requires_grad and id(p) not in own and p.numel():
+            flat = p.detach().reshape(-1)
+            picks = torch.linspace(0, flat.numel() - 1, _SAMPLES, dtype=torch.float64, device=flat.device).long()
+            prints[clean_name(name)] = torch.cat([torch.tensor([float(flat.numel())]), flat[picks].float().cpu()])
+    return prints
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and bytes."""
+    total = hashlib.sha256()
+    for name in sorted(state):
+        value = state[name].detach().cpu().contiguous()
+        total.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+        total.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def describe(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Our entry for a checkpoint that holds `state`: tensors, strings and numbers only."""
+    budget = RankBudget.of(module)
+    return {
+        "version": VERSION,
+        "recipe": recipe(module),
+        "ranks": budget.ranks(),
+        "costs": {name: site.gate.cost for name, site in budget.items()},
+        "base": fingerprint(module),
+        "digest": digest(state),
+    }
+
+
+def check(module: nn.Module, checkpoint: Mapping[str, Any], source: str) -> None:
+    """Check that a checkpoint was made for this module, which has its adapters by now.
+
+    Raises:
+        AdapterFileError: it is of another base model or other adapters, or keys are missing or of another shape.
+    """
+    entry, state = checkpoint[ENTRY], checkpoint["state_dict"]
+    here = recipe(module)
+    if here["adapters"] != entry["recipe"]["adapters"]:
+        raise AdapterFileError(
+            f"{source} holds other adapters than this model has: {_difference(entry['recipe'], here)}."
+        )
+    _check_base(fingerprint(module), entry["base"], source)
+    wanted = own_keys(module)
+    missing = sorted(wanted - state.keys())
+    if missing:
+        raise AdapterFileError(
+            f"{source} lacks {missing[0]!r}{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}, which this "
+            "model trains: it was saved with fewer trainable parts (`train`, terms) than the model has now."
+        )
+    shapes = {key: value.shape for key, value in module.state_dict().items()}
+    for key in sorted(wanted):
+        if shapes[key] != state[key].shape:
+            raise AdapterFileError(
+                f"{source}: {key!r} has shape {tuple(state[key].shape)}, and {tuple(shapes[key])} in this model."
+            )
+
+
+def check_entry(checkpoint: Mapping[str, Any], source: str) -> None:
+    """Check a checkpoint by itself: that it is ours, of a version that we read, and unchanged since it was written."""
+    entry = checkpoint.get(ENTRY)
+    if not isinstance(entry, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise AdapterFileError(
+            f"{source} is no adapter checkpoint: it has no entry {ENTRY!r}. Train with AdapterCheckpoint."
+        )
+    if entry.get("version") != VERSION:
+        raise AdapterFileError(f"{source} is of format version {entry.get('version')}; this release reads {VERSION}.")
+    if digest(checkpoint["state_dict"]) != entry.get("digest"):
+        raise AdapterFileError(
+            f"{source} was changed after it was written: its tensors do not match their digest. Use another copy."
+        )
+
+
+def read(path: str | PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint: tensors only, never pickled code.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        AdapterFileError: it is cut, damaged, or holds more than tensors and plain values.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no checkpoint {str(path)!r}.")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what torch raises on a damaged file is not documented
+        raise AdapterFileError(unreadable(path, error)) from error
+    if not isinstance(checkpoint, dict):
+        raise AdapterFileError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint.")
+    return checkpoint
+
+
+def unreadable(path: object, error: BaseException) -> str:
+    """The sentence for a file that torch cannot read."""
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return f"{path} cannot be read: it is cut short, damaged, or holds more than tensors ({first}). Use another copy."
+
+
+def load(module: nn.Module, path: str | PathLike[str]) -> nn.Module:
+    """Load an adapter checkpoint into a plain module, in a bare script: inject from its recipe, then load strictly.
+
+    Args:
+        module: the LightningModule, or the model inside it, that the checkpoint was trained on; without adapters, or
+            with the very same ones. An adapter class that is not ours must have been imported.
+        path: a checkpoint that AdapterCheckpoint has filtered.
+
+    Returns:
+        The module, adapters in place and weights loaded.
+
+    Raises:
+        AdapterFileError: the file is damaged, changed, or of another base model.
+        FileNotFoundError: there is no such file.
+    """
+    checkpoint, source = read(path), str(path)
+    check_entry(checkpoint, source)
+    entry = checkpoint[ENTRY]
+    layers = adaptable(module)
+    prefix = _prefix(entry["recipe"], {*layers, *adapters(module)}, source)
+    if prefix:
+        checkpoint = _without_prefix(checkpoint, prefix)
+        entry = checkpoint[ENTRY]
+    if not adapters(module):
+        plan = {}
+        for group in entry["recipe"]["adapters"]:
+            factory = _factory(group["class"], group["arguments"], source)
+            for name in group["layers"]:
+                if name not in layers:
+                    raise AdapterFileError(
+                        f"{source} has an adapter for {name!r}, a layer that this model does not have."
+                    )
+                plan[name] = (layers[name], factory)
+        known = {name for name, _ in module.named_parameters()}
+        # The start of the adapters is overwritten at once: it must not use up the caller's random numbers.
+        with torch.random.fork_rng(devices=[]):
+            install(module, plan, {name for name in entry["recipe"]["trained"] if name in known})
+        try:
+            check(module, checkpoint, source)
+        except AdapterFileError:
+            eject(module)
+            raise
+    else:
+        check(module, checkpoint, source)
+    module.load_state_dict({key: checkpoint["state_dict"][key] for key in own_keys(module)}, strict=False)
+    return module
+
+
+def _check_base(here: Mapping[str, Tensor], saved: Mapping[str, Tensor], source: str) -> None:
+    """Compare samples of the base's values, with room for a base in another precision."""
+    for name, values in here.items():
+        other = saved.get(name)
+        if other is None or not torch.allclose(values, other, rtol=2e-2, atol=1e-4, equal_nan=True):
+            raise AdapterFileError(
+                f"{source} was made for another base model: {name!r} {'is not in it' if other is None else 'differs'}. "
+                "Build the model with the weights that the adapters were trained on."
+            )
+
+
+def _difference(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    def layers(of: Mapping[str, Any]) -> dict[str, str]:
+        return {
+            name: f"{group['class'].rpartition(':')[2]}({', '.join(f'{k}={v}' for k, v in group['arguments'].items())})"
+            for group in of["adapters"]
+            for name in group["layers"]
+        }
+
+    old, new = layers(saved), layers(here)
+    for name in [*new, *old]:
+        if old.get(name) != new.get(name):
+            return f"at {name!r} it has {old.get(name, 'none')}, the model {new.get(name, 'none')}"
+    return "the same ones in another order"
+
+
+def _factory(path: str, arguments: Mapping[str, Any], source: str) -> AdapterFactory:
+    """The adapter class that a recipe names, which must have been imported: a file never makes us import anything."""
+    module_name, _, qualname = path.partition(":")
+    found: Any = sys.modules.get(module_name)
+    for part in qualname.split("."):
+        found = getattr(found, part, None)
+    if not (isinstance(found, type) and issubclass(found, Adapter)):
+        raise AdapterFileError(
+            f"{source} was made with the adapter class {path!r}, which is not imported; import it before loading."
+        )
+    return partial(found, **arguments)
+
+
+def _prefix(saved: Mapping[str, Any], known: set[str], source: str) -> str:
+    """What the saved names have in front of the names in this module: "model." where it is the model inside."""
+    names = [name for group in saved["adapters"] for name in group["layers"]]
+    if not names:
+        raise AdapterFileError(f"{source} holds no adapter.")
+    parts = names[0].split(".")
+    for start in range(len(parts)):
+        prefix = ".".join([*parts[:start], ""]) if start else ""
+        if all(name.startswith(prefix) and name[len(prefix) :] in known for name in names):
+            return prefix
+    raise AdapterFileError(f"{source} has an adapter for {names[0]!r}, a layer that this model does not have.")
+
+
+def _without_prefix(checkpoint: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The part of a checkpoint below `prefix`, with its names shortened."""
+
+    def cut(mapping: Mapping[str, Any]) -> dict[str, Any]:
+        return {name[len(prefix) :]: value for name, value in mapping.items() if name.startswith(prefix)}
+
+    entry = dict(checkpoint[ENTRY])
+    groups = [g | {"layers": [n[len(prefix) :] for n in g["layers"]]} for g in entry["recipe"]["adapters"]]
+    trained = [name[len(prefix) :] for name in entry["recipe"]["trained"] if name.startswith(prefix)]
+    entry |= {"recipe": {"adapters": groups, "trained": trained}, "base": cut(entry["base"])}
+    return {ENTRY: entry, "state_dict": cut(checkpoint["state_dict"])}

@@ -1,0 +1,184 @@
+"""Leaving adapters behind: `merge` writes them into plain layers, `compact` cuts them to their open components.
+
+Both work in place and keep the outputs; to undo adapters instead, see :func:`lightning_peft.surgery.eject`.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.adapters.attention import AdaptedAttention
+from lightning_peft.adapters.base import Adapter
+from lightning_peft.adapters.layers import stored
+from lightning_peft.rank.budget import clean_name
+from lightning_peft.surgery import eject, replace
+
+A = TypeVar("A", bound=Adapter)
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What :func:`merge` did.
+
+    Attributes:
+        layers: names of the layers that got a new weight.
+        untied: groups of parameters that were one parameter and are not any more, because only some were adapted.
+    """
+
+    layers: tuple[str, ...]
+    untied: tuple[tuple[str, ...], ...]
+
+    def __str__(self) -> str:
+        lines = [f"Merged the adapters of {len(self.layers)} layers."]
+        lines += [f"No longer tied: {', '.join(names)}." for names in self.untied]
+        return "\n".join(lines)
+
+
+def merge(module: nn.Module) -> Merged:
+    """Write every adapter's effective weight into its plain base layer and take the adapters out, in place.
+
+        W <- W + scaling * B diag(value) A,     computed in float32 or wider, rounded once to W's dtype
+
+    Every parameter requires a gradient as it did before injection. The merged weight is a new parameter, so a parameter
+    that other modules share is not changed behind their back: it is no longer shared, and a warning says so.
+
+    Args:
+        module: has adapters inside; is not itself one.
+
+    Returns:
+        What was done; print it.
+
+    Raises:
+        ValueError: there is no adapter.
+        TypeError: an adapter is more than a change of its layer's weight, so there is nothing to write.
+    """
+    found = _found(module, "merge")
+    refused = [f"{name!r} ({type(adapter).__name__})" for name, adapter in found.items() if not adapter.mergeable]
+    if refused:
+        raise TypeError(
+            f"merge cannot write these adapters into a weight: {', '.join(refused)}. They act otherwise than through a "
+            "layer's weight; eject them, or keep the module as it is. Nothing was changed."
+        )
+    # An attention's in_proj is a layer only while it is adapted: the weight goes back to the attention itself.
+    attentions = {id(child.in_proj): child for child in module.modules() if isinstance(child, AdaptedAttention)}
+    eject(module)
+    before = dict(module.named_parameters(remove_duplicate=False))
+    for adapter in found.values():
+        owner, attribute = attentions.get(id(adapter), adapter.base), "weight"
+        if isinstance(owner, nn.MultiheadAttention):
+            attribute = "in_proj_weight"
+        wanted = getattr(owner, attribute).requires_grad
+        setattr(owner, attribute, nn.Parameter(merged_weight(adapter), requires_grad=wanted))
+    untied = _untied(before, dict(module.named_parameters(remove_duplicate=False)))
+    for names in untied:
+        warnings.warn(
+            f"{', '.join(names)} were one parameter and no longer are: the merged weight is one layer's alone. If the "
+            "model ties them again when it is saved or loaded, turn that off (transformers: "
+            "model.config.tie_word_embeddings = False).",
+            stacklevel=2,
+        )
+    return Merged(tuple(found), untied)
+
+
+def compact(module: nn.Module) -> dict[str, int]:
+    """Cut every adapter to its open components, in place; outputs stay equal and what is left stays trainable.
+
+    A layer without an open component gets its base back, frozen as it was. New parameters take the place of old ones:
+    build the optimizer anew afterwards. Eject still restores the base, as long as an adapter is left.
+
+    Args:
+        module: has adapters inside; is not itself one.
+
+    Returns:
+        The rank of every layer that was adapted, 0 for those that no longer are.
+
+    Raises:
+        ValueError: there is no adapter.
+        TypeError: an adapter's components cannot be cut out; nothing was changed.
+    """
+    new: dict[int, nn.Module] = {}
+    ranks: dict[str, int] = {}
+    found = _found(module, "compact")
+    # Building an adapter draws its start, which is overwritten here: the user's random stream should not notice.
+    with own_random(module):
+        for name, adapter in found.items():
+            if adapter.gate is None:
+                raise TypeError(f"layer {name!r}: {type(adapter).__name__} has no gate, so there is nothing to cut.")
+            ranks[name] = int(adapter.gate.open().sum())
+            if ranks[name] == len(adapter.gate):
+                continue
+            try:
+                small = adapter.compacted()
+            except TypeError as error:
+                raise TypeError(f"layer {name!r}: {error}") from error
+            if small is None:
+                new[id(adapter)] = adapter.base
+                continue
+            wanted = {part: parameter.requires_grad for part, parameter in adapter.own_parameters()}
+            for part, parameter in small.own_parameters():
+                parameter.requires_grad_(wanted.get(part, True))
+            new[id(adapter)] = small
+    replace(module, new)
+    return ranks
+
+
+def named_adapters(module: nn.Module) -> dict[str, Adapter]:
+    """All adapters of a module, gated or not, by the name of the layer that they adapt, in the module's order."""
+    found: dict[str, Adapter] = {}
+    paths: set[str] = set()
+    for path, child in module.named_modules():
+        if isinstance(child, Adapter):
+            paths.add(path)
+            parts = path.split(".")
+            kept = [p for i, p in enumerate(parts) if not (p == "base" and ".".join(parts[:i]) in paths)]
+            found[clean_name(".".join(kept))] = child
+    return found
+
+
+@torch.no_grad()
+def merged_weight(adapter: Adapter) -> Tensor:
+    """An adapter's effective weight as its base would store it: computed in float32 or wider, rounded once."""
+    weight: Tensor = adapter.base.weight  # type: ignore[assignment]  # a module's attribute, a tensor for every base
+    return stored(adapter.base, widened(adapter).effective_weight()).to(weight.dtype, copy=True).contiguous()
+
+
+def widened(adapter: A) -> A:
+    """The adapter, or a float32 copy of it if its own parameters were cast to something narrower."""
+    narrow = any(p.is_floating_point() and p.element_size() < 4 for _, p in adapter.own_parameters())
+    return copy.deepcopy(adapter).float() if narrow else adapter
+
+
+@contextmanager
+def own_random(module: nn.Module) -> Iterator[None]:
+    """Put the global random generators back at the end, those of the module's devices included."""
+    devices = {p.device.index for p in module.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(index for index in devices if index is not None)):
+        yield
+
+
+def _found(module: nn.Module, verb: str) -> dict[str, Adapter]:
+    if isinstance(module, Adapter):
+        raise ValueError(
+            f"{verb} replaces adapters inside a module and got a single {type(module).__name__}; call it on the module "
+            "that holds it."
+        )
+    found = named_adapters(module)
+    if not found:
+        raise ValueError(f"{verb} found no adapter in {type(module).__name__}; inject puts them in.")
+    return found
+
+
+def _untied(before: Mapping[str, nn.Parameter], after: Mapping[str, nn.Parameter]) -> tuple[tuple[str, ...], ...]:
+    groups: dict[int, list[str]] = {}
+    for name, parameter in before.items():
+        groups.setdefault(id(parameter), []).append(name)
+    split = [names for names in groups.values() if len({id(after[name]) for name in names}) > 1]
+    return tuple(tuple(map(clean_name, names)) for names in split)

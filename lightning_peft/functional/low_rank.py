@@ -1,0 +1,200 @@
+"""A linear layer plus a low-rank update, as one autograd function.
+
+    y = x W^T + b + drop(x) A^T diag(value) B^T
+
+Written plainly, the update makes extra passes over tokens x d_out numbers to scale and to add, keeps what those passes
+need for the backward, and multiplies by skinny matrices in a slow layout. Here the update is added into the base's
+output and into the input's gradient in place, and what has r numbers per token is kept as (r, tokens), whose rows are
+long: on a CPU the skinny products are two to four times faster so. The gate costs nothing per token, because value
+scales the d_out r numbers of B, and its gradient comes out of B's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+
+_PLAIN = (Tensor, nn.Parameter)
+_CPU_ADDMM = (torch.float32, torch.float64)  # not bfloat16 and float16, which F.linear gives to other kernels
+
+
+def low_rank_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, value: Tensor, dropout: float = 0.0
+) -> Tensor:
+    """Linear layer with a low-rank update of its frozen weight.
+
+        y = x W^T + b + drop(x) A^T diag(value) B^T
+
+    With value or B zero, y is F.linear(x, weight, bias) bit for bit. Fast where :func:`is_fast` says so, otherwise
+    :func:`low_rank_linear_reference`: the same numbers up to rounding, and the same draws from the global generator.
+
+    Under autocast both products run in its dtype, as F.linear's do; y has the dtype that F.linear gives. Outside it an
+    adapter wider than the base (float32 beside bfloat16) computes in its own dtype and is rounded when added. Gradients
+    of A, B and value are reduced in the adapter's dtype.
+
+    Args:
+        x: (..., d_in), at least one dimension.
+        weight: W, (d_out, d_in); a transposed view is as good.
+        bias: b, (d_out,), or ``None``.
+        A: (r, d_in).
+        B: (d_out, r).
+        value: (r,), what multiplies each component: scaling, gain and mask together.
+        dropout: probability of dropping an entry of the update's input; 0.0 outside training.
+
+    Returns:
+        (..., d_out)
+
+    Example:
+        >>> x, W, A, B = torch.ones(1, 3), torch.zeros(2, 3), torch.ones(1, 3), torch.ones(2, 1)
+        >>> low_rank_linear(x, W, None, A, B, torch.tensor([0.5]))
+        tensor([[1.5000, 1.5000]])
+    """
+    if is_fast(x, weight, bias, A, B, value):
+        y: Tensor = _LowRankLinear.apply(x, weight, bias, A, B, value, dropout)  # type: ignore[no-untyped-call]
+        return y
+    return low_rank_linear_reference(x, weight, bias, A, B, value, dropout)
+
+
+def low_rank_linear_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, value: Tensor, dropout: float = 0.0
+) -> Tensor:
+    """:func:`low_rank_linear` composed of torch's own functions: any transform, any tensor subclass, any derivative."""
+    y = F.linear(x, weight, bias)
+    return y + low_rank_update(x, A, B, value, dropout).to(y.dtype)
+
+
+def low_rank_update(x: Tensor, A: Tensor, B: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
+    """The update alone, drop(x) A^T diag(value) B^T: (..., d_in) -> (..., d_out), in the adapter's dtype if wider."""
+    dtype = torch.promote_types(x.dtype, A.dtype)
+    h = F.linear(F.dropout(x, dropout).to(dtype), A.to(dtype))
+    return F.linear(h, (B * value).to(dtype))
+
+
+def is_fast(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, value: Tensor) -> bool:
+    """Whether :func:`low_rank_linear` may use its autograd function.
+
+    It steps aside for whatever has to see through it (torch.compile and export, jit tracing, forward-mode derivatives,
+    functorch), for tensor subclasses (DTensor, quantised and fake tensors), when the base weight wants a gradient, and
+    for float64 under autocast, which F.linear leaves alone.
+    """
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False
+    if weight.requires_grad and torch.is_grad_enabled():
+        return False
+    if not all(type(t) in _PLAIN for t in (x, weight, A, B, value)) or (bias is not None and type(bias) not in _PLAIN):
+        return False
+    return not (torch.is_autocast_enabled(x.device.type) and torch.float64 in (x.dtype, weight.dtype, A.dtype, B.dtype))
+
+
+def _drop(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
+    """F.dropout(x, p), by the same draws; noise and factor of its derivative: d drop(x) = factor noise dx."""
+    if p == 1:
+        return torch.zeros_like(x), torch.zeros_like(x), 1.0
+    if x.device.type == "cpu":  # what F.dropout does there; native_dropout is slower
+        noise = torch.empty_like(x).bernoulli_(1 - p).div_(1 - p)
+        return x * noise, noise, 1.0
+    dropped, kept = torch.native_dropout(x, p, True)
+    return dropped, kept, 1 / (1 - p)
+
+
+def _linear_plus(x: Tensor, weight: Tensor, bias: Tensor | None, hT: Tensor, Bv: Tensor) -> Tensor:
+    """F.linear(x, weight, bias) + hT^T Bv; a new tensor and no view, so that what follows may change it in place."""
+    d_out, d_in = weight.shape
+    plain = x.device.type == "cpu" and x.dtype in _CPU_ADDMM and x.dtype == hT.dtype
+    if plain and bias is not None and x.dim() in (2, 3) and x.is_contiguous():
+        # F.linear is addmm there, which writes the bias into the output and adds the product to it. The same with one
+        # pass less: one skinny product writes bias and update, then the same product is added. Zeros change no bit.
+        y = x.new_empty((*x.shape[:-1], d_out))
+        rows = y.view(-1, d_out)
+        torch.mm(F.pad(hT, (0, 0, 0, 1), value=1.0).t(), torch.cat([Bv, bias.unsqueeze(0)]), out=rows)
+        rows.addmm_(x.view(-1, d_in), weight.t())
+        return y
+    y = F.linear(x, weight, bias).contiguous()
+    rows = y.view(-1, d_out)
+    if rows.dtype == hT.dtype:
+        rows.addmm_(hT.t(), Bv)
+    else:
+        rows.add_(hT.t() @ Bv)
+    return y
+
+
+class _LowRankLinear(torch.autograd.Function):
+    # t tokens; v = value; g = dL/dy, (t, d_out); hT = A drop(x)^T, (r, t); Bv = (B diag(v))^T, (r, d_out);
+    # uT = Bv g^T, (r, t); P = g^T hT^T, (d_out, r)
+    #
+    #   y = x W^T + b + hT^T Bv
+    #   dx = g W + noise * (uT^T A)     dA = uT drop(x)     dB = P diag(v)     dv_i = sum_o P_oi B_oi
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, value: Tensor, p: float
+    ) -> Tensor:
+        x_grad, _, _, A_grad, B_grad, value_grad, _ = ctx.needs_input_grad
+        inner, noise, ctx.factor = _drop(x, p) if p > 0 else (x, None, 1.0)
+        ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            # Cast once for base, update and backward. F.linear, too, keeps the cast weight for its backward.
+            low = x.to(dtype)
+            inner = low if inner is x else inner.to(dtype)
+            x, weight, bias = low, weight.to(dtype), None if bias is None else bias.to(dtype)
+        else:
+            dtype = torch.promote_types(x.dtype, A.dtype)
+        ctx.dtype = dtype
+        inner = inner.reshape(-1, inner.shape[-1])
+        hT = A.to(dtype) @ inner.to(dtype).t()
+        Bv = (B * value).to(dtype).t().contiguous()
+        ctx.save_for_backward(
+            inner if A_grad else None,  # narrow if it came so: the backward widens it again
+            noise if x_grad else None,
+            weight if x_grad else None,
+            A if x_grad else None,
+            B if B_grad or value_grad else None,
+            value if B_grad else None,
+            Bv if x_grad or A_grad else None,
+            hT if B_grad or value_grad else None,
+        )
+        return _linear_plus(x, weight, bias, hT, Bv)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        # Everything was cast in the forward; a backward called inside autocast must not cast again.
+        if torch.is_autocast_enabled(grad.device.type):
+            with torch.autocast(grad.device.type, enabled=False):
+                return _LowRankLinear._gradients(ctx, grad)
+        return _LowRankLinear._gradients(ctx, grad)
+
+    @staticmethod
+    def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x_grad, _, bias_grad, A_grad, B_grad, value_grad, _ = ctx.needs_input_grad
+        inner, noise, weight, A, B, value, Bv, hT = ctx.saved_tensors
+        g = grad.reshape(-1, grad.shape[-1]).contiguous()
+        dx = dbias = dA = dB = dvalue = None
+        if bias_grad:
+            dbias = g.sum(0)
+        wide = g.to(ctx.dtype)
+        # Skinny products first: they read g one after the other, while it is in the cache.
+        if B_grad or value_grad:
+            P = (hT @ wide).t().to(B.dtype).contiguous()
+            if value_grad:
+                dvalue = (P * B).sum(0)
+            if B_grad:
+                dB = P.mul_(value)
+        if x_grad or A_grad:
+            uT = Bv @ wide.t()
+        if A_grad:
+            dA = uT @ inner.to(ctx.dtype)
+        if x_grad:
+            dx = (uT.t() @ A.to(ctx.dtype).mul(ctx.factor)).to(g.dtype)
+            if noise is not None:
+                dx.mul_(noise.reshape(dx.shape))
+            dx = dx.addmm_(g, weight).view(ctx.x_shape).to(ctx.x_dtype)
+        return dx, None, dbias, dA, dB, dvalue, None

@@ -1,0 +1,77 @@
+"""Where a model's backbone ends and its head begins, when nobody says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_peft.adapters.attention import has_in_proj
+from lightning_peft.adapters.layers import why_not
+
+
+@dataclass(frozen=True)
+class Head:
+    """What is not adapted unless it is named.
+
+    Attributes:
+        trained: names of the parameters of the task's head, new and therefore trained.
+        outside: names of the modules that are not adapted by default: the head, and a language model's output layer,
+            which is pretrained and therefore stays as it is.
+    """
+
+    trained: frozenset[str]
+    outside: tuple[str, ...]
+
+    def holds(self, name: str) -> bool:
+        """Whether the module called `name` is in the head."""
+        return any(name == head or name.startswith(head + ".") for head in self.outside)
+
+
+def find_head(module: nn.Module) -> Head:
+    """Tell a module's head from its backbone.
+
+    With transformers models inside: the head is everything outside their `base_model`; if such a model has output
+    embeddings, what it has outside its base is a pretrained language-model head, which is neither adapted nor trained.
+    Without: the head is the last linear layer in the order of registration, if there is more than one.
+    """
+    models = hub_models(module)
+    if not models:
+        linear = [
+            n
+            for n, m in module.named_modules()
+            if (why_not(m) is None and not isinstance(m, nn.Embedding)) or has_in_proj(m)
+        ]
+        last = linear[-1:] if len(linear) > 1 else []
+        # The last layer of an attention is its out_proj: an attention is no head.
+        parents = {n for n, m in module.named_modules() if isinstance(m, nn.MultiheadAttention)}
+        last = [n for n in last if n.rpartition(".")[0] not in parents and n not in parents]
+        return Head(frozenset(n for n, _ in module.named_parameters() if n.rpartition(".")[0] in last), tuple(last))
+
+    backbones, languages = [], []
+    for name, model in models.items():
+        base = model.base_model
+        backbones.append(next(n for n, m in module.named_modules() if m is base))
+        if model.get_output_embeddings() is not None:
+            languages.append(name)
+
+    def below(name: str, roots: list[str]) -> bool:
+        return any(not root or name == root or name.startswith(root + ".") for root in roots)
+
+    outside = tuple(n for n, _ in module.named_modules() if n and not below(n, backbones) and not _above(n, backbones))
+    trained = (n for n, _ in module.named_parameters() if not below(n, backbones) and not below(n, languages))
+    return Head(frozenset(trained), outside)
+
+
+def _above(name: str, roots: list[str]) -> bool:
+    return any(root.startswith(name + ".") for root in roots)
+
+
+def hub_models(module: nn.Module) -> dict[str, nn.Module]:
+    """The outermost transformers models by name, found by what they offer: importing transformers takes seconds."""
+    found: dict[str, nn.Module] = {}
+    for name, child in module.named_modules():
+        inside = any(not outer or name.startswith(outer + ".") for outer in found)
+        if not inside and hasattr(type(child), "base_model_prefix") and hasattr(child, "get_output_embeddings"):
+            found[name] = child
+    return found

@@ -1,0 +1,70 @@
+"""What a checkpoint says of itself, without its model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from lightning_peft.checkpoint import ENTRY, check_entry, read
+
+
+def report(path: str | PathLike[str]) -> str:
+    """Ranks per layer, budget and size of an adapter checkpoint, as text.
+
+    Args:
+        path: a checkpoint that AdapterCheckpoint has filtered. Its digest is checked; no model is needed or built.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        AdapterFileError: it is damaged, changed, or no adapter checkpoint.
+    """
+    checkpoint = read(path)
+    check_entry(checkpoint, str(path))
+    entry = checkpoint[ENTRY]
+    size = Path(path).stat().st_size
+    when = f" at step {checkpoint['global_step']}" if "global_step" in checkpoint else ""
+    spent = sum(rank * entry["costs"][name] for name, rank in entry["ranks"].items())
+    closed = [name for name, rank in entry["ranks"].items() if not rank]
+    lines = [
+        f"{path}: {size:,} bytes, unchanged since it was written{when}.",
+        "",
+        _table(entry),
+        "",
+        f"The open components are {spent:,} parameters, {4 * spent / 1e6:.2f} MB in float32.",
+    ]
+    if closed:
+        lines.append(f"Rank 0, so the base layer as it was: {', '.join(closed)}.")
+    trained = entry["recipe"]["trained"]
+    if trained:
+        owners = dict.fromkeys(name.rpartition(".")[0] or name for name in trained)
+        lines.append(f"Trained beside the adapters: {', '.join(owners)}.")
+    for name, state in checkpoint.get("callbacks", {}).items():
+        if name.startswith("RankPruning") and state:
+            last = f"its last event at step {state['event_step']}" if state["event_step"] else "no event yet"
+            lines.append(f"Rank schedule over {state['total_steps']} steps, {last}.")
+    return "\n".join(lines)
+
+
+def _table(entry: Mapping[str, Any]) -> str:
+    adapters = {
+        name: (group["class"].rpartition(":")[2], group["arguments"].get("rank"))
+        for group in entry["recipe"]["adapters"]
+        for name in group["layers"]
+    }
+    ranks, costs = entry["ranks"], entry["costs"]
+    rows = [("layer", "adapter", "rank", "parameters")]
+    for name, rank in ranks.items():
+        kind, full = adapters[name]
+        rows.append((name, kind, str(rank) if full is None else f"{rank}/{full}", f"{rank * costs[name]:,}"))
+    full = sum(adapters[name][1] or rank for name, rank in ranks.items())
+    spent = sum(rank * costs[name] for name, rank in ranks.items())
+    rows.append((f"{len(ranks)} layers", "", f"{sum(ranks.values())}/{full}", f"{spent:,}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        f"{layer:<{widths[0]}}  {kind:<{widths[1]}}  {rank:>{widths[2]}}  {cost:>{widths[3]}}"
+        for layer, kind, rank, cost in rows
+    ]
+    rule = "-" * len(lines[0])
+    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])

@@ -1,0 +1,186 @@
+"""Adapters as a PEFT folder, which PEFT, transformers and most servers of language models load."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_peft.interop.folder import Export, public_name, refuse_to_overwrite, whole_folder, write_card
+from lightning_peft.interop.host import below, find_host, trained_beside, whole_modules
+from lightning_peft.interop.layout import (
+    PREFIX,
+    Mode,
+    find_targets,
+    lay_out,
+    modules_to_save,
+    target_modules,
+    task_type,
+)
+from lightning_peft.interop.verify import CONFIG, WEIGHTS, by_reading, with_peft
+from lightning_peft.rank.budget import RankBudget
+
+Check = Literal["auto", "peft", "files"]
+
+
+def to_hf_peft(
+    module: nn.Module,
+    folder: str | Path,
+    mode: Mode = "padded",
+    head: bool = True,
+    *,
+    check: Check = "auto",
+    inputs: Any = None,
+    base_model_name_or_path: str | None = None,
+    overwrite: bool = False,
+) -> Export:
+    """Write the adapters as a PEFT LoRA folder, load it again, compare, and only then give it its name.
+
+        PEFT computes y = W x + b + (alpha / r) B A x;  our gain goes into B, our closed components are left out
+
+    The three modes are equal for PEFT, and not for servers, which do not read per-layer ranks or scales alike: "padded"
+    has one rank for all layers, zeros behind, and is right everywhere; "compact" has true ranks and is right for PEFT
+    and vLLM; "folded" has true ranks and is right for PEFT and llama.cpp. Layers of rank 0 are left out.
+
+    The module is not changed. For a check with stock PEFT, memory for one more copy of the model is needed, for two in
+    float32 if the model is narrower than that.
+
+    Args:
+        module: a transformers model, a LightningModule that holds one, or any module; with adapters inside.
+        folder: adapter_config.json, adapter_model.safetensors and a model card README.md are written here, all or none.
+        mode: "padded", "compact" or "folded".
+        head: keep the modules that were trained beside the adapters, such as a new classifier. A loaded base gets them
+            with the adapters. Some servers refuse adapters with a head.
+        check: "peft" loads the folder with stock PEFT on a copy of the base, with a changed head, and compares updates,
+            head and outputs. "files" reads it without PEFT and compares every tensor. "auto" is "peft" if that is
+            installed, else "files". The report says which was made.
+        inputs: what the model is called with to compare outputs: a tensor, or arguments as a list or a dictionary.
+            ``None`` makes inputs up for a transformers model of text; for others, outputs are not compared.
+        base_model_name_or_path: where others find the base. ``None`` is where transformers loaded it from.
+        overwrite: write into a folder that holds other things than an earlier export, which are kept.
+
+    Returns:
+        What was written and how it was checked; print it.
+
+    Raises:
+        ValueError: no adapter or none of a rank above 0; something trained cannot be expressed; a wrong mode or check.
+        TypeError: an adapter cannot be expressed in PEFT's LoRA format.
+        FileExistsError: the folder holds something else.
+        ModuleNotFoundError: check="peft" without PEFT.
+        RuntimeError: the check failed. No folder is left.
+    """
+    folder = Path(folder)
+    name, host = find_host(module, "to_hf_peft")
+    targets = find_targets(host)
+    tensors, config = lay_out(targets, mode)
+    checked = _how_to_check(check)
+    refuse_to_overwrite(folder, overwrite)
+    paths = [target.path for target in targets]
+    kept = _head(module, name, host) if head else {}
+    base = base_model_name_or_path or getattr(getattr(host, "config", None), "_name_or_path", None) or None
+    config |= {
+        "peft_type": "LORA",
+        "task_type": task_type(host, kept),
+        "base_model_name_or_path": base,
+        "target_modules": target_modules(host, paths),
+        "modules_to_save": modules_to_save(host, kept, paths) or None,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    if config["task_type"] is None and hasattr(host, "config"):
+        # What PEFT's AutoPeftModel builds the base by, when no task says it.
+        config["auto_mapping"] = {"base_model_class": type(host).__name__, "parent_library": type(host).__module__}
+    for kept_name, state in kept.items():
+        tensors |= {f"{PREFIX}{kept_name}.{key}": tensor.contiguous() for key, tensor in state.items()}
+
+    notes = _notes(host)
+    ranks = RankBudget.of(host).ranks()
+    with whole_folder(folder, overwrite) as new:
+        save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
+        (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_card(new, "peft", public_name(base), _card(host, public_name(base), mode, ranks, notes))
+        if checked == "peft":
+            difference, how = with_peft(new, host, targets, kept, inputs)
+        else:
+            difference, how = by_reading(new, targets, kept)
+        size = (new / WEIGHTS).stat().st_size
+    return Export(folder, mode, ranks, tuple(kept), size, difference, how, notes)
+
+
+def _how_to_check(check: Check) -> Check:
+    if check not in ("auto", "peft", "files"):
+        raise ValueError(f"check={check!r}: choose 'auto', 'peft' or 'files'.")
+    installed = find_spec("peft") is not None
+    if check == "peft" and not installed:
+        raise ModuleNotFoundError(
+            "check='peft' loads the exported adapter with PEFT, which is not installed: run "
+            "`pip install 'lightning-peft[hf]'`, or give check='files' to compare the files without it."
+        )
+    return check if check != "auto" else "peft" if installed else "files"
+
+
+def _head(module: nn.Module, name: str, host: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """The modules to keep, by name, as their tensors.
+
+    Raises:
+        ValueError: something trained is outside the host, or is not a whole module.
+    """
+    outside = [n for n in trained_beside(module) if not below(n, name)]
+    if outside:
+        raise ValueError(
+            f"trained beside the adapters, but outside the transformers model {name!r}: {_some(outside)}. A PEFT "
+            "folder describes that model alone: give head=False and save them yourself."
+        )
+    whole, rest = whole_modules(host, trained_beside(host))
+    if rest:
+        raise ValueError(
+            f"trained beside the adapters, but not a whole module: {_some(rest)}. PEFT keeps whole modules only: train "
+            "all parameters of the module, or give head=False and save them yourself."
+        )
+    return whole
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _notes(host: nn.Module) -> tuple[str, ...]:
+    if any(isinstance(child, nn.TransformerEncoderLayer) for child in host.modules()):
+        return (
+            "in evaluation mode TransformerEncoderLayer has a fast path that reads weights and calls no layer; there "
+            "PEFT's adapters have no effect: call torch.backends.mha.set_fastpath_enabled(False) before you use them.",
+        )
+    return ()
+
+
+def _card(host: nn.Module, base: str | None, mode: Mode, ranks: dict[str, int], notes: tuple[str, ...]) -> list[str]:
+    used = {name: rank for name, rank in ranks.items() if rank}
+    kind = type(host).__name__
+    hub = hasattr(host, "config") and hasattr(type(host), "from_pretrained")
+    start = f"{kind}.from_pretrained({base or '...'!r})" if hub else f"...  # your {kind}"
+    return [
+        f"# LoRA adapter for {base or kind}",
+        "",
+        f"{len(used)} layers of {kind}, ranks {min(used.values())} to {max(used.values())}, {sum(used.values())} "
+        f"components in all. Layout: {mode}.",
+        "",
+        "```python",
+        "from peft import PeftModel",
+        *([f"from transformers import {kind}"] if hub else []),
+        "",
+        f"base = {start}",
+        'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
+        "```",
+        *[f"\nNote: {note}" for note in notes],
+        "",
+        "| layer | rank |",
+        "|---|---|",
+        *[f"| {name} | {rank} |" for name, rank in ranks.items()],
+    ]

@@ -1,0 +1,255 @@
+"""How adapters are laid out in PEFT's LoRA format: the names of its tensors, its ranks and scales, and its config.
+
+PEFT finds a layer by the end of its name, takes its rank and scale from the first of several regular expressions that
+matches, and says nothing when a tensor has no place. So every name here is written out in full and checked against the
+way in which PEFT would read it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_peft.adapters.attention import AdaptedAttention
+from lightning_peft.adapters.base import Adapter
+from lightning_peft.adapters.layers import is_conv1d
+from lightning_peft.adapters.low_rank import LowRank
+from lightning_peft.export import named_adapters, widened
+from lightning_peft.rank.budget import clean_name
+
+Mode = Literal["padded", "compact", "folded"]
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Part:
+    """One pair of tensors: where PEFT keeps it, the shape of the layer's matrix, and the adapter that it comes from."""
+
+    key: str
+    shape: tuple[int, int]
+    adapter: LowRank | None  # None: an attention's other projection, which PEFT adapts too and which gets zeros
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.adapter is None else int(self.adapter.gate.open().sum())
+
+    def names(self) -> tuple[str, str]:
+        """Names of A and B in the file."""
+        if self.adapter is not None and isinstance(self.adapter.base, nn.Embedding):
+            return f"{self.key}.lora_embedding_A", f"{self.key}.lora_embedding_B"
+        return f"{self.key}.lora_A.weight", f"{self.key}.lora_B.weight"
+
+    def update(self) -> Tensor:
+        """The update that the tensors stand for: (d_out, d_in)."""
+        return torch.zeros(self.shape) if self.adapter is None else widened(self.adapter).update().detach()
+
+    def factors(self, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+        """A (rank, d_in) and B (d_out, rank), zero-padded, such that scale * B A is the adapter's update."""
+        d_out, d_in = self.shape
+        if self.adapter is None:
+            return torch.zeros(rank, d_in), torch.zeros(d_out, rank)
+        A, B = widened(self.adapter).factors()
+        B = B * (self.adapter.scaling / scale)
+        short = rank - A.shape[0]
+        return F.pad(A, (0, 0, 0, short)).cpu().contiguous(), F.pad(B, (0, short)).cpu().contiguous()
+
+
+@dataclass(frozen=True)
+class Target:
+    """A module that PEFT puts LoRA on: its path, and one pair of tensors, or the two of an attention."""
+
+    path: str
+    parts: tuple[Part, ...]
+
+    @property
+    def rank(self) -> int:
+        return max(part.rank for part in self.parts)
+
+
+def find_targets(host: nn.Module) -> list[Target]:
+    """What to write, without layers of rank 0.
+
+    Raises:
+        TypeError: an adapter, or the place where it is, cannot be expressed in PEFT's LoRA format.
+        ValueError: every layer is of rank 0.
+    """
+    found = named_adapters(host)
+    places = _attention_places(host)
+    shared = _shared(host)
+    paired: dict[str, dict[str, Part]] = {}
+    for name, adapter in found.items():
+        if not isinstance(adapter, LowRank):
+            raise TypeError(
+                f"layer {name!r}: {type(adapter).__name__} cannot be expressed in PEFT's LoRA format, which holds a "
+                "low-rank update of a weight. " + ("Export the merged model instead." if adapter.mergeable else "")
+            )
+        attention, role = places.get(id(adapter), (None, ""))
+        for module in (adapter, attention):
+            if module is not None and id(module) in shared:
+                raise TypeError(
+                    f"layer {name!r} is shared by several parents ({', '.join(shared[id(module)])}), and PEFT would "
+                    "adapt it in only one of them. Export the merged model instead."
+                )
+        shape = adapter.B.shape[0], adapter.A.shape[1]
+        if attention is None:
+            paired[name] = {"": Part(PREFIX + name, shape, adapter)}
+            continue
+        path = name.rpartition(".")[0]
+        if not attention._qkv_same_embed_dim or not path:
+            raise TypeError(
+                f"layer {name!r}: PEFT adapts a MultiheadAttention only as a part of a model and with query, key and "
+                "value of one size. Export the merged model instead."
+            )
+        pair = paired.setdefault(path, _empty(path, attention.embed_dim))
+        pair[role] = Part(pair[role].key, shape, adapter)
+    targets = [Target(path, tuple(parts.values())) for path, parts in paired.items()]
+    targets = [target for target in targets if target.rank]
+    if not targets:
+        raise ValueError(
+            f"all {len(found)} adapted layers are of rank 0, so there is no adapter to write: the model is its base. "
+            "Train before exporting (DynamicDoRA's gains start at 0), or raise the budget."
+        )
+    return targets
+
+
+def lay_out(targets: list[Target], mode: Mode) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the part of the config that says their ranks and scales.
+
+        padded    one rank R for all, zeros behind; scale s = lora_alpha / R
+        compact   true ranks r, scale s = alpha r / r from alpha_pattern
+        folded    true ranks r, scale lora_alpha / r, and B times r / R to make up for it
+
+    Raises:
+        ValueError: mode is none of these.
+    """
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode={mode!r}: choose {', '.join(map(repr, get_args(Mode)))}.")
+    widest = max(target.rank for target in targets)
+    s = next(part.adapter.scaling for target in targets for part in target.parts if part.adapter is not None)
+    alpha = s * widest
+    tensors: dict[str, Tensor] = {}
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for target in targets:
+        rank = widest if mode == "padded" else target.rank
+        own = s * rank if mode == "compact" else alpha
+        if rank != widest:
+            ranks[target.path] = rank
+        if own != alpha:
+            alphas[target.path] = own
+        for part in target.parts:
+            name_a, name_b = part.names()
+            tensors[name_a], tensors[name_b] = part.factors(rank, own / rank)
+    paths = [target.path for target in targets]
+    config = {
+        "r": widest,
+        "lora_alpha": _number(alpha),
+        "rank_pattern": _patterns(ranks, paths),
+        "alpha_pattern": _patterns({path: _number(own) for path, own in alphas.items()}, paths),
+        "fan_in_fan_out": any(part.adapter and is_conv1d(part.adapter.base) for t in targets for part in t.parts),
+    }
+    return tensors, config
+
+
+def target_modules(host: nn.Module, paths: Collection[str]) -> list[str] | str:
+    """The paths as they are, or as one regular expression where PEFT would take another layer for one of them."""
+    layers = _layer_names(host)
+    if any(name not in paths and name.endswith(tuple("." + path for path in paths)) for name in layers):
+        return "|".join(re.escape(path) for path in paths)
+    return list(paths)
+
+
+def modules_to_save(host: nn.Module, head: Iterable[str], paths: Iterable[str]) -> list[str]:
+    """The head's modules, if PEFT would find exactly these.
+
+    Raises:
+        ValueError: PEFT would also find other modules by these names, or leave adapters out.
+    """
+    names = list(head)
+    for path in paths:
+        for name in names:
+            if re.match(rf"(^|.*\.){name}($|\..*)", path):
+                raise ValueError(_ambiguous(name, path))
+    for other in _layer_names(host):
+        for name in names:
+            if other.endswith(name) and other not in names:
+                raise ValueError(_ambiguous(name, other))
+    return names
+
+
+# PEFT's model classes for these tasks keep the modules of these names whatever the config says.
+_TASKS = {
+    "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
+    "ForTokenClassification": ("TOKEN_CLS", ("classifier", "score")),
+    "ForQuestionAnswering": ("QUESTION_ANS", ("qa_outputs",)),
+    "ForCausalLM": ("CAUSAL_LM", ()),
+    "LMHeadModel": ("CAUSAL_LM", ()),
+}
+
+
+def task_type(host: nn.Module, head: Collection[str]) -> str | None:
+    """PEFT's name of the model's task; ``None`` if it has none, or if it would ask for a head that is left out."""
+    for ending, (task, kept) in _TASKS.items():
+        if type(host).__name__.endswith(ending):
+            asked = [name for name in _layer_names(host) if kept and name.endswith(kept)]
+            return task if all(name in head for name in asked) and (asked or not kept) else None
+    return None
+
+
+def _ambiguous(name: str, other: str) -> str:
+    return (
+        f"the trained module {name!r} cannot be kept: PEFT finds such modules by the end of their name and would also "
+        f"take {other!r}. Give head=False to leave it out and save it yourself, rename it, or export the merged model."
+    )
+
+
+def _empty(path: str, width: int) -> dict[str, Part]:
+    """An attention's two projections before any adapter is seen; PEFT gives both the same rank and scale."""
+    inward = Part(PREFIX + path, (3 * width, width), None)
+    return {"in": inward, "out": Part(f"{PREFIX}{path}.base_layer.out_proj", (width, width), None)}
+
+
+def _attention_places(host: nn.Module) -> dict[int, tuple[nn.MultiheadAttention, str]]:
+    places: dict[int, tuple[nn.MultiheadAttention, str]] = {}
+    for module in host.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            places[id(module.out_proj)] = (module, "out")
+            if isinstance(module, AdaptedAttention):
+                places[id(module.in_proj)] = (module, "in")
+    return places
+
+
+def _shared(host: nn.Module) -> dict[int, list[str]]:
+    """Modules that more than one parent holds, with the names that they have there."""
+    held: dict[int, list[str]] = {}
+    for path, parent in host.named_modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                held.setdefault(id(child), []).append(clean_name(f"{path}.{name}" if path else name))
+    return {key: names for key, names in held.items() if len(names) > 1}
+
+
+def _layer_names(host: nn.Module) -> list[str]:
+    """Names of all modules as they are without adapters and wrappers."""
+    inside = tuple(f"{path}." for path, child in host.named_modules() if isinstance(child, Adapter))
+    return [clean_name(path) for path, _ in host.named_modules(remove_duplicate=False) if not path.startswith(inside)]
+
+
+def _patterns(values: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
+    """A PEFT pattern per layer: its plain name, or anchored and escaped where that would match another layer too."""
+    if all(re.fullmatch(r"[\w.]+", path) for path in values):
+        compiled = {path: re.compile(rf"(.*\.)?({path})$") for path in values}
+        if not any(pattern.match(path) for key, pattern in compiled.items() for path in paths if key != path):
+            return dict(values)
+    return {f"^{re.escape(path)}": value for path, value in values.items()}
+
+
+def _number(value: float) -> int | float:
+    """Whole numbers as such: some readers take nothing else for lora_alpha."""
+    return int(value) if value == int(value) else value

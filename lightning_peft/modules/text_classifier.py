@@ -1,0 +1,183 @@
+"""A text classifier from any pretrained encoder; adapters are whatever a callback put into it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypedDict, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from transformers import AutoModelForSequenceClassification
+
+# Where PyTorch has a fused AdamW kernel. It matters with adapters: hundreds of small tensors, a dozen kernels each.
+_FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
+
+
+class TextBatch(TypedDict, total=False):
+    """A batch: ``input_ids`` (batch, length), ``attention_mask`` (batch, length), ``labels`` (batch,) where known."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+
+class Prediction(TypedDict):
+    """What ``predict_step`` returns: ``logits`` and ``probabilities``, (batch, classes) each."""
+
+    logits: Tensor
+    probabilities: Tensor
+
+
+class TextClassifier(LightningModule):
+    """Sequence classification with two learning rates, one for the new head and one for all else that trains.
+
+    The module trains the parameters that require a gradient and asks nothing more: alone it is full fine-tuning, with
+    ``AdapterInjection`` in the trainer's callbacks it is adapter training. A new head needs a larger step than the
+    adapters: with one rate for both it is the bottleneck.
+
+    Attention is the library's own choice (``sdpa`` where the model has it): on a CPU as fast as ``eager`` or faster.
+
+    Args:
+        backbone: hub name, or folder with a ``config.json`` and weights.
+        num_labels: number of classes, at least 2.
+        lr: peak learning rate of trainable parameters inside the encoder (adapters).
+        head_lr: peak learning rate of trainable parameters outside the encoder (the classification head).
+        weight_decay: AdamW's decoupled weight decay, for both groups.
+        warmup: share of the optimizer steps in which the rates rise from 0; then they fall linearly to 0.
+    Shape:
+        input_ids, attention_mask: (batch, length) -> logits (batch, num_labels)
+    Raises:
+        ValueError: the backbone cannot be found; fewer than two classes; warmup outside [0, 1).
+    Example:
+        >>> TextClassifier("no/such/folder", num_labels=2)
+        Traceback (most recent call last):
+        ValueError: backbone='no/such/folder' cannot be loaded: ...
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        num_labels: int,
+        lr: float = 1e-3,
+        head_lr: float = 5e-3,
+        weight_decay: float = 0.01,
+        warmup: float = 0.06,
+    ) -> None:
+        super().__init__()
+        if num_labels < 2:
+            raise ValueError(f"num_labels={num_labels}: a classifier needs at least 2 classes.")
+        if not 0.0 <= warmup < 1.0:
+            raise ValueError(f"warmup={warmup}: it is a share of the optimizer steps, at least 0 and below 1.")
+        self.save_hyperparameters()
+        self.lr, self.head_lr, self.weight_decay, self.warmup = lr, head_lr, weight_decay, warmup
+        self.model = _pretrained(backbone, num_labels)
+        metrics = MetricCollection(
+            {
+                "accuracy": MulticlassAccuracy(num_labels, average="micro"),
+                "macro_f1": MulticlassF1Score(num_labels, average="macro"),
+            }
+        )
+        self.val_metrics = metrics.clone(prefix="val/")
+        self.test_metrics = metrics.clone(prefix="test/")
+
+    def forward(self, batch: TextBatch) -> Any:
+        """Run the model; the output has ``logits``, and ``loss`` if the batch has ``labels``."""
+        return self.model(**batch)
+
+    def training_step(self, batch: TextBatch, batch_idx: int) -> Mapping[str, Tensor]:
+        """Cross-entropy of one batch; the logits ride along for loss terms that need them."""
+        outputs = self(batch)
+        self.log("train/loss", outputs.loss.detach(), prog_bar=True, batch_size=len(batch["labels"]))
+        return {"loss": outputs.loss, "logits": outputs.logits}
+
+    def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
+        """Log ``val/loss``, ``val/accuracy``, ``val/macro_f1``."""
+        self._evaluate(batch, self.val_metrics, "val")
+
+    def test_step(self, batch: TextBatch, batch_idx: int) -> None:
+        """Log ``test/loss``, ``test/accuracy``, ``test/macro_f1``."""
+        self._evaluate(batch, self.test_metrics, "test")
+
+    def predict_step(self, batch: TextBatch, batch_idx: int) -> Prediction:
+        """Logits and probabilities of one batch; labels, if any, are not looked at."""
+        logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+        return {"logits": logits, "probabilities": logits.softmax(-1)}
+
+    def _evaluate(self, batch: TextBatch, metrics: MetricCollection, stage: str) -> None:
+        outputs, labels = self(batch), batch["labels"]
+        metrics.update(outputs.logits, labels)
+        self.log(f"{stage}/loss", outputs.loss, prog_bar=stage == "val", batch_size=len(labels), sync_dist=True)
+        self.log_dict(metrics, prog_bar=True, batch_size=len(labels))
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Trainable parameters in two groups, ``adapters`` and ``head``; an empty group is left out.
+
+        The head is what trains outside the encoder, which every transformers model names in ``base_model_prefix``.
+        """
+        encoder = getattr(self.model, str(self.model.base_model_prefix), self.model)
+        inside = set(encoder.parameters())
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"name": "adapters", "lr": self.lr, "params": [p for p in trainable if p in inside]},
+            {"name": "head", "lr": self.head_lr, "params": [p for p in trainable if p not in inside]},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW on both groups, with linear warm-up and decay over the trainer's own number of steps.
+
+        Raises:
+            MisconfigurationException: nothing is trainable, or the number of steps is not known.
+        """
+        groups = self.parameter_groups()
+        if not groups:
+            raise MisconfigurationException(
+                "TextClassifier has no trainable parameter: every parameter has requires_grad=False. "
+                "Add an AdapterInjection callback, or let the head train (train=['classifier'])."
+            )
+        total = self.trainer.estimated_stepping_batches
+        if total == float("inf"):
+            raise MisconfigurationException(
+                "TextClassifier needs the number of optimizer steps for its decay, and the trainer has no limit: "
+                "set Trainer(max_epochs=...) or Trainer(max_steps=...)."
+            )
+        devices = {p.device.type for group in groups for p in group["params"]}
+        # A fused kernel unscales float16 gradients by itself, and then Lightning can no longer clip them.
+        fused = devices <= _FUSED_DEVICES and self.trainer.precision != "16-mixed"
+        optimizer = torch.optim.AdamW(groups, weight_decay=self.weight_decay, fused=fused)
+        warmup, total = round(self.warmup * total), int(total)
+
+        def share(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / (warmup + 1)  # not step / warmup: a first step at rate 0 would be a wasted batch
+            return max(0.0, (total - step) / max(1, total - warmup))
+
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": LambdaLR(optimizer, share), "interval": "step"},
+        }
+
+
+def _pretrained(backbone: str, num_labels: int) -> nn.Module:
+    """The pretrained encoder with a new head, in training mode."""
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            backbone,
+            num_labels=num_labels,
+            problem_type="single_label_classification",
+            ignore_mismatched_sizes=True,  # a head for other classes is replaced by a new one
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"backbone={backbone!r} cannot be loaded: it is neither a folder with a config.json and weights nor a name "
+            "of a model that the hub answers for. Give the path of such a folder, or check the name and the network."
+        ) from error
+    # from_pretrained leaves the model in eval mode, and Lightning trains a module in the mode it finds it: no dropout.
+    model.train()
+    return cast(nn.Module, model)

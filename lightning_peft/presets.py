@@ -1,0 +1,104 @@
+"""Whole methods as lists of callbacks: `Trainer(callbacks=[*presets.dynamic_dora(final_rank=8)])` is a user's code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from lightning.pytorch import Callback
+
+from lightning_peft.adapters import dynamic_dora as dora
+from lightning_peft.adapters.dynamic_dora import DynamicDoRA
+from lightning_peft.adapters.lora import LoRA
+from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, RankMonitor, RankPruning, Regularization
+from lightning_peft.rank.budget import Budget
+from lightning_peft.regularizers import DEM, UntilTail
+from lightning_peft.regularizers.dem import Normalizer
+
+
+class Preset(list[Callback]):
+    """The callbacks of one method, in the order that they need: `Trainer(callbacks=[*preset])`.
+
+    A type of its own, so that the command line can tell a function that returns one from any other: the `peft` of a job
+    takes whatever returns a Preset, yours too.
+    """
+
+
+def lora(
+    rank: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    targets: Sequence[str] | None = None,
+    train: Sequence[str] | None = None,
+) -> Preset:
+    """LoRA of one rank everywhere, with adapter-only checkpoints.
+
+    Args:
+        rank: components per layer.
+        alpha: update scale; the update is multiplied by alpha / rank.
+        dropout: dropout on the adapters' input.
+        targets: layers to adapt; ``None`` for all linear layers except the head. See :func:`lightning_peft.inject`.
+        train: what stays trainable beside them; ``None`` for the head.
+
+    Reference:
+        Hu et al., LoRA, 2021, arXiv 2106.09685.
+    """
+    adapter = partial(LoRA, rank=rank, alpha=alpha, dropout=dropout)
+    return Preset([AdapterInjection(adapter, targets, train), RankMonitor(), AdapterCheckpoint()])
+
+
+def dynamic_dora(
+    final_rank: float | None = None,
+    *,
+    budget: Budget | None = None,
+    initial_rank: int | None = None,
+    alpha: float = 8.0,
+    dropout: float = 0.1,
+    warmup: float = 0.15,
+    tail: float = 0.5,
+    interval: int = 10,
+    beta: float = 0.9,
+    dem_weight: float = 0.3,
+    dem_normalizer: Normalizer = "code",
+    minimum: int = 0,
+    targets: Sequence[str] | None = None,
+    train: Sequence[str] | None = None,
+) -> Preset:
+    """Dynamic DoRA: rank that moves to where it is worth most, with the authors' settings.
+
+    Args:
+        final_rank: average rank per layer at the end; 8 if neither it nor `budget` is given.
+        budget: the end in another unit: parameters, share of capacity, or megabytes of adapter file.
+        initial_rank: components per layer at the start; ceil(1.5 final_rank) if not given.
+        alpha: update scale; the update is multiplied by alpha / initial_rank.
+        dropout: dropout on the adapters' input.
+        warmup: share of the run before the first cut.
+        tail: share of the run after the last one; DEM is off there.
+        interval: optimizer steps between two cuts.
+        beta: how much of the running average of the scores is kept.
+        dem_weight: eta, the weight of DEM; 0 leaves the term out.
+        dem_normalizer: "code" or "components"; see :class:`~lightning_peft.DEM`.
+        minimum: components that every layer keeps.
+        targets: layers to adapt; ``None`` for all linear layers except the head. See :func:`lightning_peft.inject`.
+        train: what stays trainable beside them; ``None`` for the head.
+
+    Raises:
+        ValueError: final_rank and budget are both given, or a budget other than a rank comes without `initial_rank`.
+
+    Reference:
+        Mao et al., DoRA, ACL 2024, arXiv 2405.17357.
+    """
+    if final_rank is not None and budget is not None:
+        raise ValueError(f"give final_rank or budget, not both. Got final_rank={final_rank}, budget={budget}.")
+    final = budget or Budget(rank=8 if final_rank is None else final_rank)
+    if initial_rank is None:
+        if final.rank is None:
+            raise ValueError(f"{final} does not say how many components to start with; give initial_rank as well.")
+        initial_rank = dora.initial_rank(final.rank)
+    callbacks: list[Callback] = [
+        AdapterInjection(partial(DynamicDoRA, rank=initial_rank, alpha=alpha, dropout=dropout), targets, train),
+        RankPruning(dora.policy(final, warmup, tail, interval, beta, minimum=minimum)),
+    ]
+    if dem_weight:
+        callbacks.append(Regularization({"dem": DEM(UntilTail(dem_weight, tail), dem_normalizer)}))
+    return Preset([*callbacks, RankMonitor(), AdapterCheckpoint()])

@@ -1,0 +1,26 @@
+"""The one notion of rank: gates, their budget, and how it is spent over time."""
+
+from lightning_peft.rank.allocation import close_lowest
+from lightning_peft.rank.budget import Budget, RankBudget, Site, clean_name
+from lightning_peft.rank.gate import Gate
+from lightning_peft.rank.importance import Importance, Taylor
+from lightning_peft.rank.policy import RankPolicy
+from lightning_peft.rank.schedule import Constant, Cubic, Linear, Schedule, SlowCubic, Step
+
+__all__ = [
+    "Budget",
+    "Constant",
+    "Cubic",
+    "Gate",
+    "Importance",
+    "Linear",
+    "RankBudget",
+    "RankPolicy",
+    "Schedule",
+    "Site",
+    "SlowCubic",
+    "Step",
+    "Taylor",
+    "clean_name",
+    "close_lowest",
+]

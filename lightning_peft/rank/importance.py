@@ -1,0 +1,134 @@
+"""What a component is worth."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_peft.rank.budget import RankBudget, Site
+
+
+def by_shape(sites: Iterable[Site]) -> list[list[Site]]:
+    """Group sites whose adapters hold tensors of equal shapes, so that one batched call serves a group."""
+    groups: dict[object, list[Site]] = {}
+    for site in sites:
+        key = tuple((name, tuple(p.shape), p.device) for name, p in site.adapter.own_parameters())
+        groups.setdefault((type(site.adapter), len(site.gate), key), []).append(site)
+    return list(groups.values())
+
+
+class Importance(ABC):
+    """A running worth per component, updated once per optimizer step.
+
+    `reads` says when: "gradients" before the step (averaged over ranks and unscaled), "weights" after it.
+    The running average is kept in one tensor per group of equally shaped layers; :meth:`scores` gives it by layer.
+
+        worth <- beta worth + (1 - beta) now          (starts at 0, no bias correction: it would not change the order)
+
+    Args:
+        beta: how much of the running average is kept, in [0, 1).
+
+    Raises:
+        ValueError: beta is not in [0, 1).
+    """
+
+    reads: ClassVar[Literal["gradients", "weights"]]
+
+    def __init__(self, beta: float) -> None:
+        if not 0 <= beta < 1:
+            raise ValueError(f"beta is the share of the running average that is kept, in [0, 1). Got {beta}.")
+        self.beta = beta
+        self._groups: list[list[Site]] = []
+        self._worth: list[Tensor] = []
+
+    @abstractmethod
+    def measure(self, group: list[Site]) -> Tensor:
+        """Worth now of L equally shaped layers: (L, n), float32, without a Python loop over components."""
+
+    def track(self, budget: RankBudget) -> None:
+        """Start at zero for the adapters of `budget`."""
+        self._groups = by_shape(budget.values())
+        self._worth = [
+            torch.zeros(len(group), len(group[0].gate), device=group[0].gate.mask.device) for group in self._groups
+        ]
+
+    def release(self) -> None:  # noqa: B027  # most have nothing to undo
+        """Undo what :meth:`track` did to the adapters; the running average stays."""
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Fold the worth of this step into the running average. No device sync."""
+        for group, worth in zip(self._groups, self._worth, strict=True):
+            worth.lerp_(self.measure(group), 1 - self.beta)
+
+    def scores(self) -> dict[str, Tensor]:
+        """Running worth by layer, in the order of the groups; views, not copies."""
+        return {
+            site.name: row
+            for group, worth in zip(self._groups, self._worth, strict=True)
+            for site, row in zip(group, worth, strict=True)
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running average by layer: tensors only."""
+        return {"worth": {name: row.clone() for name, row in self.scores().items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave, after :meth:`track`.
+
+        Raises:
+            ValueError: the layers or their numbers of components differ.
+        """
+        worth, rows = state["worth"], self.scores()
+        if {n: tuple(t.shape) for n, t in worth.items()} != {n: tuple(t.shape) for n, t in rows.items()}:
+            odd = sorted(set(worth) ^ set(rows)) or [n for n in rows if worth[n].shape != rows[n].shape]
+            raise ValueError(
+                f"saved importance does not fit the adapters of this module; first difference at {odd[0]!r}."
+            )
+        for name, row in rows.items():
+            row.copy_(worth[name])
+
+
+class Taylor(Importance):
+    """First-order worth of a component: how much the loss would change if it were closed.
+
+        worth_i = | dL / dmask_i |          ( = |<A_i, dL/dA_i>| = |gain_i dL/dgain_i| where the component is open )
+
+    The mask measures it: while an importance tracks it, it requires grad, though it is a buffer and in no optimizer.
+    One number per component, whatever the size and the storage of the weights; a closed component keeps a score.
+
+    Args:
+        beta: how much of the running average is kept.
+
+    Reference:
+        Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, arXiv 1906.10771, eq. 8
+        (remembered; the square there, the absolute value here).
+    """
+
+    reads = "gradients"
+
+    def __init__(self, beta: float = 0.85) -> None:
+        super().__init__(beta)
+
+    def track(self, budget: RankBudget) -> None:
+        super().track(budget)
+        for site in budget.values():
+            site.gate.mask.requires_grad_(True)
+            site.gate.mask.grad = None
+
+    def release(self) -> None:
+        for group in self._groups:
+            for site in group:
+                site.gate.mask.requires_grad_(False)
+                site.gate.mask.grad = None
+
+    def measure(self, group: list[Site]) -> Tensor:
+        zero = torch.zeros_like(group[0].gate.mask)
+        now = torch.stack([zero if site.gate.mask.grad is None else site.gate.mask.grad for site in group]).abs()
+        for site in group:
+            site.gate.mask.grad = None  # no optimizer clears it
+        return now

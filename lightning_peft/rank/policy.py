@@ -1,0 +1,114 @@
+"""RankPolicy = schedule + importance + allocation, held against one budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightning_peft.rank.allocation import close_lowest
+from lightning_peft.rank.budget import Budget, RankBudget
+from lightning_peft.rank.importance import Importance
+from lightning_peft.rank.schedule import Schedule
+
+
+class RankPolicy:
+    """Decide which components stay open as training goes on.
+
+        event(t)  = start <= t <= last and ( (t - start) mod interval == 0  or  t == last )
+        budget(t) = capacity - schedule.cut(t, T, capacity - final)
+
+    At an event the components of lowest importance are closed, exactly as many as the schedule says. Before the last
+    event removal is soft or hard, as `soft` says; the last event is always hard, and the mask is final from then on.
+
+    Args:
+        schedule: how fast the budget falls, with its warm-up and its frozen tail.
+        importance: what a component is worth.
+        final: what may be spent at the end.
+        interval: optimizer steps between two events; the last step of the window is always one.
+        soft: removal before the last event only zeroes the gain, so that components may return.
+        minimum: components that every layer keeps.
+
+    Raises:
+        ValueError: interval is below 1, or minimum is negative.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        importance: Importance,
+        final: Budget,
+        interval: int = 10,
+        soft: bool = False,
+        minimum: int = 0,
+    ) -> None:
+        if interval < 1:
+            raise ValueError(f"interval is a number of optimizer steps, at least 1. Got {interval}.")
+        if minimum < 0:
+            raise ValueError(f"minimum is a number of components, at least 0. Got {minimum}.")
+        self.schedule = schedule
+        self.importance = importance
+        self.final = final
+        self.interval = interval
+        self.soft = soft
+        self.minimum = minimum
+        self._budget = RankBudget({})
+        self._sizes: dict[str, int] = {}
+        self._capacity = 0
+        self._cut = 0
+
+    def track(self, budget: RankBudget) -> None:
+        """Take on the adapters of `budget`; importance starts at zero.
+
+        Raises:
+            ValueError: the final budget does not fit them, or soft removal is asked of gates without a gain.
+        """
+        hard = [name for name, site in budget.items() if site.gate.gain is None]
+        if self.soft and hard:
+            raise ValueError(
+                f"soft removal zeroes a component's gain, and the adapter at {hard[0]!r} has none; use soft=False."
+            )
+        self._budget = budget
+        self._sizes = budget.sizes(self.final.unit)
+        self._capacity = sum(self._sizes[name] * len(site.gate) for name, site in budget.items())
+        self._cut = self._capacity - self.final.amount(budget, self.minimum)
+        self.importance.track(budget)
+
+    def is_event(self, step: int, total: int) -> bool:
+        """Whether components are chosen after this step (counted from 1)."""
+        start, last = self.schedule.window(total)
+        return start <= step <= last and ((step - start) % self.interval == 0 or step == last)
+
+    def is_final(self, step: int, total: int) -> bool:
+        """Whether the mask is final after this step."""
+        return step >= self.schedule.window(total)[1]
+
+    def observes(self, step: int, total: int) -> bool:
+        """Whether importance still matters at this step: until the last event, it included."""
+        return step <= self.schedule.window(total)[1]
+
+    def budget_at(self, step: int, total: int) -> int:
+        """What may be spent after this step, in the final budget's unit; it never rises."""
+        return self._capacity - self.schedule.cut(step, total, self._cut)
+
+    def decide(self, step: int, total: int) -> dict[str, Tensor]:
+        """The components that stay open after this step: layer -> (n,) bool. Equal inputs, equal masks."""
+        scores = self.importance.scores()
+        ordered = {name: scores[name] for name in self._budget}  # module order, which is the order of ties
+        return close_lowest(ordered, self._sizes, self.schedule.cut(step, total, self._cut), self.minimum)
+
+    def apply(self, masks: Mapping[str, Tensor], step: int, total: int) -> None:
+        """Write the masks into the gates: soft if the policy is soft, hard if it is not or the event is the last."""
+        if self.soft:
+            self._budget.keep(masks, soft=True)
+        if not self.soft or self.is_final(step, total):
+            self._budget.keep(masks)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The importance's running average. Masks are the model's state, and the schedule has none."""
+        return {"importance": self.importance.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave, after :meth:`track`."""
+        self.importance.load_state_dict(state["importance"])

@@ -1,0 +1,7 @@
+"""Terms of the loss."""
+
+from lightning_peft.regularizers.base import Regularizer, UntilTail, regularized
+from lightning_peft.regularizers.dem import DEM
+from lightning_peft.regularizers.orthogonality import Orthogonality
+
+__all__ = ["DEM", "Orthogonality", "Regularizer", "UntilTail", "regularized"]

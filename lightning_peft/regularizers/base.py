@@ -1,0 +1,79 @@
+"""Regularizer: a scalar added to the loss where it still is a loss."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.adapters.low_rank import LowRank
+from lightning_peft.rank.schedule import share_of
+
+Weight = float | Callable[[int, int], float]
+"""A term's weight: a number, or a function of (step, total), optimizer steps counted from 1."""
+
+
+@dataclass(frozen=True)
+class UntilTail:
+    """A weight that is `value` until the frozen tail begins, and exactly 0 in it.
+
+    Args:
+        value: the weight before the tail.
+        tail: share of the run that the tail takes, as in :class:`~lightning_peft.rank.Schedule`.
+
+    Example:
+        >>> UntilTail(0.3, tail=0.5)(50, 100), UntilTail(0.3, tail=0.5)(51, 100)
+        (0.3, 0.0)
+    """
+
+    value: float
+    tail: float
+
+    def __call__(self, step: int, total: int) -> float:
+        return self.value if step <= total - share_of(self.tail, total) else 0.0
+
+
+class Regularizer(nn.Module, ABC):
+    """A term of the loss: `forward(module, batch, outputs) -> scalar`, times its weight.
+
+    It may own parameters; the callback registers it on the LightningModule, so that optimizer, sync and checkpoint come
+    for free.
+
+    Args:
+        weight: what the term is multiplied by: a number, or a function of (step, total).
+    """
+
+    def __init__(self, weight: Weight = 1.0) -> None:
+        super().__init__()
+        self.weight = weight
+
+    @abstractmethod
+    def forward(self, module: nn.Module, batch: Any, outputs: Any) -> Tensor:
+        """The term's value for this batch: a scalar."""
+
+    def weight_at(self, step: int, total: int) -> float:
+        """The weight at an optimizer step, counted from 1."""
+        return self.weight(step, total) if callable(self.weight) else self.weight
+
+
+def low_rank(module: nn.Module) -> list[LowRank]:
+    """The low-rank adapters of a module, in its order."""
+    return [child for child in module.modules() if isinstance(child, LowRank)]
+
+
+def regularized(loss: Tensor, terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """loss + sum_i weight_i term_i, in float32 or the loss's own dtype where that is wider.
+
+    Args:
+        loss: the task's loss, a scalar.
+        terms: values of the terms, by name.
+        weights: their weights, by name; a term of weight 0 is not in `terms`.
+    """
+    total = loss.to(torch.promote_types(loss.dtype, torch.float32))
+    for name, term in terms.items():
+        total = total + weights[name] * term
+    return total

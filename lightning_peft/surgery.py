@@ -1,0 +1,292 @@
+"""Find layers, put adapters in their place, freeze the rest; and undo all of it."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from lightning_peft.adapters.attention import AdaptedAttention, expose_in_proj, has_in_proj, hide_in_proj
+from lightning_peft.adapters.base import Adapter, AdapterFactory
+from lightning_peft.adapters.layers import why_not
+from lightning_peft.heads import Head, find_head
+from lightning_peft.rank.budget import RankBudget
+
+_FROZEN = "_frozen_by_inject"  # attribute of the module that inject was called on: names, to thaw them again
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What :func:`inject` did.
+
+    Attributes:
+        adapted: names of the layers that now have an adapter, in the module's order.
+        trained: names of the base's parameters that stay trainable beside the adapters.
+        frozen: names of the base's parameters that were trainable and no longer are.
+        read: adapted layers whose weight is read by their parent and which are never called themselves.
+        parameters: trainable parameters of the adapters.
+        trained_parameters: trainable parameters beside them.
+        total: parameters of the whole module, adapters included.
+    """
+
+    adapted: tuple[str, ...]
+    trained: tuple[str, ...]
+    frozen: tuple[str, ...]
+    read: tuple[str, ...]
+    parameters: int
+    trained_parameters: int
+    total: int
+
+    def __str__(self) -> str:
+        kinds: dict[str, list[str]] = {}
+        for name in self.adapted:
+            kinds.setdefault(re.sub(r"\.\d+(?=\.|$)", ".*", name), []).append(name)
+        lines = [f"Adapted {len(self.adapted)} layers with {self.parameters:,} trainable parameters:"]
+        lines += [f"  {kind}" + (f"  ({len(names)} layers)" if len(names) > 1 else "") for kind, names in kinds.items()]
+        if self.trained:
+            owners = dict.fromkeys(name.rpartition(".")[0] or name for name in self.trained)
+            lines.append(f"Trained beside them: {', '.join(owners)} ({self.trained_parameters:,} parameters).")
+        if self.read:
+            lines.append(f"Read, never called, so that adapter dropout does not act there: {len(self.read)} layers.")
+        share = (self.parameters + self.trained_parameters) / max(1, self.total)
+        lines.append(f"Trainable in all: {share:.2%} of {self.total:,} parameters.")
+        return "\n".join(lines)
+
+
+def inject(
+    module: nn.Module,
+    factory: AdapterFactory,
+    targets: Sequence[str] | None = None,
+    train: Sequence[str] | None = None,
+) -> Injection:
+    """Put adapters in place of layers and freeze everything else, in place.
+
+    A layer that several parents share is adapted once and stays shared. A pattern is a regular expression that matches
+    a layer's whole name, or the end of it after a dot: "query" matches "encoder.layer.0.attention.self.query".
+
+    Args:
+        module: any module; not itself the layer to adapt.
+        factory: builds an adapter around a layer: `partial(LoRA, rank=8)`.
+        targets: patterns of the layers to adapt: Linear, Conv1D, Embedding, and `in_proj` and `out_proj` of
+            MultiheadAttention. ``None`` means all of them except embeddings and the head; see
+            :func:`lightning_peft.heads.find_head`.
+        train: patterns of modules or parameters that stay trainable. ``None`` means the head; `[]` means nothing.
+
+    Returns:
+        What was done; print it.
+
+    Raises:
+        ValueError: a pattern matches nothing, or the layers are adapted already.
+        TypeError: a target cannot be adapted.
+    """
+    for name, patterns in (("targets", targets), ("train", train)):
+        if isinstance(patterns, str):
+            raise TypeError(f"{name} must be a list of patterns, not one string. Write {name}=[{patterns!r}].")
+    if isinstance(module, Adapter) or why_not(module) is None:
+        raise TypeError(
+            f"inject replaces layers inside a module and got a single {type(module).__name__}; "
+            "wrap it (nn.Sequential) or call the adapter's class on it."
+        )
+    head = find_head(module)
+    chosen = _choose(module, targets, head)
+    kept = _kept(module, train, head, chosen)
+    return install(module, {name: (layer, factory) for name, layer in chosen.items()}, kept)
+
+
+def install(
+    module: nn.Module, plan: Mapping[str, tuple[nn.Module, AdapterFactory]], kept: Collection[str]
+) -> Injection:
+    """Put adapters exactly where `plan` says: name -> (layer, factory); what :func:`inject` does once it has chosen.
+
+    Args:
+        module: the module that is changed.
+        plan: what to adapt, from :func:`adaptable`, with the factory for each layer.
+        kept: names of the base's parameters that stay trainable.
+    """
+    trainable = {name for name, p in module.named_parameters() if p.requires_grad}
+    total = sum(p.numel() for p in module.parameters())
+    before = [(p, p.requires_grad) for p in module.parameters()]
+    attentions = [layer for layer, _ in plan.values() if isinstance(layer, nn.MultiheadAttention)]
+    layers = {n: expose_in_proj(m) if isinstance(m, nn.MultiheadAttention) else m for n, (m, _) in plan.items()}
+    try:
+        built = {name: _build(plan[name][1], name, layer) for name, layer in layers.items()}
+    except Exception:
+        # Nothing half done: a layer was refused, so all is put back as it was.
+        for attention in attentions:
+            hide_in_proj(attention)  # type: ignore[arg-type]
+        for parameter, wanted in before:
+            parameter.requires_grad_(wanted)
+        raise
+    read = tuple(name for name, layer in layers.items() if _is_read(module, layer))
+    replace(module, {id(layers[name]): adapter for name, adapter in built.items()})
+    own = {id(p): p for adapter in built.values() for _, p in adapter.own_parameters()}
+    trained = [p for name, p in module.named_parameters() if name in kept]
+    wanted_ids = own.keys() | {id(p) for p in trained}
+    for parameter in module.parameters():
+        parameter.requires_grad_(id(parameter) in wanted_ids)
+    frozen = tuple(sorted(trainable - set(kept)))
+    module.__dict__[_FROZEN] = frozen
+    parameters = sum(p.numel() for p in own.values())
+    return Injection(
+        adapted=tuple(built),
+        trained=tuple(sorted(kept)),
+        frozen=frozen,
+        read=read,
+        parameters=parameters,
+        trained_parameters=sum(p.numel() for p in trained),
+        total=total + parameters,
+    )
+
+
+def eject(module: nn.Module) -> None:
+    """Take all adapters out again: the very base layers return, bit for bit, and with them what was trainable.
+
+    Raises:
+        ValueError: there is no adapter.
+    """
+    found = [child for child in module.modules() if isinstance(child, Adapter)]
+    if not found:
+        raise ValueError(f"eject found no adapter in {type(module).__name__}; inject puts them in.")
+    replace(module, {id(adapter): adapter.base for adapter in found})
+    thaw(module)
+
+
+def thaw(module: nn.Module) -> None:
+    """Make trainable again what :func:`inject` froze."""
+    for owner in list(module.modules()):
+        frozen = set(owner.__dict__.pop(_FROZEN, ()))
+        for name, parameter in owner.named_parameters():
+            if name in frozen:
+                parameter.requires_grad_(True)
+
+
+def replace(module: nn.Module, new: Mapping[int, nn.Module]) -> None:
+    """Put modules in place of others (by `id`) in every parent that holds them; an attention left plain is restored."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            # An adapter's own base is where the old layer goes on living.
+            if id(child) in new and new[id(child)] is not parent:
+                setattr(parent, name, new[id(child)])
+        if isinstance(parent, AdaptedAttention) and type(parent.in_proj) is nn.Linear:
+            hide_in_proj(parent)
+
+
+def adapters(module: nn.Module) -> dict[str, Adapter]:
+    """The gated adapters of a module by the name of the layer that they adapt, in the module's order."""
+    return {name: site.adapter for name, site in RankBudget.of(module).items()}
+
+
+def adaptable(module: nn.Module) -> dict[str, nn.Module]:
+    """What can be adapted, by name; a shared layer once. An attention stands for its `in_proj`."""
+    found: dict[str, nn.Module] = {}
+    adapted: list[str] = []
+    for name, child in module.named_modules():
+        if isinstance(child, Adapter):
+            adapted.append(name + ".")
+        elif not name.startswith(tuple(adapted)):
+            if has_in_proj(child):
+                found[f"{name}.in_proj" if name else "in_proj"] = child
+            elif why_not(child) is None:
+                found[name] = child
+    return found
+
+
+def matches(patterns: Sequence[str], name: str) -> bool:
+    """Whether one of the patterns matches the whole name, or the end of it after a dot."""
+    return any(re.fullmatch(rf"(.*\.)?({pattern})", name) for pattern in patterns)
+
+
+def _build(factory: AdapterFactory, name: str, layer: nn.Module) -> Adapter:
+    training = layer.training
+    try:
+        adapter = factory(layer)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"layer {name!r}: {error}") from error
+    if not isinstance(adapter, Adapter):
+        raise TypeError(
+            f"layer {name!r}: the factory returned a {type(adapter).__name__}; it must return an Adapter, "
+            "as partial(LoRA, rank=8) does."
+        )
+    return adapter.train(training)
+
+
+def _choose(module: nn.Module, targets: Sequence[str] | None, head: Head) -> dict[str, nn.Module]:
+    layers = adaptable(module)
+    if targets is None:
+        chosen = {n: m for n, m in layers.items() if not isinstance(m, nn.Embedding) and not head.holds(n)}
+        if not chosen:
+            raise ValueError(_nothing_to_adapt(module))
+        return chosen
+    # An attention's own name means its two projections.
+    inside = {
+        layer: name
+        for name, m in module.named_modules()
+        if isinstance(m, nn.MultiheadAttention)
+        for layer in (f"{name}.in_proj", f"{name}.out_proj")
+    }
+    chosen = {}
+    for pattern in targets:
+        found = {n: m for n, m in layers.items() if matches([pattern], n) or matches([pattern], inside.get(n, "\n"))}
+        if not found:
+            raise ValueError(_no_match(pattern, module, layers))
+        chosen.update(found)
+    if not chosen:
+        raise ValueError("targets=[] names no layer; leave targets out to adapt all linear layers except the head.")
+    return {name: layer for name, layer in layers.items() if name in chosen}
+
+
+def _no_match(pattern: str, module: nn.Module, layers: Mapping[str, nn.Module]) -> str:
+    for name, child in module.named_modules():
+        if name and matches([pattern], name):
+            if isinstance(child, Adapter):
+                return f"targets={[pattern]!r}: layer {name!r} is adapted already; call eject first to adapt it anew."
+            reason = why_not(child)
+            return f"targets={[pattern]!r} matches {name!r}, which cannot be adapted: {reason}."
+    ends = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+    near = difflib.get_close_matches(pattern, [*ends, *layers], n=5, cutoff=0.4) or ends[:8]
+    return f"targets={[pattern]!r} matches no layer; the nearest names are {', '.join(map(repr, near)) or 'none'}."
+
+
+def _nothing_to_adapt(module: nn.Module) -> str:
+    if any(isinstance(child, Adapter) for child in module.modules()):
+        return f"all linear layers of {type(module).__name__} are adapted already; call eject first to adapt them anew."
+    return (
+        f"{type(module).__name__} has no linear layer to adapt. If it builds its layers later, inject then; "
+        "other layers can be named in `targets`."
+    )
+
+
+def _kept(module: nn.Module, train: Sequence[str] | None, head: Head, chosen: Mapping[str, nn.Module]) -> set[str]:
+    """Names of the base's parameters that stay trainable."""
+    adapted = {id(p) for layer in chosen.values() for p in layer.parameters(recurse=False)}
+    names = {name: p for name, p in module.named_parameters() if id(p) not in adapted}
+    if train is None:
+        return {name for name, p in names.items() if name in head.trained and p.requires_grad}
+    kept: set[str] = set()
+    for pattern in train:
+        found = {name for name in names if any(matches([pattern], part) for part in _prefixes(name))}
+        if not found:
+            owners = list(dict.fromkeys(name.split(".")[0] for name in names))
+            near = difflib.get_close_matches(pattern, [*owners, *names], n=5, cutoff=0.4) or owners[:8]
+            raise ValueError(
+                f"train={[pattern]!r} matches no module or parameter that is not adapted; "
+                f"the nearest names are {', '.join(map(repr, near))}."
+            )
+        kept |= found
+    return kept
+
+
+def _prefixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def _is_read(module: nn.Module, layer: nn.Module) -> bool:
+    """Whether an attention reads this layer's weight and never calls it."""
+    return any(
+        isinstance(parent, nn.MultiheadAttention) and layer in (parent.out_proj, getattr(parent, "in_proj", None))
+        for parent in module.modules()
+    )

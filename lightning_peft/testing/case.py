@@ -1,0 +1,134 @@
+"""What a law is tried on: one adapter on one kind of layer, inside a small model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_peft.adapters.base import Adapter, AdapterFactory
+from lightning_peft.rank.gate import Gate
+from lightning_peft.surgery import inject
+
+D_IN, D_OUT = 24, 16
+
+
+class Inapplicable(Exception):
+    """A law says nothing about this adapter; the text tells why."""
+
+
+class _Host(nn.Module):
+    """A model with one layer to adapt, which it calls; an attention reads its projections instead."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x, x, x, need_weights=False)[0] if self.attends else self.layer(x)
+        return y
+
+    @property
+    def attends(self) -> bool:
+        return isinstance(self.layer, nn.MultiheadAttention)
+
+
+def _conv1d() -> nn.Module:
+    from transformers.pytorch_utils import Conv1D  # seconds to import
+
+    layer: nn.Module = Conv1D(D_OUT, D_IN)  # type: ignore[no-untyped-call]
+    return layer
+
+
+def _attention() -> nn.Module:
+    return nn.MultiheadAttention(D_IN, 2, batch_first=True)
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(D_IN, D_OUT),
+    "linear_no_bias": lambda: nn.Linear(D_IN, D_OUT, bias=False),
+    "conv1d": _conv1d,
+    "embedding": lambda: nn.Embedding(D_IN, D_OUT),
+    "attention_in": _attention,
+    "attention_out": _attention,
+}
+"""The kinds of layer that an adapter is tried on."""
+
+_TARGETS = {"attention_in": "in_proj", "attention_out": "out_proj"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One adapter on one kind of layer: what a law is about.
+
+    Attributes:
+        factory: builds the adapter.
+        kind: a key of :data:`LAYERS`.
+    """
+
+    factory: AdapterFactory
+    kind: str
+
+    def plain(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The model without an adapter, in eval mode; the same one at every call."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return _Host(LAYERS[self.kind]()).to(dtype).eval()
+
+    def host(self, dtype: torch.dtype = torch.float32, *, start: bool = False, seed: int = 1) -> nn.Module:
+        """The model with the adapter; its parameters moved off their start unless `start`."""
+        host = self.plain(dtype)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            inject(host, self.factory, targets=[_TARGETS.get(self.kind, "layer")], train=[])
+            if not start:
+                with torch.no_grad():
+                    for _, parameter in self.adapter(host).own_parameters():
+                        if parameter.is_floating_point():
+                            parameter.add_(0.1 * torch.randn_like(parameter))
+        return host
+
+    def inputs(self, dtype: torch.dtype = torch.float32, seed: int = 2) -> Tensor:
+        """A batch for the model: (3, 5, 24), or (3, 5) indices for an embedding."""
+        generator = torch.Generator().manual_seed(seed)
+        if self.kind == "embedding":
+            return torch.randint(D_IN, (3, 5), generator=generator)
+        return torch.randn(3, 5, D_IN, generator=generator, dtype=dtype)
+
+    @staticmethod
+    def adapter(host: nn.Module) -> Adapter:
+        """The adapter in the model."""
+        return next(child for child in host.modules() if isinstance(child, Adapter))
+
+    def gated(self, host: nn.Module) -> Gate:
+        """The adapter's gate."""
+        gate = self.adapter(host).gate
+        if gate is None:
+            raise Inapplicable("the adapter has no gate")
+        return gate
+
+    def mergeable(self, host: nn.Module) -> Adapter:
+        """The adapter, where its effective weight says all."""
+        adapter = self.adapter(host)
+        if not adapter.mergeable:
+            raise Inapplicable(f"{type(adapter).__name__}.mergeable is False")
+        return adapter
+
+
+def same(actual: Tensor, expected: Tensor, says: str) -> None:
+    """Equal bit for bit."""
+    if not torch.equal(actual, expected):
+        raise AssertionError(f"{says}: the largest difference is {(actual - expected).abs().max().item():.3g}.")
+
+
+def close(actual: Tensor, expected: Tensor, says: str, rtol: float = 1e-5, atol: float = 1e-5) -> None:
+    """Equal up to rounding."""
+    torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, msg=lambda text: f"{says}.\n{text}")
+
+
+def holds(fact: bool, says: str) -> None:
+    """An assert that is there under `python -O` as well."""
+    if not fact:
+        raise AssertionError(f"{says}.")

@@ -1,0 +1,79 @@
+"""README and the pages: their code runs, their links lead somewhere, their commands are the ones that CI runs.
+
+The blocks are run here and not by a plugin because ten lines do it: sybil needs Python 3.11 and a conftest beside the
+pages, and pytest-markdown-docs an older markdown-it-py than the pinned one.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import lightning_peft
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    *sorted(ROOT.glob("docs/**/*.md")),
+    *sorted(ROOT.glob("examples/**/*.md")),
+]
+FENCE = re.compile(r"^```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\((?P<target>[^)\s]+)\)")
+
+pytestmark = pytest.mark.docs
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+
+
+def anchors(text: str) -> set[str]:
+    """The headings of a page as a code host spells them in links."""
+    headings = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@every_page
+def test_code_blocks_run(page: Path) -> None:
+    """The blocks of a page share one namespace, as a reader who types them in turn would have it."""
+    text = page.read_text(encoding="utf-8")
+    namespace: dict[str, object] = {"__name__": page.stem}
+    for block in FENCE.finditer(text):
+        if block["language"] == "python":
+            lines_before = text.count("\n", 0, block.start("body"))  # so that a traceback names the page's own line
+            exec(compile("\n" * lines_before + block["body"], str(page), "exec"), namespace)
+
+
+@every_page
+def test_links_lead_somewhere(page: Path) -> None:
+    missing = []
+    for link in LINK.finditer(FENCE.sub("", page.read_text(encoding="utf-8"))):
+        path, _, anchor = link["target"].partition("#")
+        if path.startswith(("http:", "https:")):
+            continue  # other people's pages come and go; a test must not
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target.read_text(encoding="utf-8"))):
+            missing.append(link["target"])
+    assert not missing
+
+
+def test_ci_runs_what_readme_says() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = [line for line in readme.splitlines() if "-m pip install tox" in line]
+    demo, checks = commands
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    lines = [line for line in script.splitlines() if line and not line.startswith(("#", "set ", "cd "))]
+    assert demo == f"{checks} -e demo"
+    assert lines == [checks]
+
+
+def test_names_in_readme_exist() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`[^|]+) \|", readme, re.MULTILINE)
+    names = re.findall(r"`(\w[\w.]*)", " ".join(rows))
+    assert len(names) > 10
+    for name in names:
+        value: object = lightning_peft
+        for part in name.split("."):
+            assert hasattr(value, part), f"README names lightning_peft.{name}, which does not exist"
+            value = getattr(value, part)
