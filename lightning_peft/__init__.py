@@ -25,7 +25,7 @@ from lightning_peft.rank import (
     Taylor,
 )
 from lightning_peft.regularizers import DEM, Orthogonality, Regularizer, UntilTail, regularized
-from lightning_peft.surgery import Injection, adapters, eject, inject
+from lightning_peft.surgery import Injection, eject, inject
 
 __version__ = "0.1.0"
 
@@ -63,7 +63,6 @@ __all__ = [
     "Taylor",
     "UntilTail",
     "adapter_state_dict",
-    "adapters",
     "compact",
     "eject",
     "inject",

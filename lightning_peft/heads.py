@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
 from lightning_peft.adapters.attention import has_in_proj
 from lightning_peft.adapters.layers import why_not
+from lightning_peft.rank.budget import clean_name
 
 
 @dataclass(frozen=True)
@@ -39,27 +41,34 @@ def find_head(module: nn.Module) -> Head:
     if not models:
         linear = [
             n
-            for n, m in module.named_modules()
+            for n, m in _named(module)
             if (why_not(m) is None and not isinstance(m, nn.Embedding)) or has_in_proj(m)
         ]
         last = linear[-1:] if len(linear) > 1 else []
         # The last layer of an attention is its out_proj: an attention is no head.
-        parents = {n for n, m in module.named_modules() if isinstance(m, nn.MultiheadAttention)}
+        parents = {n for n, m in _named(module) if isinstance(m, nn.MultiheadAttention)}
         last = [n for n in last if n.rpartition(".")[0] not in parents and n not in parents]
-        return Head(frozenset(n for n, _ in module.named_parameters() if n.rpartition(".")[0] in last), tuple(last))
+        parameters = (clean_name(n) for n, _ in module.named_parameters())
+        return Head(frozenset(n for n in parameters if n.rpartition(".")[0] in last), tuple(last))
 
-    backbones, languages = [], []
+    names = {id(m): n for n, m in _named(module)}
+    backbones, languages, outputs = [], [], []
     for name, model in models.items():
-        base = model.base_model
-        backbones.append(next(n for n, m in module.named_modules() if m is base))
-        if model.get_output_embeddings() is not None:
+        base: nn.Module = model.base_model  # type: ignore[assignment]
+        backbones.append(names[id(base)])
+        output = model.get_output_embeddings()  # type: ignore[operator]
+        if output is not None:
             languages.append(name)
+            outputs.append(names.get(id(output), ""))  # inside the backbone where a model is its own base (T5)
 
     def below(name: str, roots: list[str]) -> bool:
         return any(not root or name == root or name.startswith(root + ".") for root in roots)
 
-    outside = tuple(n for n, _ in module.named_modules() if n and not below(n, backbones) and not _above(n, backbones))
-    trained = (n for n, _ in module.named_parameters() if not below(n, backbones) and not below(n, languages))
+    outside = tuple(
+        n for n in names.values() if n and (n in outputs or not (below(n, backbones) or _above(n, backbones)))
+    )
+    parameters = (clean_name(n) for n, _ in module.named_parameters())
+    trained = (n for n in parameters if not below(n, backbones) and not below(n, languages))
     return Head(frozenset(trained), outside)
 
 
@@ -67,10 +76,14 @@ def _above(name: str, roots: list[str]) -> bool:
     return any(root.startswith(name + ".") for root in roots)
 
 
+def _named(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((clean_name(name), child) for name, child in module.named_modules())
+
+
 def hub_models(module: nn.Module) -> dict[str, nn.Module]:
     """The outermost transformers models by name, found by what they offer: importing transformers takes seconds."""
     found: dict[str, nn.Module] = {}
-    for name, child in module.named_modules():
+    for name, child in _named(module):
         inside = any(not outer or name.startswith(outer + ".") for outer in found)
         if not inside and hasattr(type(child), "base_model_prefix") and hasattr(child, "get_output_embeddings"):
             found[name] = child

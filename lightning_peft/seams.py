@@ -33,7 +33,7 @@ def wrap_method(owner: Any, name: str, link: Link) -> Callable[[], None]:
         before = owner.__dict__.get(name)  # a method that somebody else has shadowed on the instance
         original = method.__func__ if isinstance(method, MethodType) else None
 
-        @functools.wraps(method)
+        @functools.wraps(original or method)  # the function: binding takes the first parameter off its signature
         def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
             # Bound anew to `self`: in a deep copy that is the copy.
             call = method if original is None else MethodType(original, self)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -13,9 +13,10 @@ from lightning_peft.adapters.attention import AdaptedAttention, expose_in_proj, 
 from lightning_peft.adapters.base import Adapter, AdapterFactory
 from lightning_peft.adapters.layers import why_not
 from lightning_peft.heads import Head, find_head
-from lightning_peft.rank.budget import RankBudget
+from lightning_peft.rank.budget import RankBudget, clean_name
 
-_FROZEN = "_frozen_by_inject"  # attribute of the module that inject was called on: names, to thaw them again
+# Attribute of the module that inject was called on: requires_grad before, by name, where inject changed it.
+_BEFORE = "_requires_grad_before_inject"
 
 
 @dataclass(frozen=True)
@@ -79,16 +80,28 @@ def inject(
         What was done; print it.
 
     Raises:
-        ValueError: a pattern matches nothing, or the layers are adapted already.
+        ValueError: a pattern matches nothing or is no regular expression, or the module has adapters already.
         TypeError: a target cannot be adapted.
     """
     for name, patterns in (("targets", targets), ("train", train)):
         if isinstance(patterns, str):
             raise TypeError(f"{name} must be a list of patterns, not one string. Write {name}=[{patterns!r}].")
+        for pattern in patterns or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{name}={[pattern]!r} is not a regular expression: {error}.") from error
     if isinstance(module, Adapter) or why_not(module) is None:
         raise TypeError(
             f"inject replaces layers inside a module and got a single {type(module).__name__}; "
             "wrap it (nn.Sequential) or call the adapter's class on it."
+        )
+    first = next((name for name, child in module.named_modules() if isinstance(child, Adapter)), None)
+    if first is not None:
+        # Adding to them would freeze them, and the layers left over are no longer where the head can be told from.
+        raise ValueError(
+            f"{type(module).__name__} has adapters already, the first at {clean_name(first)!r}: call eject first, or inject "
+            "all layers in one call. Parts of a model can have adapters of their own: call inject on each part."
         )
     head = find_head(module)
     chosen = _choose(module, targets, head)
@@ -106,7 +119,7 @@ def install(
         plan: what to adapt, from :func:`adaptable`, with the factory for each layer.
         kept: names of the base's parameters that stay trainable.
     """
-    trainable = {name for name, p in module.named_parameters() if p.requires_grad}
+    trainable = {clean_name(name): p.requires_grad for name, p in module.named_parameters()}
     total = sum(p.numel() for p in module.parameters())
     before = [(p, p.requires_grad) for p in module.parameters()]
     attentions = [layer for layer, _ in plan.values() if isinstance(layer, nn.MultiheadAttention)]
@@ -123,21 +136,21 @@ def install(
     read = tuple(name for name, layer in layers.items() if _is_read(module, layer))
     replace(module, {id(layers[name]): adapter for name, adapter in built.items()})
     own = {id(p): p for adapter in built.values() for _, p in adapter.own_parameters()}
-    trained = [p for name, p in module.named_parameters() if name in kept]
-    wanted_ids = own.keys() | {id(p) for p in trained}
+    names = {clean_name(name) for name in kept}
+    trained = [p for name, p in module.named_parameters() if clean_name(name) in names]
+    kept_ids = {id(p) for p in trained}
     for parameter in module.parameters():
-        parameter.requires_grad_(id(parameter) in wanted_ids)
-    frozen = tuple(sorted(trainable - set(kept)))
-    module.__dict__[_FROZEN] = frozen
-    parameters = sum(p.numel() for p in own.values())
+        if id(parameter) not in own:  # an adapter knows itself what it trains
+            parameter.requires_grad_(id(parameter) in kept_ids)
+    module.__dict__[_BEFORE] = {name: wanted for name, wanted in trainable.items() if wanted != (name in names)}
     return Injection(
         adapted=tuple(built),
-        trained=tuple(sorted(kept)),
-        frozen=frozen,
+        trained=tuple(sorted(names)),
+        frozen=tuple(sorted(name for name, wanted in trainable.items() if wanted and name not in names)),
         read=read,
-        parameters=parameters,
+        parameters=sum(p.numel() for p in own.values() if p.requires_grad),
         trained_parameters=sum(p.numel() for p in trained),
-        total=total + parameters,
+        total=total + sum(p.numel() for p in own.values()),
     )
 
 
@@ -151,22 +164,17 @@ def eject(module: nn.Module) -> None:
     if not found:
         raise ValueError(f"eject found no adapter in {type(module).__name__}; inject puts them in.")
     replace(module, {id(adapter): adapter.base for adapter in found})
-    thaw(module)
-
-
-def thaw(module: nn.Module) -> None:
-    """Make trainable again what :func:`inject` froze."""
     for owner in list(module.modules()):
-        frozen = set(owner.__dict__.pop(_FROZEN, ()))
+        before = owner.__dict__.pop(_BEFORE, {})
         for name, parameter in owner.named_parameters():
-            if name in frozen:
-                parameter.requires_grad_(True)
+            parameter.requires_grad_(before.get(clean_name(name), parameter.requires_grad))
 
 
 def replace(module: nn.Module, new: Mapping[int, nn.Module]) -> None:
     """Put modules in place of others (by `id`) in every parent that holds them; an attention left plain is restored."""
     for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
+        # Not named_children: it gives a layer once that a parent holds under two names.
+        for name, child in list(parent._modules.items()):
             # An adapter's own base is where the old layer goes on living.
             if id(child) in new and new[id(child)] is not parent:
                 setattr(parent, name, new[id(child)])
@@ -183,7 +191,7 @@ def adaptable(module: nn.Module) -> dict[str, nn.Module]:
     """What can be adapted, by name; a shared layer once. An attention stands for its `in_proj`."""
     found: dict[str, nn.Module] = {}
     adapted: list[str] = []
-    for name, child in module.named_modules():
+    for name, child in _named(module):
         if isinstance(child, Adapter):
             adapted.append(name + ".")
         elif not name.startswith(tuple(adapted)):
@@ -204,7 +212,8 @@ def _build(factory: AdapterFactory, name: str, layer: nn.Module) -> Adapter:
     try:
         adapter = factory(layer)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"layer {name!r}: {error}") from error
+        kind = TypeError if isinstance(error, TypeError) else ValueError  # a subclass may want other arguments
+        raise kind(f"layer {name!r}: {error}") from error
     if not isinstance(adapter, Adapter):
         raise TypeError(
             f"layer {name!r}: the factory returned a {type(adapter).__name__}; it must return an Adapter, "
@@ -223,7 +232,7 @@ def _choose(module: nn.Module, targets: Sequence[str] | None, head: Head) -> dic
     # An attention's own name means its two projections.
     inside = {
         layer: name
-        for name, m in module.named_modules()
+        for name, m in _named(module)
         if isinstance(m, nn.MultiheadAttention)
         for layer in (f"{name}.in_proj", f"{name}.out_proj")
     }
@@ -239,10 +248,8 @@ def _choose(module: nn.Module, targets: Sequence[str] | None, head: Head) -> dic
 
 
 def _no_match(pattern: str, module: nn.Module, layers: Mapping[str, nn.Module]) -> str:
-    for name, child in module.named_modules():
+    for name, child in _named(module):
         if name and matches([pattern], name):
-            if isinstance(child, Adapter):
-                return f"targets={[pattern]!r}: layer {name!r} is adapted already; call eject first to adapt it anew."
             reason = why_not(child)
             return f"targets={[pattern]!r} matches {name!r}, which cannot be adapted: {reason}."
     ends = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
@@ -251,8 +258,6 @@ def _no_match(pattern: str, module: nn.Module, layers: Mapping[str, nn.Module]) 
 
 
 def _nothing_to_adapt(module: nn.Module) -> str:
-    if any(isinstance(child, Adapter) for child in module.modules()):
-        return f"all linear layers of {type(module).__name__} are adapted already; call eject first to adapt them anew."
     return (
         f"{type(module).__name__} has no linear layer to adapt. If it builds its layers later, inject then; "
         "other layers can be named in `targets`."
@@ -262,9 +267,13 @@ def _nothing_to_adapt(module: nn.Module) -> str:
 def _kept(module: nn.Module, train: Sequence[str] | None, head: Head, chosen: Mapping[str, nn.Module]) -> set[str]:
     """Names of the base's parameters that stay trainable."""
     adapted = {id(p) for layer in chosen.values() for p in layer.parameters(recurse=False)}
-    names = {name: p for name, p in module.named_parameters() if id(p) not in adapted}
+    own = {id(p): clean_name(name) for name, p in module.named_parameters() if id(p) not in adapted}
     if train is None:
-        return {name for name, p in names.items() if name in head.trained and p.requires_grad}
+        wanted = {id(p) for p in module.parameters() if p.requires_grad}
+        return {name for key, name in own.items() if key in wanted and name in head.trained}
+    # A tied parameter can be named by any of its names, and goes by the first one.
+    named = module.named_parameters(remove_duplicate=False)
+    names = {clean_name(name): own[id(p)] for name, p in named if id(p) in own}
     kept: set[str] = set()
     for pattern in train:
         found = {name for name in names if any(matches([pattern], part) for part in _prefixes(name))}
@@ -275,8 +284,13 @@ def _kept(module: nn.Module, train: Sequence[str] | None, head: Head, chosen: Ma
                 f"train={[pattern]!r} matches no module or parameter that is not adapted; "
                 f"the nearest names are {', '.join(map(repr, near))}."
             )
-        kept |= found
+        kept |= {names[name] for name in found}
     return kept
+
+
+def _named(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by the names that the user knows."""
+    return ((clean_name(name), child) for name, child in module.named_modules())
 
 
 def _prefixes(name: str) -> list[str]:

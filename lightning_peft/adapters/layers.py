@@ -7,6 +7,7 @@ transformers' Conv1D, nn.Embedding                     weight (d_in, d_out)
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 
@@ -31,10 +32,15 @@ def why_not(layer: nn.Module) -> str | None:
     if not known:
         # Its forward is not y = W x + b, so an update of W would not be what merging writes.
         return f"{kind.__name__} computes something else than its base class does"
+    if "forward" in vars(layer):
+        return "its forward was replaced on the instance (by an offloading or profiling tool?); adapt it before that"
     if parametrize.is_parametrized(layer):
         return "its weight is parametrized; call torch.nn.utils.parametrize.remove_parametrizations first"
-    if not layer.weight.is_floating_point():
-        return f"its weight is of dtype {layer.weight.dtype}, which has no gradient"
+    weight: Tensor = layer.weight  # type: ignore[assignment]  # a module's attribute; these kinds all have it
+    if is_lazy(weight):
+        return "its shape is not known yet; run one batch through the model first"
+    if not weight.is_floating_point():
+        return f"its weight is of dtype {weight.dtype}, which has no gradient"
     return None
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.layers import matrix, why_not
-from lightning_peft.functional.low_rank import low_rank_linear
+from lightning_peft.functional.low_rank import low_rank_linear, low_rank_update
 from lightning_peft.rank.gate import Gate
 
 
@@ -99,8 +99,7 @@ class LowRank(Adapter):
         if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
             # Somebody listens to the base layer: call it, so that they hear.
             y = base(x)
-            h = F.linear(F.dropout(x, p).to(self.A.dtype), self.A) * self.value()
-            return y + F.linear(h, self.B).to(y.dtype)
+            return y + low_rank_update(x, self.A, self.B, self.value(), p).to(y.dtype)
         return low_rank_linear(x, matrix(base), base.bias, self.A, self.B, self.value(), p)  # type: ignore[arg-type]
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,9 +29,9 @@ class RankMonitor(Callback):
     spent now over the final budget. When fit ends, a table of ranks is printed.
 
     Between events it reads nothing: every `log_every_n_steps` the scalars of the last event are written again, so
-    that curves are stairs and smoothing does not lag for good. An event costs one transfer from the device, and one
-    more for histograms. Before the first event a component counts as open unless its mask is closed, even if its gain
-    has not left zero yet.
+    that a smoothed curve arrives at its value. An event costs one transfer from the device, and one more for
+    histograms. Before the first event a component counts as open unless its mask is closed, even if its gain has not
+    left zero yet.
 
     Raises:
         MisconfigurationException: no adapter is there, or the callbacks are in the wrong order.
@@ -58,6 +59,7 @@ class RankMonitor(Callback):
                 "RankMonitor found no adapter to watch. Put AdapterInjection before it in the Trainer's callbacks, or "
                 "call inject() on the module first."
             )
+        self._written = -1
         self._pruning = next((c for c in callbacks_of(trainer) if isinstance(c, RankPruning)), None)
         if trainer.is_global_zero:
             self._hyperparameters = Hyperparameters(boards(trainer))
@@ -101,7 +103,7 @@ class RankMonitor(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The names of the metrics are known now. Not later: whoever watches a run, or kills it, sees the row as well.
         if self._hyperparameters and not trainer.sanity_checking:
-            self._write_hyperparameters(trainer)
+            self._write_hyperparameters(trainer.logged_metrics)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
@@ -113,11 +115,12 @@ class RankMonitor(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            self._write_hyperparameters(trainer)
+            self._write_hyperparameters(trainer.logged_metrics)
             rank_zero_info(f"Ranks after {trainer.global_step} steps\n{self._budget.table()}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._write_hyperparameters(trainer)
+        if self._written >= 0:
+            self._write_hyperparameters({})  # to ask for metrics may wait for other ranks, which may be gone
         self._forget()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -162,7 +165,8 @@ class RankMonitor(Callback):
             self._pictures.draw(boards(trainer), ranks, trainer.global_step)
             self._drawn = (trainer.global_step, dict(ranks))
 
-    def _write_hyperparameters(self, trainer: Trainer) -> None:
+    def _write_hyperparameters(self, logged: Mapping[str, Any]) -> None:
+        """Write the row of HPARAMS, once per fit."""
         if self._hyperparameters is None:
             return
         adapters = [site.adapter for site in self._budget.values()]
@@ -176,9 +180,10 @@ class RankMonitor(Callback):
             params |= {"budget": "all", "schedule": "none"}
         # Only what the loggers have: TensorBoard reads the values there. It shows the first five: scores before losses,
         # and validation, which is logged last, before training.
-        logged = [name for name in reversed(trainer.logged_metrics) if not name.endswith("_step")]
-        scores = [name for name in logged if "loss" not in name]
-        metrics = [*scores, "rank/spent", "rank/budget", "rank/open", *(name for name in logged if name not in scores)]
+        names = [name for name in reversed(list(logged)) if not name.endswith("_step")]
+        scores = [name for name in names if "loss" not in name]
+        losses = [name for name in names if "loss" in name]
+        metrics = [*scores, "rank/spent", "rank/budget", "rank/open", *losses]
         self._hyperparameters.write(params, metrics)
         self._hyperparameters = None
 
@@ -196,8 +201,8 @@ class RankMonitor(Callback):
 
 def _all_of(values: list[Any]) -> Any:
     """The value if it is one for all, else all of them as text."""
-    unique = list(dict.fromkeys(values))
-    return unique[0] if len(unique) == 1 else ", ".join(map(str, unique))
+    unique = {str(value): value for value in values}
+    return values[0] if len(unique) == 1 else ", ".join(unique)
 
 
 def _short(amount: int) -> str:

@@ -49,8 +49,9 @@ def save_merged(module: nn.Module, folder: str | Path, *, inputs: Any = None, ov
     outside = [n for n in trained_beside(module) if not below(n, name)]
     if outside:
         raise ValueError(
-            f"trained beside the adapters, but outside the transformers model {name!r}: {', '.join(map(repr, outside[:3]))}. "
-            f"They would be lost: save them yourself, and call save_merged(module.{name}, ...)."
+            f"trained beside the adapters, but outside the transformers model {name!r}: "
+            f"{', '.join(map(repr, outside[:3]))}. They would be lost: save them yourself, and call "
+            f"save_merged(module.{name}, ...)."
         )
     refuse_to_overwrite(folder, overwrite)
     merged: Any = plain_copy(host)

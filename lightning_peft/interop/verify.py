@@ -125,8 +125,8 @@ def compare_outputs(ours: nn.Module, theirs: nn.Module, samples: Sequence[Any], 
                 difference = _difference(g, w, "the output")
                 if not difference <= _allowed(w) and not difference <= 10 * _rounding(ours, sample, i, w):
                     raise RuntimeError(
-                        f"{_beyond('the output', difference)} One cause: the model reads an adapted layer's weight and does "
-                        "not call the layer, so that it does not see the adapters of other libraries."
+                        f"{_beyond('the output', difference)} One cause: the model reads an adapted layer's weight "
+                        "and does not call the layer, and other libraries' adapters have no effect then."
                     )
                 worst = max(worst, difference)
     return worst

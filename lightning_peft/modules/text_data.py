@@ -169,7 +169,7 @@ class TextData(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Read and tokenise what the stage needs, once."""
         if self.sources["val"] is None and self.val_share == 0:
-            # To Lightning a method that is the base class's is one that nobody wrote, and it does not validate. An empty
+            # To Lightning a method that is the base class's is one nobody wrote, and it does not validate. An empty
             # list of loaders would be remarked on in every run.
             self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
         needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}[stage]

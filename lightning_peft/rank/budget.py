@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import floor, isfinite
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,18 +62,17 @@ class RankBudget(Mapping[str, Site]):
     @classmethod
     def of(cls, module: nn.Module) -> RankBudget:
         """Collect the gated adapters of `module`; a layer shared by several parents counts once."""
-        from lightning_peft.adapters.base import Adapter
-
         sites, adapted = {}, set()
         for path, child in module.named_modules():
-            if isinstance(child, Adapter):
+            # Who holds a gate under this name is an adapter; its class is above this folder and not asked for.
+            gate = child._modules.get("gate")
+            if isinstance(gate, Gate):
                 adapted.add(path)
                 # An adapter below another one's base keeps the layer's own name.
                 parts = path.split(".")
                 inside = [i for i, part in enumerate(parts) if part == "base" and ".".join(parts[:i]) in adapted]
                 name = clean_name(".".join(part for i, part in enumerate(parts) if i not in inside))
-                if child.gate is not None:
-                    sites[name] = Site(name, child.gate, child)
+                sites[name] = Site(name, gate, cast("Adapter", child))
         return cls(sites)
 
     def __getitem__(self, name: str) -> Site:

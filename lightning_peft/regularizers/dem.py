@@ -25,24 +25,26 @@ class _MeanVariance(torch.autograd.Function):
         value = tensors[0].new_zeros((), dtype=torch.float32)
         for (is_row, *_), members in groups.items():
             stack = torch.stack([tensors[i] for i in members])
+            stack = stack.to(torch.promote_types(stack.dtype, torch.float32))
             dim = -1 if is_row else -2
             stack -= stack.mean(dim, keepdim=True)
-            ddof = scale / (stack.shape[dim] - 1)
-            value = value + ddof * stack.flatten().dot(stack.flatten())
+            share = scale / max(1, stack.shape[dim] - 1)  # a single entry has no variance: it is its own mean
+            value = value + share * stack.flatten().dot(stack.flatten())
             # d value / d t = 2 scale (t - mean) / (d - 1): the mean's own gradient sums to zero.
-            centred.append(stack.mul_(2 * ddof))
+            centred.append(stack.mul_(2 * share))
         ctx.groups = list(groups.values())
+        ctx.dtypes = [t.dtype for t in tensors]
         ctx.save_for_backward(*centred)
         return value
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         count = sum(len(members) for members in ctx.groups)
         out: list[Tensor | None] = [None] * count
         for members, stack in zip(ctx.groups, ctx.saved_tensors, strict=True):
             for i, part in zip(members, (stack * grad).unbind(), strict=True):
-                out[i] = part
+                out[i] = part.to(ctx.dtypes[i])
         return (None, None, *out)
 
 
@@ -82,5 +84,6 @@ class DEM(Regularizer):
         components = sum(len(adapter.gate) for adapter in adapters)
         scale = 1 / components if self.normalizer == "components" else 1 / (2 * components)
         tensors = [t for adapter in adapters for t in (adapter.A, adapter.B)]
-        value: Tensor = _MeanVariance.apply(scale, (True, False) * len(adapters), *tensors)
+        rows = (True, False) * len(adapters)
+        value: Tensor = _MeanVariance.apply(scale, rows, *tensors)  # type: ignore[no-untyped-call]
         return value

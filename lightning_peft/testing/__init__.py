@@ -74,7 +74,7 @@ def laws(factory: AdapterFactory, kinds: Sequence[str] = tuple(LAYERS)) -> Calla
     """
     import pytest
 
-    @pytest.mark.parametrize("law", LAWS.values(), ids=LAWS.keys())
+    @pytest.mark.parametrize("law", list(LAWS.values()), ids=list(LAWS))
     @pytest.mark.parametrize("kind", kinds)
     def test(kind: str, law: Law) -> None:
         try:

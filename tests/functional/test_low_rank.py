@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
-from lightning_peft.functional.low_rank import is_fast, low_rank_linear, low_rank_linear_reference, low_rank_update
+from lightning_peft.functional.low_rank import (
+    _drop,
+    _drop_gradient,
+    is_fast,
+    low_rank_linear,
+    low_rank_linear_reference,
+    low_rank_update,
+)
 
 D_IN, D_OUT, RANK = 7, 5, 3
 Inputs = dict[str, Tensor | None]
@@ -141,8 +148,8 @@ def test_gradient_of_value_is_the_finite_difference() -> None:
 
 @pytest.mark.parametrize("zero", ["B", "value"])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("d_in", "d_out"), [(384, 384), (1536, 40), (31, 17)])
-@pytest.mark.parametrize("shape", [(), (1,), (65,), (3, 20), (2, 3, 4)])
+@pytest.mark.parametrize(("d_in", "d_out"), [(384, 384), (1536, 200), (31, 17)])
+@pytest.mark.parametrize("shape", [(), (1,), (65,), (3, 20), (2, 3, 4), (1400,), (20, 70)])
 @pytest.mark.parametrize("layout", ["rows", "strided"])
 def test_is_its_base_bit_for_bit_without_an_update(
     zero: str, bias: bool, d_in: int, d_out: int, shape: tuple[int, ...], layout: str
@@ -156,6 +163,19 @@ def test_is_its_base_bit_for_bit_without_an_update(
     y = low_rank_linear(x, base.weight, base.bias, **{k: t.requires_grad_() for k, t in factors.items()})
     assert is_fused(y)
     assert torch.equal(y, F.linear(x, base.weight, base.bias))
+
+
+@pytest.mark.parametrize("shape", [(1100,), (11, 100)])
+def test_large_outputs_are_written_in_one_pass_less(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    # float64: sums over 1100 tokens err by more than the tolerance in float32
+    inputs = make(*shape, dtype=torch.float64) | {"weight": torch.randn(256, D_IN, dtype=torch.float64)}
+    inputs["bias"] = torch.randn(256, dtype=torch.float64)
+    inputs["B"] = torch.randn(256, RANK, dtype=torch.float64, requires_grad=True)
+    assert_same(gradients(low_rank_linear, inputs, 0.3), gradients(low_rank_linear_reference, inputs, 0.3))
+    called = []
+    monkeypatch.setattr(F, "linear", lambda *args: called.append(args))
+    low_rank_linear(**inputs)
+    assert not called
 
 
 def test_a_transposed_weight_is_the_conv1d_of_transformers() -> None:
@@ -206,6 +226,21 @@ def test_dropout_draws_what_f_dropout_draws(dropout: float, layout: str) -> None
     if dropout < 1:  # then nothing is left to draw
         assert torch.equal(state, torch.get_rng_state())
         assert not torch.equal(got[0], gradients(low_rank_linear, inputs, dropout, seed=5)[0])
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_in_one_kernel_as_on_accelerators(p: float) -> None:
+    x = torch.randn(3, 8, D_IN)
+    torch.manual_seed(1)
+    leaf = x.clone().requires_grad_()
+    expected = F.dropout(leaf, p)
+    expected.backward(x)
+    for fused in (True, False):
+        torch.manual_seed(1)
+        dropped, noise = _drop(x, p, fused)
+        assert noise.dtype == (torch.bool if fused else torch.float32)
+        torch.testing.assert_close(dropped, expected.detach())
+        torch.testing.assert_close(_drop_gradient(x.clone(), noise, p), leaf.grad)
 
 
 def test_dropout_leaves_the_base_alone() -> None:
@@ -384,12 +419,14 @@ def test_steps_aside_for_tensor_subclasses() -> None:
         assert type(low_rank_linear(**marked)) is Marked
 
 
-def test_steps_aside_for_float64_under_autocast() -> None:
+def test_autocast_leaves_float64_alone() -> None:
     inputs = make(4, dtype=torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
-        y = low_rank_linear(**inputs)
-    assert y.dtype == torch.float64
-    torch.testing.assert_close(y, low_rank_linear(**inputs))
+        assert F.linear(inputs["x"], inputs["weight"]).dtype == torch.float64
+        got = gradients(low_rank_linear, inputs, 0.3)
+    expected = gradients(low_rank_linear, inputs, 0.3)
+    assert torch.equal(got[0], expected[0])
+    assert all(torch.equal(got[1][name], expected[1][name]) for name in ("x", "A", "B", "value"))
 
 
 def test_a_second_derivative_is_refused_and_the_reference_has_it() -> None:

@@ -41,6 +41,7 @@ def folder() -> str:
     return found
 
 
+@pytest.mark.slow
 def test_every_way_out_keeps_the_logits_of_64_texts(folder: str) -> None:
     batch = AutoTokenizer.from_pretrained(folder)(TEXTS, padding=True, return_tensors="pt")
     assert len(batch["input_ids"]) == 64
