@@ -1,8 +1,8 @@
-"""The rows of `step_time.py`: each makes one encoder trainable in its own way and returns its training step."""
+"""The rows of `step_time.py`: each makes one encoder trainable in its own way and gives its training step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,8 +18,16 @@ from lightning_peft.regularizers import regularized
 RANK, START_RANK, ALPHA, INTERVAL = 8, 12, 16.0, 10
 ENCODER_LINEARS = r"encoder\.layer\..*"
 
-Step = Callable[[int], None]
-"""One training step, given its number, counted from 1."""
+
+@dataclass(frozen=True)
+class Row:
+    """A training step, given its number, counted from 1; and how many parameters it trains."""
+
+    step: Callable[[int], None]
+    trainable: int
+
+
+_FROZEN: dict[tuple[Shape, str], Tensor] = {}
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,11 @@ class Shape:
     length: int
 
     def encoder(self) -> BertForSequenceClassification:
-        """Random weights from a private seed. No dropout in the base: it would hide part of what adapters cost."""
+        """Random weights from a private seed. No dropout in the base: it would hide part of what adapters cost.
+
+        The layers' tensors, frozen in every row, are the same in all rows: else each row would find its weights
+        thrown out of the cache by the others', as no training run does.
+        """
         config = BertConfig(
             vocab_size=1000,
             num_hidden_layers=self.layers,
@@ -46,7 +58,10 @@ class Shape:
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return BertForSequenceClassification(config).train()
+            model = BertForSequenceClassification(config).train()
+        for name, parameter in model.bert.encoder.named_parameters():
+            parameter.data = _FROZEN.setdefault((self, name), parameter.data)
+        return model
 
     def inputs(self) -> dict[str, Tensor]:
         """One batch without padding."""
@@ -70,20 +85,20 @@ class Run:
     dropout: float
 
 
-def floor(run: Run) -> Step:
+def floor(run: Run) -> Row:
     """Frozen forward and the gradient down to the inputs: nothing but the first LayerNorm's bias and the head train."""
     model = run.shape.encoder()
     return _step(run, model, train=("bert.embeddings.LayerNorm.bias", "classifier"))
 
 
-def our_lora(run: Run) -> Step:
+def our_lora(run: Run) -> Row:
     """`LoRA`, rank 8."""
     model = run.shape.encoder()
     inject(model, partial(LoRA, rank=RANK, alpha=ALPHA, dropout=run.dropout), [ENCODER_LINEARS], ["classifier"])
     return _step(run, model)
 
 
-def our_dora(run: Run, scoring: bool = True, dem: bool = True) -> Step:
+def our_dora(run: Run, scoring: bool = True, dem: bool = True) -> Row:
     """`DynamicDoRA`, 12 to 8; scores after every step, DEM in every loss, a cut after every tenth step."""
     model = run.shape.encoder()
     factory = partial(DynamicDoRA, rank=START_RANK, alpha=ALPHA, dropout=run.dropout)
@@ -108,7 +123,7 @@ def our_dora(run: Run, scoring: bool = True, dem: bool = True) -> Step:
     return _step(run, model, loss=loss, after=after)
 
 
-def no_gate(run: Run, plainly: bool = False) -> Step:
+def no_gate(run: Run, plainly: bool = False) -> Row:
     """Rank 12 with a constant for the gate's value: what the gate, scores and DEM are measured against."""
     model = run.shape.encoder().requires_grad_(False)
     for name, layer in list(model.named_modules()):
@@ -133,7 +148,7 @@ class _NoGate(nn.Module):
         return self.linear(x, self.base.weight, self.base.bias, self.A, self.B, self.value, self.dropout)
 
 
-def peft_lora(run: Run) -> Step:
+def peft_lora(run: Run) -> Row:
     """HF PEFT's LoRA, rank 8."""
     from peft import LoraConfig, TaskType, get_peft_model
 
@@ -147,7 +162,7 @@ def peft_lora(run: Run) -> Step:
     return _step(run, get_peft_model(run.shape.encoder(), config))
 
 
-def peft_adalora(run: Run) -> Step:
+def peft_adalora(run: Run) -> Row:
     """HF PEFT's AdaLoRA, 12 to 8; its penalty in every loss, its allocator after every step, a cut at every tenth."""
     from peft import AdaLoraConfig, TaskType, get_peft_model
 
@@ -167,7 +182,7 @@ def peft_adalora(run: Run) -> Step:
     return _step(run, model, after=model.base_model.update_and_allocate)
 
 
-ROWS: dict[str, tuple[str, Callable[[Run], Step]]] = {
+ROWS: dict[str, tuple[str, Callable[[Run], Row]]] = {
     "floor": ("floor: frozen forward, gradient to the inputs", floor),
     "peft-lora": ("PEFT LoRA r=8", peft_lora),
     "lora": ("LoRA r=8", our_lora),
@@ -186,13 +201,14 @@ def _step(
     train: tuple[str, ...] = (),
     loss: Callable[[Mapping[str, Tensor]], Tensor] | None = None,
     after: Callable[[int], None] | None = None,
-) -> Step:
+) -> Row:
     """Forward, backward, AdamW and what comes `after`, with everything that is equal for all rows in one place."""
     if train:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(name.startswith(start) for start in train))
     inputs = run.shape.inputs()
-    optimizer = torch.optim.AdamW(_trainable(model), lr=1e-4, fused=True)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True)
 
     def step(number: int) -> None:
         value = model(**inputs).loss if loss is None else loss(inputs)
@@ -202,8 +218,4 @@ def _step(
             after(number)  # AdaLoRA's allocator reads gradients
         optimizer.zero_grad(set_to_none=True)
 
-    return step
-
-
-def _trainable(model: nn.Module) -> Iterator[nn.Parameter]:
-    return (parameter for parameter in model.parameters() if parameter.requires_grad)
+    return Row(step, sum(parameter.numel() for parameter in trainable))

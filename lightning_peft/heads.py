@@ -40,9 +40,7 @@ def find_head(module: nn.Module) -> Head:
     models = hub_models(module)
     if not models:
         linear = [
-            n
-            for n, m in _named(module)
-            if (why_not(m) is None and not isinstance(m, nn.Embedding)) or has_in_proj(m)
+            n for n, m in _named(module) if (why_not(m) is None and not isinstance(m, nn.Embedding)) or has_in_proj(m)
         ]
         last = linear[-1:] if len(linear) > 1 else []
         # The last layer of an attention is its out_proj: an attention is no head.

@@ -97,7 +97,9 @@ def rank_heat_map(ranks: Mapping[str, int], top: int, title: str | None = None) 
 
     Example:
         >>> from lightning_peft.heat_map import rank_heat_map
-        >>> rank_heat_map({"layer.0.query": 3, "layer.0.key": 8, "layer.1.query": 0}, top=8).savefig("ranks.png")
+        >>> figure = rank_heat_map({"layer.0.query": 3, "layer.0.key": 8, "layer.1.query": 0}, top=8)
+        >>> [text.get_text() for text in figure.axes[0].texts]
+        ['3', '8', '0']
     """
     if not ranks or top < 1:
         raise ValueError(

@@ -100,8 +100,8 @@ def inject(
     if first is not None:
         # Adding to them would freeze them, and the layers left over are no longer where the head can be told from.
         raise ValueError(
-            f"{type(module).__name__} has adapters already, the first at {clean_name(first)!r}: call eject first, or inject "
-            "all layers in one call. Parts of a model can have adapters of their own: call inject on each part."
+            f"{type(module).__name__} has adapters already, the first at {clean_name(first)!r}: call eject first, or "
+            "inject all layers in one call. Parts of a model can have adapters of their own: call inject on each part."
         )
     head = find_head(module)
     chosen = _choose(module, targets, head)

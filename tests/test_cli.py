@@ -417,6 +417,15 @@ def test_a_damaged_checkpoint_is_not_exported(
         assert "changed.ckpt was changed after it was written" in capsys.readouterr().err
 
 
+def test_a_fault_of_ours_keeps_its_traceback(trained: SimpleNamespace, tmp_path: Path) -> None:
+    """Nobody raised it on purpose, so there is no sentence for the user."""
+    checkpoint = torch.load(trained.checkpoint, weights_only=True)
+    del checkpoint["lightning_peft"]["costs"]  # which no release ever wrote
+    torch.save(checkpoint, tmp_path / "odd.ckpt")
+    with pytest.raises(KeyError, match="costs"):
+        cli.main(["inspect", str(tmp_path / "odd.ckpt")])
+
+
 def test_a_missing_package_names_the_extra(
     trained: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

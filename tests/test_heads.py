@@ -92,10 +92,25 @@ def transformer() -> nn.Module:
         ),
         (MLP, {"body.0", "body.2"}, {"head.weight", "head.bias"}),
         (lambda: nn.Sequential(nn.Linear(8, 8)), {"0"}, set()),
-        (transformer, {"0.self_attn.in_proj", "0.self_attn.out_proj", "0.linear1", "0.linear2"}, {"1.weight", "1.bias"}),
+        (
+            transformer,
+            {"0.self_attn.in_proj", "0.self_attn.out_proj", "0.linear1", "0.linear2"},
+            {"1.weight", "1.bias"},
+        ),
         (lambda: nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2)), {"0", "1.in_proj", "1.out_proj"}, set()),
     ],
-    ids=["bert", "bert_mlm", "bert_bare", "gpt2", "gpt2_lm", "own_head", "mlp", "one_layer", "transformer", "attention_last"],
+    ids=[
+        "bert",
+        "bert_mlm",
+        "bert_bare",
+        "gpt2",
+        "gpt2_lm",
+        "own_head",
+        "mlp",
+        "one_layer",
+        "transformer",
+        "attention_last",
+    ],
 )
 def test_what_is_adapted_and_what_is_trained_when_nobody_says(
     build: Callable[[], nn.Module], adapted: set[str], trained: set[str]

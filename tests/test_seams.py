@@ -208,7 +208,9 @@ def test_when_built_keeps_the_order_of_the_callbacks(kind: type[LightningModule]
 
 
 @pytest.mark.parametrize("kind", [InConfigure, InSetup])
-def test_when_built_does_not_act_if_building_failed(kind: type[LightningModule], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_built_does_not_act_if_building_failed(
+    kind: type[LightningModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = "configure_model" if kind is InConfigure else "setup"
 
     def broken(self: LightningModule, *args: str) -> None:

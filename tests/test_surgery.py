@@ -141,7 +141,10 @@ def test_it_says_what_was_done() -> None:
     [
         (["query"], {f"bert.encoder.layer.{i}.attention.self.query" for i in (0, 1)}),
         ([r"layer\.1\..*\.(query|key)"], {f"bert.encoder.layer.1.attention.self.{n}" for n in ("query", "key")}),
-        (["output.dense"], {f"bert.encoder.layer.{i}.{o}.dense" for i in (0, 1) for o in ("output", "attention.output")}),
+        (
+            ["output.dense"],
+            {f"bert.encoder.layer.{i}.{o}.dense" for i in (0, 1) for o in ("output", "attention.output")},
+        ),
         (["bert.pooler.dense", "classifier"], {"bert.pooler.dense", "classifier"}),
         (["word_embeddings"], {"bert.embeddings.word_embeddings"}),
     ],
@@ -384,7 +387,9 @@ class Fails:
 
 @pytest.mark.parametrize("build", [mlp, encoder, bert])
 @pytest.mark.parametrize(
-    "error", [ValueError("no"), TypeError("no"), RuntimeError("no"), UnicodeDecodeError("utf8", b"", 0, 1, "no")], ids=repr
+    "error",
+    [ValueError("no"), TypeError("no"), RuntimeError("no"), UnicodeDecodeError("utf8", b"", 0, 1, "no")],
+    ids=repr,
 )
 def test_a_factory_that_fails_leaves_the_module_untouched(build: Callable[[], nn.Module], error: Exception) -> None:
     module = build()
@@ -400,25 +405,73 @@ def test_a_factory_that_fails_leaves_the_module_untouched(build: Callable[[], nn
 @pytest.mark.parametrize(
     ("build", "arguments", "error", "says"),
     [
-        (bert, {"targets": ["qurey"]}, ValueError, r"targets=\['qurey'\] matches no layer; the nearest names are 'query'"),
-        (bert, {"targets": ["query", "q_proj"]}, ValueError, r"targets=\['q_proj'\] matches no layer; the nearest names"),
-        (bert, {"targets": ["LayerNorm"]}, ValueError, "matches '.*LayerNorm', which cannot be adapted: LayerNorm is not a"),
-        (mlp, {"targets": ["(0"]}, ValueError, r"targets=\['\(0'\] is not a regular expression: missing \), unterminated"),
-        (mlp, {"targets": []}, ValueError, r"targets=\[\] names no layer; leave targets out to adapt all linear layers"),
-        (mlp, {"targets": "0"}, TypeError, r"targets must be a list of patterns, not one string. Write targets=\['0'\]."),
+        (
+            bert,
+            {"targets": ["qurey"]},
+            ValueError,
+            r"targets=\['qurey'\] matches no layer; the nearest names are 'query'",
+        ),
+        (
+            bert,
+            {"targets": ["query", "q_proj"]},
+            ValueError,
+            r"targets=\['q_proj'\] matches no layer; the nearest names",
+        ),
+        (
+            bert,
+            {"targets": ["LayerNorm"]},
+            ValueError,
+            "matches '.*LayerNorm', which cannot be adapted: LayerNorm is not a",
+        ),
+        (
+            mlp,
+            {"targets": ["(0"]},
+            ValueError,
+            r"targets=\['\(0'\] is not a regular expression: missing \), unterminated",
+        ),
+        (
+            mlp,
+            {"targets": []},
+            ValueError,
+            r"targets=\[\] names no layer; leave targets out to adapt all linear layers",
+        ),
+        (
+            mlp,
+            {"targets": "0"},
+            TypeError,
+            r"targets must be a list of patterns, not one string. Write targets=\['0'\].",
+        ),
         (mlp, {"train": "4"}, TypeError, r"train must be a list of patterns, not one string. Write train=\['4'\]."),
         (bert, {"train": ["clasifier"]}, ValueError, r"train=\['clasifier'\] matches no module or .* are 'classifier'"),
-        (mlp, {"targets": ["0"], "train": ["0"]}, ValueError, r"train=\['0'\] matches no module or parameter that is not"),
+        (
+            mlp,
+            {"targets": ["0"], "train": ["0"]},
+            ValueError,
+            r"train=\['0'\] matches no module or parameter that is not",
+        ),
         (lambda: nn.Sequential(nn.ReLU()), {}, ValueError, "Sequential has no linear layer to adapt. If it builds its"),
-        (lambda: nn.Linear(4, 4), {}, TypeError, "inject replaces layers inside a module and got a single Linear; wrap it"),
-        (lambda: LoRA(nn.Linear(4, 4), 1), {}, TypeError, "inject replaces layers inside a module and got a single LoRA"),
-        (lambda: nn.Sequential(Doubled(4, 4)), {"targets": ["0"]}, ValueError, "matches '0', which cannot be adapted: Doub"),
+        (
+            lambda: nn.Linear(4, 4),
+            {},
+            TypeError,
+            "inject replaces layers inside a module and got a single Linear; wrap it",
+        ),
+        (
+            lambda: LoRA(nn.Linear(4, 4), 1),
+            {},
+            TypeError,
+            "inject replaces layers inside a module and got a single LoRA",
+        ),
+        (
+            lambda: nn.Sequential(Doubled(4, 4)),
+            {"targets": ["0"]},
+            ValueError,
+            "matches '0', which cannot be adapted: Doub",
+        ),
         (lambda: nn.Sequential(Doubled(4, 4)), {}, ValueError, "Sequential has no linear layer to adapt"),
     ],
 )
-def test_misuse(
-    build: Callable[[], nn.Module], arguments: dict[str, Any], error: type[Exception], says: str
-) -> None:
+def test_misuse(build: Callable[[], nn.Module], arguments: dict[str, Any], error: type[Exception], says: str) -> None:
     module = build()
     before = fingerprint(module)
     with pytest.raises(error, match=says):
@@ -427,13 +480,17 @@ def test_misuse(
 
 
 def test_a_rank_above_a_layers_limit_names_the_layer() -> None:
-    with pytest.raises(ValueError, match=r"layer '0': rank=9 is not possible on a layer of 8 inputs and 8 outputs: give"):
+    with pytest.raises(
+        ValueError, match=r"layer '0': rank=9 is not possible on a layer of 8 inputs and 8 outputs: give"
+    ):
         inject(mlp(), partial(LoRA, rank=9))
 
 
 def test_a_factory_must_return_an_adapter() -> None:
     wrong: Any = lambda layer: nn.Linear(2, 2)  # noqa: E731
-    with pytest.raises(TypeError, match=r"layer '0': the factory returned a Linear; it must return an Adapter, as partial"):
+    with pytest.raises(
+        TypeError, match=r"layer '0': the factory returned a Linear; it must return an Adapter, as partial"
+    ):
         inject(mlp(), wrong)
 
 
@@ -442,7 +499,9 @@ def test_a_second_inject_is_refused_and_leaves_the_first_alone(targets: list[str
     module = mlp()
     inject(module, LORA, ["0"])
     before = fingerprint(module)
-    with pytest.raises(ValueError, match="Sequential has adapters already, the first at '0': call eject first, or inject"):
+    with pytest.raises(
+        ValueError, match="Sequential has adapters already, the first at '0': call eject first, or inject"
+    ):
         inject(module, LORA, targets)
     assert fingerprint(module) == before
 

@@ -19,9 +19,7 @@ import transformers
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lightning_peft import presets
-from lightning_peft.interop.folder import Export
-from lightning_peft.interop.hf_peft import to_hf_peft
+from lightning_peft import Export, presets, to_hf_peft
 from lightning_peft.modules import TextClassifier, TextData
 from lightning_peft.modules.text_files import read_file
 

@@ -13,8 +13,7 @@ from inputs import minilm_folder, reuters
 from job import METHODS, Job, balanced, quiet, train
 from table import table
 
-from lightning_peft import RankBudget
-from lightning_peft.heat_map import rank_heat_map
+from lightning_peft import RankBudget, rank_heat_map
 
 
 def main() -> int:
@@ -42,12 +41,12 @@ def main() -> int:
     results = [train(job, name) for name in (METHODS if options.compare else ["dynamic-dora"])]
 
     ours = results[-1]
-    budget = RankBudget.of(ours.classifier)
     picture = out / "rank-heatmap.png"
-    ranks = {name.removeprefix("model.bert."): rank for name, rank in budget.ranks().items()}
+    ranks = RankBudget.of(ours.classifier).ranks()
     rank_heat_map(ranks, top=12, title=f"Rank per layer, {ours.title}").savefig(picture, dpi=200)
 
-    print(f"\nReuters {options.data.upper()}, {epochs} epochs, seed {options.seed}, {job.precision}, one thread\n")
+    passes = f"{epochs} epoch{'s' * (epochs > 1)}"
+    print(f"\nReuters {options.data.upper()}, {passes}, seed {options.seed}, {job.precision}, one thread\n")
     print(table(results))
     print(f"\n{ours.export}")
     print(f"\nheat map     {picture}")

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_peft.adapters.base import Adapter, AdapterFactory
+from lightning_peft.callbacks.order import callbacks_of, require_before
 from lightning_peft.rank.budget import RankBudget
 from lightning_peft.seams import when_built
 from lightning_peft.surgery import Injection, inject
+
+# They copy the module in their setup and later meet it parameter by parameter. The second is not in every release.
+_COPIERS = tuple(
+    vars(callbacks)[name] for name in ("StochasticWeightAveraging", "WeightAveraging") if hasattr(callbacks, name)
+)
 
 
 class AdapterInjection(Callback):
@@ -30,7 +35,8 @@ class AdapterInjection(Callback):
         verbose: print what was adapted.
 
     Raises:
-        MisconfigurationException: at the start of fit, if an adapter's parameter is in no optimizer.
+        MisconfigurationException: a callback that copies the module's weights comes before this one; or, at the start
+            of fit, an adapter's parameter is in no optimizer.
     """
 
     def __init__(
@@ -48,6 +54,9 @@ class AdapterInjection(Callback):
         self._unchecked = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for other in callbacks_of(trainer):
+            if isinstance(other, _COPIERS):
+                require_before(trainer, other, AdapterInjection)
         when_built(pl_module, self._inject)
 
     def _inject(self, module: LightningModule) -> None:
@@ -70,19 +79,17 @@ class AdapterInjection(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         # Once: an adapter that took no part in the first loss stands where nobody calls it or reads its weight.
-        if self._unchecked:
-            self._unchecked = False
-            idle = [
-                name
-                for name, site in RankBudget.of(pl_module).items()
-                if all(p.grad is None for _, p in site.adapter.own_parameters() if p.requires_grad)
-            ]
-            if idle:
-                rank_zero_warn(
-                    f"{len(idle)} adapters took no part in the first loss: {', '.join(idle[:5])}"
-                    f"{', ...' if len(idle) > 5 else ''}. The model neither calls these layers nor reads their weight "
-                    "from them (it may hold the old layers elsewhere, or skip them): leave them out of the targets."
-                )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
+        if not self._unchecked or all(p.grad is None for p in pl_module.parameters()):
+            return  # done, or there was no loss yet: training_step may return None
+        self._unchecked = False
+        idle = []
+        for name, site in RankBudget.of(pl_module).items():
+            trained = [p for _, p in site.adapter.own_parameters() if p.requires_grad]
+            if trained and all(p.grad is None for p in trained):
+                idle.append(name)
+        if idle:
+            rank_zero_warn(
+                f"{len(idle)} adapters took no part in the first loss: {', '.join(idle[:5])}"
+                f"{', ...' if len(idle) > 5 else ''}. The model neither calls these layers nor reads their weight "
+                "from them (it may hold the old layers elsewhere, or skip them): leave them out of the targets."
+            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -75,9 +76,13 @@ class RankPruning(Callback):
                 "max_epochs together with a data loader whose length is known."
             )
         self.total_steps = int(total)
-        self._seen = trainer.global_step
+        self._seen = 0
         self.event_step = 0
         self.policy.track(budget)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Loops are restored after on_fit_start, and global_step with them; under sharded strategies callbacks too.
+        self._seen = trainer.global_step
         if self._restored is not None:
             state, self._restored = self._restored, None
             if state["total_steps"] != self.total_steps:
@@ -88,14 +93,22 @@ class RankPruning(Callback):
                 )
             self.event_step = int(state["event_step"])
             self.policy.load_state_dict(state["policy"])
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Loops are restored after on_fit_start, and global_step with them.
-        self._seen = trainer.global_step
+        if not self._observes(self._seen + 1):
+            self._release()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self.policy.importance.reads == "gradients" and self._observes(trainer.global_step + 1):
-            self.policy.importance.update()
+        importance = self.policy.importance
+        if importance.reads != "gradients" or not self._observes(trainer.global_step + 1):
+            return
+        gradients = importance.gradients()
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            # The optimizer's gradients are unscaled by now. `get_scale` would wait for the device.
+            torch._foreach_div_(gradients, scaler.scale(torch.ones((), device=gradients[0].device)))
+        if trainer.world_size > 1:
+            flat = trainer.strategy.reduce(torch.cat(gradients), reduce_op="mean")
+            torch._foreach_copy_(gradients, list(flat.split([part.numel() for part in gradients])))
+        importance.update(skip_overflow=scaler is not None)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -103,20 +116,24 @@ class RankPruning(Callback):
         step = trainer.global_step
         if step == self._seen:
             return  # an accumulated micro-batch
+        taken = range(self._seen + 1, step + 1)  # more than one if a module that optimizes by hand takes several
         self._seen = step
-        if self.policy.importance.reads == "weights" and self._observes(step):
+        if self.policy.importance.reads == "weights" and self._observes(taken[0]):
             self.policy.importance.update()
-        if self.policy.is_event(step, self.total_steps):
+        if any(self.policy.is_event(each, self.total_steps) for each in taken):
             # Every rank decides alike; rank 0's word is final all the same.
             masks: dict[str, Tensor] = trainer.strategy.broadcast(self.policy.decide(step, self.total_steps))
             self.policy.apply(masks, step, self.total_steps)
             self.event_step = step
+            if self.policy.is_final(step, self.total_steps):
+                self._release()
 
     def _observes(self, step: int) -> bool:
         return self.policy.observes(step, self.total_steps)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._seen and not trainer.fast_dev_run and not self.policy.is_final(self._seen, self.total_steps):
+        tried = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector
+        if self._seen and not tried and not self.policy.is_final(self._seen, self.total_steps):
             rank_zero_warn(
                 f"Training stopped at step {self._seen} of {self.total_steps}, before the rank schedule's last cut at "
                 f"step {self.policy.schedule.window(self.total_steps)[1]}: the final budget is not reached. Resume "
@@ -125,7 +142,11 @@ class RankPruning(Callback):
         self._release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._restored = None
         self._release()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._restored = None  # validation of a checkpoint loads it as well; a later fit is not its continuation
 
     def _release(self) -> None:
         self.policy.importance.release()
@@ -144,5 +165,5 @@ class RankPruning(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # Callbacks are restored before fit starts, when nothing is tracked yet.
+        # Callbacks are restored before or after on_fit_start, as the strategy has it: kept until training starts.
         self._restored = state_dict or None

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_peft.callbacks.injection import AdapterInjection
-from lightning_peft.callbacks.order import require_before
+from lightning_peft.callbacks.order import callbacks_of, require_before
 from lightning_peft.regularizers.base import Regularizer, regularized
 from lightning_peft.seams import when_built, wrap_method
 
@@ -31,6 +31,7 @@ class Regularization(Callback):
     Raises:
         MisconfigurationException: the module optimizes by hand, or returns no loss.
         ValueError: a name cannot be used in a log.
+        TypeError: a term is no Regularizer.
 
     Example:
         >>> from lightning_peft import DEM, Orthogonality
@@ -43,25 +44,29 @@ class Regularization(Callback):
                 raise ValueError(
                     f"a term's name must be an identifier other than 'task', as in loss/<name>. Got {name!r}."
                 )
+        for name, term in terms.items():
+            if not isinstance(term, Regularizer):
+                raise TypeError(f"the term {name!r} must be a Regularizer. Got {type(term).__name__}.")
         self.terms = nn.ModuleDict(terms)
         self._remove: Callable[[], None] | None = None
         self._total_steps = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         require_before(trainer, self, AdapterInjection)
+        count = sum(isinstance(callback, Regularization) for callback in callbacks_of(trainer))
+        if count > 1:
+            raise MisconfigurationException(
+                f"there are {count} Regularization callbacks; give all terms to one: "
+                "Regularization({'first': ..., 'second': ...})."
+            )
         when_built(pl_module, self._register)
         if stage == "fit" and self._remove is None:
             self._remove = wrap_method(pl_module, "training_step", self._add_terms)
 
     def _register(self, module: LightningModule) -> None:
-        # Terms may own parameters: as a child of the module they reach optimizer, strategy and checkpoint.
-        if "peft_terms" not in module._modules:
-            module.add_module("peft_terms", self.terms)
-        elif module.peft_terms is not self.terms:
-            raise MisconfigurationException(
-                "this module has terms of another Regularization callback; give all terms to one: "
-                "Regularization({'first': ..., 'second': ...})."
-            )
+        # Terms may own parameters: as a child of the module they reach optimizer, strategy and checkpoint. They stay
+        # after the run, for checkpoints made then, until another trainer brings its own.
+        module.add_module("peft_terms", self.terms)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not pl_module.automatic_optimization:
@@ -70,6 +75,13 @@ class Regularization(Callback):
                 "own affair and terms added to what training_step returns have no effect. Remove the Regularization "
                 "callback and call lightning_peft.regularized(loss, terms, weights) before manual_backward."
             )
+        held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+        for name, parameter in self.terms.named_parameters():
+            if parameter.requires_grad and id(parameter) not in held:
+                raise MisconfigurationException(
+                    f"{name!r} of the terms is in no optimizer, so it would not be trained. Let configure_optimizers "
+                    "take every parameter that requires grad, or add those of `self.peft_terms` to a group."
+                )
         total = trainer.estimated_stepping_batches
         scheduled = [name for name, term in self.terms.items() if callable(term.weight)]
         if total == float("inf") and scheduled:
@@ -83,17 +95,19 @@ class Regularization(Callback):
         outputs = call(*args, **kwargs)
         if outputs is None:
             return None  # the user skips this batch
-        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if not isinstance(loss, Tensor) or loss.numel() != 1:
+            kind = f"{type(outputs).__name__} of {', '.join(outputs)}" if isinstance(outputs, Mapping) else _kind(loss)
             raise MisconfigurationException(
                 f"training_step of {type(module).__name__} must return a scalar loss, or a dictionary with one under "
-                f"'loss', for terms to be added. Got {type(loss).__name__}."
+                f"'loss', for terms to be added. Got a {kind}."
             )
         step = module.trainer.global_step + 1
-        weights = {name: term.weight_at(step, self._total_steps) for name, term in self.terms.items()}
+        terms: dict[str, Regularizer] = dict(self.terms.items())  # type: ignore[arg-type]
+        weights = {name: term.weight_at(step, self._total_steps) for name, term in terms.items()}
         batch = args[0] if args else next(iter(kwargs.values()), None)
         with torch.autocast(loss.device.type, enabled=False):
-            values = {n: term(module, batch, outputs) for n, term in self.terms.items() if weights[n] != 0}
+            values = {name: term(module, batch, outputs) for name, term in terms.items() if weights[name] != 0}
             total = regularized(loss, values, weights)
         module.log("loss/task", loss.detach(), rank_zero_only=True)
         for name, value in values.items():
@@ -112,3 +126,7 @@ class Regularization(Callback):
         if self._remove is not None:
             self._remove()
             self._remove = None
+
+
+def _kind(value: object) -> str:
+    return f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

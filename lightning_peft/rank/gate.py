@@ -95,7 +95,7 @@ class Gate(nn.Module):
         # `module.to(bfloat16)` casts buffers too; a mask and what accumulates in its gradient stay float32. The tensor
         # is moved by hand so that `requires_grad`, set while an importance reads the mask's gradient, survives.
         wanted = self.mask.requires_grad
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         mask = self.mask.detach()
         self.mask = (mask if mask.dtype == torch.float32 else mask.float()).requires_grad_(wanted)
         return self

@@ -59,11 +59,23 @@ class Importance(ABC):
     def release(self) -> None:  # noqa: B027  # most have nothing to undo
         """Undo what :meth:`track` did to the adapters; the running average stays."""
 
+    def gradients(self) -> list[Tensor]:
+        """The gradients that :meth:`measure` reads at this step, to be unscaled and averaged over ranks in place."""
+        return []
+
     @torch.no_grad()
-    def update(self) -> None:
-        """Fold the worth of this step into the running average. No device sync."""
+    def update(self, skip_overflow: bool = False) -> None:
+        """Fold the worth of this step into the running average. No device sync.
+
+        Args:
+            skip_overflow: leave the average as it is where the worth now is not finite, as a gradient scaler leaves
+                the weights. Else a worth that is not finite shows that training has diverged.
+        """
         for group, worth in zip(self._groups, self._worth, strict=True):
-            worth.lerp_(self.measure(group), 1 - self.beta)
+            now = self.measure(group)
+            if skip_overflow:
+                now = torch.where(now.isfinite(), now, worth)
+            worth.lerp_(now, 1 - self.beta)
 
     def scores(self) -> dict[str, Tensor]:
         """Running worth by layer, in the order of the groups; views, not copies."""
@@ -126,9 +138,19 @@ class Taylor(Importance):
                 site.gate.mask.requires_grad_(False)
                 site.gate.mask.grad = None
 
+    def gradients(self) -> list[Tensor]:
+        return [_gradient(site) for group in self._groups for site in group]
+
     def measure(self, group: list[Site]) -> Tensor:
-        zero = torch.zeros_like(group[0].gate.mask)
-        now = torch.stack([zero if site.gate.mask.grad is None else site.gate.mask.grad for site in group]).abs()
+        now = torch.stack([_gradient(site) for site in group]).abs()
         for site in group:
             site.gate.mask.grad = None  # no optimizer clears it
         return now
+
+
+def _gradient(site: Site) -> Tensor:
+    """The mask's gradient; zeros, kept as such, where the layer took no part."""
+    mask = site.gate.mask
+    if mask.grad is None:
+        mask.grad = torch.zeros_like(mask)
+    return mask.grad

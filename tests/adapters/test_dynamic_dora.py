@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from fractions import Fraction
 from functools import partial
+from itertools import pairwise
 from math import floor, sqrt
 from typing import Any
 
@@ -27,7 +28,7 @@ def network(rank: int = FULL, **arguments: Any) -> nn.Sequential:
         torch.manual_seed(0)
         sizes = [8, 8, 8, 12, 12, 8]
         layers: list[nn.Module] = []
-        for d_in, d_out in zip(sizes, sizes[1:], strict=False):
+        for d_in, d_out in pairwise(sizes):
             layers += [nn.Linear(d_in, d_out), nn.Tanh()]
         module = nn.Sequential(*layers, nn.Linear(8, 3))
         inject(module, partial(DynamicDoRA, rank=rank, **{"dropout": 0.0, **arguments}))
@@ -113,7 +114,8 @@ def test_property_1_starts_at_the_base_and_one_step_moves_only_the_gains() -> No
     optimizer.step()
     changed = {name for name, p in module.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {f"{i}.gate.gain" for i in (0, 2, 4, 6, 8)} | {"10.weight", "10.bias"}
-    assert all(p.grad is not None and not p.grad.any() for n, p in module.named_parameters() if n.endswith((".A", ".B")))
+    factors = [p for name, p in module.named_parameters() if name.endswith((".A", ".B"))]
+    assert all(p.grad is not None and not p.grad.any() for p in factors)
 
 
 def test_property_1_with_dem_and_decay_the_factors_move_too() -> None:
@@ -132,7 +134,8 @@ def test_property_2_scores_equal_dense_outer_products(
 ) -> None:
     rank, d_in, d_out = shape
     generator = torch.Generator().manual_seed(0)
-    A, B, c = (torch.randn(*size, generator=generator, dtype=torch.float64) for size in ((rank, d_in), (d_out, rank), (rank,)))
+    sizes = ((rank, d_in), (d_out, rank), (rank,))
+    A, B, c = (torch.randn(*size, generator=generator, dtype=torch.float64) for size in sizes)
     expected = dense_shares(A, B, c)
     actual = component_shares(A.to(dtype), B.to(dtype), c.to(dtype))
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)

@@ -168,7 +168,10 @@ def test_it_says_what_it_is() -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"rank": 7}, r"rank=7 is not possible on a layer of 8 inputs and 6 outputs: give a rank from 1 to 6, or leave"),
+        (
+            {"rank": 7},
+            r"rank=7 is not possible on a layer of 8 inputs and 6 outputs: give a rank from 1 to 6, or leave",
+        ),
         ({"rank": 0}, "rank=0 is not possible"),
         ({"rank": 2, "alpha": 0.0}, "alpha scales the update and must be positive. Got 0.0."),
         ({"rank": 2, "alpha": float("nan")}, "alpha scales the update and must be positive. Got nan."),
@@ -211,7 +214,10 @@ def _quantised() -> nn.Module:
 @pytest.mark.parametrize(
     ("layer", "says"),
     [
-        (lambda: nn.Conv2d(4, 4, 1), "LoRA cannot adapt this layer: Conv2d is not a Linear, Conv1D or Embedding layer."),
+        (
+            lambda: nn.Conv2d(4, 4, 1),
+            "LoRA cannot adapt this layer: Conv2d is not a Linear, Conv1D or Embedding layer.",
+        ),
         (lambda: Doubled(4, 4), "Doubled computes something else than its base class does."),
         (lambda: Sideways(4, 4), "Sideways computes something else than its base class does."),
         (lambda: nn.Embedding(4, 4, max_norm=1.0), "Embedding computes something else than its base class does."),

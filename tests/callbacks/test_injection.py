@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -185,7 +186,7 @@ def test_a_parameter_in_no_optimizer_is_named() -> None:
 
     with pytest.raises(
         MisconfigurationException,
-        match="'A' of the adapter at 'net.0' is in no optimizer, so it would not be trained. Let configure_optimizers take",
+        match="'A' of the adapter at 'net.0' is in no optimizer, so it would not be trained. Let configure_optimizers",
     ):
         trainer(AdapterInjection(LORA)).fit(Early(), data())
 
@@ -216,7 +217,9 @@ class Hidden(nn.Module):
 def test_an_adapter_that_nobody_reaches_is_a_warning_with_its_name() -> None:
     module = Module()
     module.net = nn.Sequential(Hidden(), nn.Linear(8, 8), nn.Linear(8, 1))
-    with pytest.warns(UserWarning, match=r"1 adapters took no part in the first loss: net.0.layer. The model neither calls"):
+    with pytest.warns(
+        UserWarning, match=r"1 adapters took no part in the first loss: net.0.layer. The model neither calls"
+    ):
         trainer(AdapterInjection(LORA)).fit(module, data())
 
 
@@ -227,6 +230,7 @@ def test_many_of_them_are_counted() -> None:
         trainer(AdapterInjection(LORA)).fit(module, data())
 
 
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_first_batch_without_a_loss_is_not_held_against_the_adapters(accumulate: int) -> None:
     class Skips(Module):
@@ -238,6 +242,26 @@ def test_a_first_batch_without_a_loss_is_not_held_against_the_adapters(accumulat
     module.net = nn.Sequential(Hidden(), nn.Linear(8, 8), nn.Linear(8, 1))
     with pytest.warns(UserWarning, match="1 adapters took no part in the first loss"):
         trainer(AdapterInjection(LORA), max_steps=4, accumulate_grad_batches=accumulate).fit(module, data(12))
+
+
+def test_an_adapter_that_its_owner_froze_is_not_idle() -> None:
+    module = Module()
+    inject(module, LORA)
+    adapters(module)["net.0"].requires_grad_(False)
+    trainer(AdapterInjection(LORA)).fit(module, data())
+
+
+@pytest.mark.filterwarnings("ignore:Swapping scheduler")
+def test_callbacks_that_copy_the_module_come_after() -> None:
+    average = StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=1)
+    with pytest.raises(
+        MisconfigurationException,
+        match="StochasticWeightAveraging comes before AdapterInjection in the Trainer's callb",
+    ):
+        trainer(average, AdapterInjection(LORA)).fit(Module(), data())
+    module = Module()
+    trainer(AdapterInjection(LORA), StochasticWeightAveraging(0.1, 1), max_steps=-1, max_epochs=3).fit(module, data())
+    assert all(adapter.B.any() for adapter in adapters(module).values())  # type: ignore[operator, union-attr]
 
 
 def test_it_trains_as_inject_by_hand_does() -> None:

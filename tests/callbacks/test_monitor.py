@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_peft import AdapterInjection, Budget, RankBudget, RankMonitor, RankPruning, presets
+from lightning_peft import AdapterInjection, Budget, DynamicDoRA, LoRA, RankBudget, RankMonitor, RankPruning, presets
 from lightning_peft.callbacks import monitor as monitor_file
 from lightning_peft.heat_map import HeatMap
 
@@ -242,7 +242,7 @@ def test_hparams_without_any_of_the_module_and_without_pruning() -> None:
 
 class OwnRecord(Net):
     def on_train_start(self) -> None:
-        self.logger.log_hyperparams({"mine": 3}, {"my/score": 0.0})
+        self.loggers[0].log_hyperparams({"mine": 3}, {"my/score": 0.0})
 
 
 def test_a_record_that_the_module_writes_itself_stays() -> None:
@@ -475,7 +475,7 @@ def test_mixed_adapters_are_all_named() -> None:
     logger = TensorBoardLogger(".")
 
     def either(layer: nn.Module) -> Any:
-        kind = presets.LoRA if isinstance(layer, nn.Linear) and layer.out_features == WIDTH else presets.DynamicDoRA
+        kind = LoRA if isinstance(layer, nn.Linear) and layer.out_features == WIDTH else DynamicDoRA
         return kind(layer, rank=3)
 
     trainer_of([AdapterInjection(either, ["query", "dense"]), RankMonitor()], logger=logger).fit(Net(), data())

@@ -132,7 +132,11 @@ def test_a_budget_that_cannot_be(arguments: dict[str, float], says: str) -> None
     ("final", "minimum", "says"),
     [
         (Budget(rank=1), 2, r"Budget\(rank=1\) is 2 components for 2 layers, below the floor of 4 \(2 components kept"),
-        (Budget(rank=0.4), 0, r"is 0 components for 2 layers, below the floor of 1 \(0 components kept in every layer, in"),
+        (
+            Budget(rank=0.4),
+            0,
+            r"is 0 components for 2 layers, below the floor of 1 \(0 components kept in every layer, in",
+        ),
         (Budget(parameters=13), 0, "is 13 parameters for 2 layers, below the floor of 14"),
         (Budget(megabytes=1e-6), 0, "is 0 parameters for 2 layers, below the floor of 14"),
         (Budget(rank=3.5), 0, "is 7 components, more than the 6 that the adapters have at full rank. Lower the budget"),

@@ -25,7 +25,9 @@ def test_a_gain_of_zero_is_not_open() -> None:
     assert gated(0.0, 1.0).open().tolist() == [False, True]
 
 
-@pytest.mark.parametrize("which", [torch.tensor([True, False, True]), torch.tensor([1, 0, 1]), torch.tensor([0.5, 0, 2])])
+@pytest.mark.parametrize(
+    "which", [torch.tensor([True, False, True]), torch.tensor([1, 0, 1]), torch.tensor([0.5, 0, 2])]
+)
 def test_hard_removal_writes_the_mask_in_place_and_leaves_the_gain(which: Tensor) -> None:
     gate = gated(1.0, 2.0, 3.0)
     mask = gate.mask
@@ -109,7 +111,9 @@ def test_what_cannot_be() -> None:
     with pytest.raises(ValueError, match=r"which must have shape \(3,\). Got \(4,\)."):
         Gate(3, cost=1).keep(torch.ones(4))
     gate = Gate(3, cost=1)
-    with pytest.raises(ValueError, match=r"soft removal zeroes a component's gain, and this gate has none; use soft=False"):
+    with pytest.raises(
+        ValueError, match=r"soft removal zeroes a component's gain, and this gate has none; use soft=False"
+    ):
         gate.keep(torch.zeros(3), soft=True)
     assert gate.mask.tolist() == [1, 1, 1]
 

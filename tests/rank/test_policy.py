@@ -74,7 +74,9 @@ def test_a_constant_schedule_cuts_at_the_end_of_the_warm_up() -> None:
     assert some.is_event(3, 10)
 
 
-@pytest.mark.parametrize("schedule", [Linear(0.1, 0.2), Cubic(0.1, 0.2), SlowCubic(0.15, 0.5), Constant(0.1, 0.2)], ids=repr)
+@pytest.mark.parametrize(
+    "schedule", [Linear(0.1, 0.2), Cubic(0.1, 0.2), SlowCubic(0.15, 0.5), Constant(0.1, 0.2)], ids=repr
+)
 @pytest.mark.parametrize("soft", [False, True])
 def test_after_every_event_the_open_components_are_the_budget(schedule: Schedule, soft: bool) -> None:
     _, budget = adapted(DynamicDoRA)

@@ -18,7 +18,8 @@ def network() -> nn.Sequential:
 def test_it_is_the_mean_over_layers_of_the_printed_norms() -> None:
     module, eye = network(), torch.eye(3)
     expected = sum(
-        torch.linalg.matrix_norm(layer.A @ layer.A.T - eye) ** 2 + torch.linalg.matrix_norm(layer.B.T @ layer.B - eye) ** 2  # type: ignore[operator, union-attr]
+        torch.linalg.matrix_norm(layer.A @ layer.A.T - eye) ** 2
+        + torch.linalg.matrix_norm(layer.B.T @ layer.B - eye) ** 2  # type: ignore[operator, union-attr]
         for layer in module
     )
     own = [p for p in module.parameters() if p.requires_grad]
@@ -36,5 +37,7 @@ def test_an_orthonormal_set_costs_nothing() -> None:
 
 
 def test_without_an_adapter_it_says_so() -> None:
-    with pytest.raises(RuntimeError, match="Orthogonality found no low-rank adapter in the module; inject adapters first."):
+    with pytest.raises(
+        RuntimeError, match="Orthogonality found no low-rank adapter in the module; inject adapters first."
+    ):
         Orthogonality()(nn.Linear(2, 2), None, None)
