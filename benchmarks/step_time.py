@@ -1,11 +1,11 @@
 """What a training step costs: adapters beside HF PEFT's, and beside the least that any adapter could cost.
 
-    python benchmarks/step_time.py                       # both encoders, all rows, a Markdown table
+    python benchmarks/step_time.py                       # both encoders, three Markdown tables each
     python benchmarks/step_time.py --shape minilm --rows floor peft-lora lora --rounds 40
     python benchmarks/step_time.py --callbacks           # share of a real fit's step that our callbacks take
 
-Absolute times say little on a shared machine, so all rows live in one process with one thread and take turns, one step
-each, in a new order every round. A ratio is taken within a round; the table gives the median over rounds and the middle
+Absolute times say little on a shared machine, so the rows of a table live in one process with one thread and take turns,
+one step each, in a new order every round. A ratio is taken within a round; the table gives the median over rounds and the middle
 half in brackets. The clock is the CPU time of the process, which a busy neighbour disturbs less than wall time; still,
 one that fills caches and memory slows what is bound by memory, as adapters are, more than the floor.
 """
@@ -13,6 +13,7 @@ one that fills caches and memory slows what is bound by memory, as adapters are,
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -29,6 +30,12 @@ from step_time_rows import ROWS, SHAPES, Row, Run
 RESULTS = Path(__file__).parent / "results" / "step_time.jsonl"
 CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 
+# Rows that take turns: few at a time, because every other row's step leaves its own data in the cache.
+GROUPS = (
+    ("floor", "peft-lora", "lora"),
+    ("floor", "peft-adalora", "dora"),
+    ("no-gate", "dora-gate", "dora-no-dem", "dora"),
+)
 # What is promised: (row, against, {shape: at most}).
 TARGETS = (
     ("lora", "peft-lora", {"minilm": 0.95, "4x768": 0.95}),
@@ -38,7 +45,7 @@ TARGETS = (
 )
 # Shown beside them.
 OTHERS = (("peft-lora", "floor"), ("dora", "dora-no-dem"), ("dora-no-dem", "dora-gate"), ("dora-gate", "no-gate"))
-OTHERS += (("no-gate", "plain"), ("dora", "floor"), ("peft-adalora", "floor"), ("peft-adalora", "peft-lora"))
+OTHERS += (("no-gate", "plain"), ("dora", "floor"), ("peft-adalora", "floor"))
 
 Times = dict[str, list[float]]
 
@@ -117,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, time, print and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES), help="encoders")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="rows to time")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, help="rows to time together; without it, three groups")
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of every row; at least 2")
     parser.add_argument("--warmup", type=int, default=2, help="steps of every row before the timed ones")
     parser.add_argument("--dropout", type=float, default=0.0, help="adapter dropout, the same for every row")
@@ -134,9 +141,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for shape in arguments.shape:
             print(share_of_fit(SHAPES[shape], shape, arguments.rounds), end="\n\n", flush=True)
         return
-    for shape in arguments.shape:
+    groups = GROUPS if arguments.rows is None else (arguments.rows,)
+    for shape, group in itertools.product(arguments.shape, groups):
         run = Run(SHAPES[shape], arguments.warmup + arguments.rounds, arguments.dropout)
-        rows = {name: ROWS[name][1](run) for name in arguments.rows}
+        rows = {name: ROWS[name][1](run) for name in group}
         times = paired(rows, arguments.rounds, arguments.warmup, arguments.clock)
         trainable = {name: row.trainable for name, row in rows.items()}
         print(table(times, trainable, shape, run.dropout), end="\n\n", flush=True)

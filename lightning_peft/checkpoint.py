@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter, AdapterFactory
+from lightning_peft.export import own_random
 from lightning_peft.rank.budget import RankBudget, clean_name
-from lightning_peft.surgery import adaptable, adapters, eject, install
+from lightning_peft.surgery import adaptable, adapters, eject, install, trained
 
 ENTRY = "lightning_peft"
 """The key of our entry in a checkpoint."""
@@ -28,9 +30,18 @@ class AdapterFileError(RuntimeError):
 
 
 def own_keys(module: nn.Module) -> set[str]:
-    """Keys of the state dict that training changes: everything but the frozen parameters."""
-    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    """Keys of the state dict that training changes: everything but the parameters of the frozen base."""
+    named = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    frozen = named - trained(module).keys()
     return {key for key in module.state_dict() if key not in frozen}
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(type(key) is str and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def adapter_state_dict(module: nn.Module) -> dict[str, Tensor]:
@@ -47,6 +58,12 @@ def recipe(module: nn.Module) -> dict[str, Any]:
     """
     groups: list[dict[str, Any]] = []
     for name, adapter in adapters(module).items():
+        for argument, value in adapter.arguments().items():
+            if not _is_plain(value):
+                raise TypeError(
+                    f"{type(adapter).__name__} at {name!r} has {argument}={value!r} of type {type(value).__name__}; a "
+                    "checkpoint holds numbers, strings, lists and dictionaries: keep the argument as one of these."
+                )
         kind = f"{type(adapter).__module__}:{type(adapter).__qualname__}"
         entry = {"class": kind, "arguments": adapter.arguments()}
         group = next((g for g in groups if {k: g[k] for k in entry} == entry), None)
@@ -55,43 +72,49 @@ def recipe(module: nn.Module) -> dict[str, Any]:
         else:
             group["layers"].append(name)
     own = {id(p) for adapter in adapters(module).values() for _, p in adapter.own_parameters()}
-    trained = [name for name, p in module.named_parameters() if p.requires_grad and id(p) not in own]
-    return {"adapters": groups, "trained": trained}
+    return {"adapters": groups, "trained": sorted(n for n, p in trained(module).items() if id(p) not in own)}
 
 
 def fingerprint(module: nn.Module) -> dict[str, Tensor]:
-    """A few values of every frozen parameter of the base, by name: enough to tell one base model from another."""
-    own = {id(p) for adapter in adapters(module).values() for _, p in adapter.own_parameters()}
+    """A few values of every parameter of the frozen base, by name: enough to tell one base model from another."""
+    changed = {id(p) for p in trained(module).values()}
     prints = {}
     for name, p in module.named_parameters():
-        if not p.requires_grad and id(p) not in own and p.numel():
+        if id(p) not in changed and p.numel():
             flat = p.detach().reshape(-1)
-            picks = torch.linspace(0, flat.numel() - 1, _SAMPLES, dtype=torch.float64, device=flat.device).long()
-            prints[clean_name(name)] = torch.cat([torch.tensor([float(flat.numel())]), flat[picks].float().cpu()])
+            picks = torch.linspace(0, flat.numel() - 1, _SAMPLES, dtype=torch.float64).long()
+            prints[clean_name(name)] = flat[picks.to(flat.device)].cpu()
     return prints
 
 
-def digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and bytes."""
+def digest(state: Mapping[str, Tensor], entry: Mapping[str, Any]) -> str:
+    """SHA-256 of all tensors (names, types, shapes, bytes) and of the rest of the entry. No signature."""
     total = hashlib.sha256()
-    for name in sorted(state):
-        value = state[name].detach().cpu().contiguous()
-        total.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
-        total.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    for tensors in (state, entry["base"]):
+        for name in sorted(tensors):
+            value = tensors[name].detach().cpu().contiguous()
+            total.update(f"{name}|{value.dtype}|{tuple(value.shape)}|".encode())
+            total.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    rest = {key: value for key, value in entry.items() if key not in ("base", "digest")}
+    total.update(json.dumps(rest, sort_keys=True).encode())
     return total.hexdigest()
 
 
 def describe(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Our entry for a checkpoint that holds `state`: tensors, strings and numbers only."""
+    """Our entry for a checkpoint that holds `state`: tensors, strings and numbers only.
+
+    Raises:
+        TypeError: an adapter's argument is not a plain value, so that a file could not hold it.
+    """
     budget = RankBudget.of(module)
-    return {
+    entry = {
         "version": VERSION,
         "recipe": recipe(module),
         "ranks": budget.ranks(),
         "costs": {name: site.gate.cost for name, site in budget.items()},
         "base": fingerprint(module),
-        "digest": digest(state),
     }
+    return entry | {"digest": digest(state, entry)}
 
 
 def check(module: nn.Module, checkpoint: Mapping[str, Any], source: str) -> None:
@@ -131,9 +154,13 @@ def check_entry(checkpoint: Mapping[str, Any], source: str) -> None:
         )
     if entry.get("version") != VERSION:
         raise AdapterFileError(f"{source} is of format version {entry.get('version')}; this release reads {VERSION}.")
-    if digest(checkpoint["state_dict"]) != entry.get("digest"):
+    try:
+        whole = digest(checkpoint["state_dict"], entry) == entry["digest"]
+    except (AttributeError, KeyError, TypeError, ValueError):  # not even of the kinds that we write
+        whole = False
+    if not whole:
         raise AdapterFileError(
-            f"{source} was changed after it was written: its tensors do not match their digest. Use another copy."
+            f"{source} was changed after it was written: its contents do not match their digest. Use another copy."
         )
 
 
@@ -196,7 +223,7 @@ def load(module: nn.Module, path: str | PathLike[str]) -> nn.Module:
                 plan[name] = (layers[name], factory)
         known = {name for name, _ in module.named_parameters()}
         # The start of the adapters is overwritten at once: it must not use up the caller's random numbers.
-        with torch.random.fork_rng(devices=[]):
+        with own_random(module):
             install(module, plan, {name for name in entry["recipe"]["trained"] if name in known})
         try:
             check(module, checkpoint, source)
@@ -210,14 +237,23 @@ def load(module: nn.Module, path: str | PathLike[str]) -> nn.Module:
 
 
 def _check_base(here: Mapping[str, Tensor], saved: Mapping[str, Tensor], source: str) -> None:
-    """Compare samples of the base's values, with room for a base in another precision."""
-    for name, values in here.items():
-        other = saved.get(name)
-        if other is None or not torch.allclose(values, other, rtol=2e-2, atol=1e-4, equal_nan=True):
-            raise AdapterFileError(
-                f"{source} was made for another base model: {name!r} {'is not in it' if other is None else 'differs'}. "
-                "Build the model with the weights that the adapters were trained on."
-            )
+    """Compare samples of the base's values: equal, after rounding to the narrower of the two types."""
+    for name in sorted({*here, *saved}):
+        if name not in here or name not in saved:
+            fault = f"{name!r} is not in {'the file' if name in here else 'this model, or is trained here'}"
+        elif not _same(here[name], saved[name]):
+            fault = f"{name!r} differs"
+        else:
+            continue
+        raise AdapterFileError(
+            f"{source} was made for another base model: {fault}. Build the model with the weights that the adapters "
+            "were trained on."
+        )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    narrow = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+    return a.shape == b.shape and torch.equal(a.to(narrow).nan_to_num(), b.to(narrow).nan_to_num())
 
 
 def _difference(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str:

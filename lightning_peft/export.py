@@ -19,7 +19,7 @@ from lightning_peft.adapters.attention import AdaptedAttention
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.layers import stored
 from lightning_peft.rank.budget import clean_name
-from lightning_peft.surgery import eject, replace
+from lightning_peft.surgery import adapters, eject, replace
 
 A = TypeVar("A", bound=Adapter)
 
@@ -130,19 +130,6 @@ def compact(module: nn.Module) -> dict[str, int]:
     return ranks
 
 
-def named_adapters(module: nn.Module) -> dict[str, Adapter]:
-    """All adapters of a module, gated or not, by the name of the layer that they adapt, in the module's order."""
-    found: dict[str, Adapter] = {}
-    paths: set[str] = set()
-    for path, child in module.named_modules():
-        if isinstance(child, Adapter):
-            paths.add(path)
-            parts = path.split(".")
-            kept = [p for i, p in enumerate(parts) if not (p == "base" and ".".join(parts[:i]) in paths)]
-            found[clean_name(".".join(kept))] = child
-    return found
-
-
 @torch.no_grad()
 def merged_weight(adapter: Adapter) -> Tensor:
     """An adapter's effective weight as its base would store it: computed in float32 or wider, rounded once."""
@@ -170,7 +157,7 @@ def _found(module: nn.Module, verb: str) -> dict[str, Adapter]:
             f"{verb} replaces adapters inside a module and got a single {type(module).__name__}; call it on the module "
             "that holds it."
         )
-    found = named_adapters(module)
+    found = adapters(module)
     if not found:
         raise ValueError(f"{verb} found no adapter in {type(module).__name__}; inject puts them in.")
     return found

@@ -114,6 +114,8 @@ def make_resumable(loader: object) -> ResumableLoader | None:
 
 def make_plain(loader: ResumableLoader) -> None:
     """Undo :func:`make_resumable`."""
+    if type(loader) is not ResumableLoader:
+        return  # it is plain already: one loader may be held twice
     for name in ("_position", "_target"):
         loader.__dict__.pop(name, None)
     loader.__class__ = DataLoader  # type: ignore[assignment]

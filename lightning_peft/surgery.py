@@ -13,10 +13,11 @@ from lightning_peft.adapters.attention import AdaptedAttention, expose_in_proj, 
 from lightning_peft.adapters.base import Adapter, AdapterFactory
 from lightning_peft.adapters.layers import why_not
 from lightning_peft.heads import Head, find_head
-from lightning_peft.rank.budget import RankBudget, clean_name
+from lightning_peft.rank.budget import clean_name, layer_name
 
 # Attribute of the module that inject was called on: requires_grad before, by name, where inject changed it.
 _BEFORE = "_requires_grad_before_inject"
+_KEPT = "_kept_by_inject"  # likewise: names of what stayed trainable beside the adapters
 
 
 @dataclass(frozen=True)
@@ -137,11 +138,12 @@ def install(
     replace(module, {id(layers[name]): adapter for name, adapter in built.items()})
     own = {id(p): p for adapter in built.values() for _, p in adapter.own_parameters()}
     names = {clean_name(name) for name in kept}
-    trained = [p for name, p in module.named_parameters() if clean_name(name) in names]
-    kept_ids = {id(p) for p in trained}
+    beside = [p for name, p in module.named_parameters() if clean_name(name) in names]
+    kept_ids = {id(p) for p in beside}
     for parameter in module.parameters():
         if id(parameter) not in own:  # an adapter knows itself what it trains
             parameter.requires_grad_(id(parameter) in kept_ids)
+    module.__dict__[_KEPT] = tuple(sorted(names))
     module.__dict__[_BEFORE] = {name: wanted for name, wanted in trainable.items() if wanted != (name in names)}
     return Injection(
         adapted=tuple(built),
@@ -149,7 +151,7 @@ def install(
         frozen=tuple(sorted(name for name, wanted in trainable.items() if wanted and name not in names)),
         read=read,
         parameters=sum(p.numel() for p in own.values() if p.requires_grad),
-        trained_parameters=sum(p.numel() for p in trained),
+        trained_parameters=sum(p.numel() for p in beside),
         total=total + sum(p.numel() for p in own.values()),
     )
 
@@ -166,6 +168,7 @@ def eject(module: nn.Module) -> None:
     replace(module, {id(adapter): adapter.base for adapter in found})
     for owner in list(module.modules()):
         before = owner.__dict__.pop(_BEFORE, {})
+        owner.__dict__.pop(_KEPT, None)
         for name, parameter in owner.named_parameters():
             parameter.requires_grad_(before.get(clean_name(name), parameter.requires_grad))
 
@@ -183,8 +186,9 @@ def replace(module: nn.Module, new: Mapping[int, nn.Module]) -> None:
 
 
 def adapters(module: nn.Module) -> dict[str, Adapter]:
-    """The gated adapters of a module by the name of the layer that they adapt, in the module's order."""
-    return {name: site.adapter for name, site in RankBudget.of(module).items()}
+    """The adapters of a module, gated or not, by the name of the layer that they adapt, in the module's order."""
+    paths = {path: child for path, child in module.named_modules() if isinstance(child, Adapter)}
+    return {layer_name(path, paths): child for path, child in paths.items()}
 
 
 def adaptable(module: nn.Module) -> dict[str, nn.Module]:
@@ -200,6 +204,20 @@ def adaptable(module: nn.Module) -> dict[str, nn.Module]:
             elif why_not(child) is None:
                 found[name] = child
     return found
+
+
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """What training changes, by name: adapters, what :func:`inject` kept trainable, and whatever requires a gradient.
+
+    Freezing a module when it is trained therefore takes nothing away.
+    """
+    ids = {id(p) for adapter in adapters(module).values() for _, p in adapter.own_parameters()}
+    for owner in module.modules():
+        kept = owner.__dict__.get(_KEPT, ())
+        if kept:
+            ids |= {id(p) for name, p in owner.named_parameters() if clean_name(name) in kept}
+    named = module.named_parameters(remove_duplicate=False)
+    return {name: p for name, p in named if p.requires_grad or id(p) in ids}
 
 
 def matches(patterns: Sequence[str], name: str) -> bool:

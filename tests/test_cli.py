@@ -318,9 +318,7 @@ def foreign_net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("foreign_net")
-@pytest.mark.filterwarnings(
-    "ignore:Attribute 'block' is an instance of `nn.Module`"
-)
+@pytest.mark.filterwarnings("ignore:Attribute 'block' is an instance of `nn.Module`")
 def test_a_module_from_outside(
     job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

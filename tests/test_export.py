@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_peft.adapters import Adapter, DynamicDoRA, LoRA
-from lightning_peft.export import compact, merge, named_adapters
+from lightning_peft.export import compact, merge
 from lightning_peft.rank.budget import RankBudget
-from lightning_peft.surgery import eject, inject
+from lightning_peft.surgery import adapters, eject, inject
 
 RANK = 4
 LORA = partial(LoRA, rank=RANK, alpha=6.0)
@@ -259,7 +259,7 @@ class Unmergeable(Ungated):
 def test_adapters_without_a_gate_merge_too() -> None:
     module, inputs, _ = linear()
     inject(module, Ungated, ["first"])
-    assert list(named_adapters(module)) == ["first"]
+    assert list(adapters(module)) == ["first"]
     adapted = outputs(module, inputs)
     assert merge(module).layers == ("first",)
     assert torch.equal(outputs(module, inputs), adapted)
@@ -268,7 +268,7 @@ def test_adapters_without_a_gate_merge_too() -> None:
 def test_names_are_cleaned_of_wrappers() -> None:
     module, _, targets = linear()
     inject(module, LORA, targets)
-    assert list(named_adapters(torch.compile(module, backend="eager"))) == ["first", "second"]  # type: ignore[arg-type]
+    assert list(adapters(torch.compile(module, backend="eager"))) == ["first", "second"]  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_merged_is_refused_by_name_and_nothing_changes() -> None:

@@ -65,6 +65,8 @@ class DynamicDoRA(LowRank):
         bound_a, bound_b = sqrt(6 / self.A.shape[1]), sqrt(6 / self.rank)
         self.A.uniform_(-bound_a, bound_a)
         self.B.uniform_(-bound_b, bound_b)
+        if self.gate.gain is not None:
+            self.gate.gain.zero_()
 
 
 def component_shares(A: Tensor, B: Tensor, c: Tensor, eps: float = 1e-8) -> Tensor:

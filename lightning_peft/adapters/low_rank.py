@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from operator import index
 
 import torch
 import torch.nn.functional as F
@@ -56,14 +57,19 @@ class LowRank(Adapter):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is a probability in [0, 1). Got {dropout}.")
         super().__init__(base)
-        self.rank = rank
-        self.alpha = alpha
-        self.dropout = dropout
+        # Plain numbers, whatever a sweep hands over: they are written into checkpoints, which hold nothing else.
+        self.rank = index(rank)
+        self.alpha = float(alpha)
+        self.dropout = float(dropout)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.A = nn.Parameter(torch.empty(rank, d_in, dtype=dtype, device=weight.device))
         self.B = nn.Parameter(torch.empty(d_out, rank, dtype=dtype, device=weight.device))
         self.gate = self._make_gate(d_in, d_out)
         self.reset_parameters()
+        if isinstance(base, nn.Embedding) and base.padding_idx is not None:
+            # A padding vector is neither trained nor moved.
+            with torch.no_grad():
+                self.A[:, base.padding_idx] = 0
 
     @abstractmethod
     def _make_gate(self, d_in: int, d_out: int) -> Gate:
@@ -92,7 +98,7 @@ class LowRank(Adapter):
     def forward(self, x: Tensor) -> Tensor:
         base = self.base
         if isinstance(base, nn.Embedding):
-            h = F.embedding(x, self.A.t()) * self.value().to(self.A.dtype)
+            h = F.embedding(x, self.A.t(), base.padding_idx) * self.value().to(self.A.dtype)
             y: Tensor = base(x)
             return y + F.linear(h, self.B).to(y.dtype)
         p = self.dropout if self.training else 0.0

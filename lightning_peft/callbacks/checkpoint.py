@@ -47,6 +47,7 @@ class AdapterCheckpoint(Callback):
         self.full = full
         self._undo: list[Callable[[], object]] = []
         self._undo_after: list[Callable[[], object]] = []
+        self._adopted: list[ResumableLoader] = []
         self._loaders: list[ResumableLoader] = []
         self._restored: Mapping[str, Any] | None = None
 
@@ -58,11 +59,13 @@ class AdapterCheckpoint(Callback):
         pl_module.strict_loading = False  # the base is not in the file; `check` is stricter than strict about the rest
         # These stay after the run: `trainer.save_checkpoint` is often called when fit has returned.
         self._undo = [
-            lambda: setattr(pl_module, "strict_loading", strict),
             wrap_method(pl_module, "on_save_checkpoint", self._save),
             wrap_method(pl_module, "on_load_checkpoint", self._load),
         ]
-        self._undo_after = [wrap_method(trainer.strategy, "load_checkpoint", _read)]
+        self._undo_after = [
+            lambda: setattr(pl_module, "strict_loading", strict),
+            wrap_method(trainer.strategy, "load_checkpoint", _read),
+        ]
         if stage == "fit":
             self._watch_loaders(trainer)
 
@@ -78,8 +81,7 @@ class AdapterCheckpoint(Callback):
         loaders = call(*args, **kwargs)
         leaves = tree_leaves(getattr(loaders, "iterables", loaders))  # a CombinedLoader holds a collection
         found = [loader for loader in map(make_resumable, leaves) if loader is not None]
-        # The iterator is held by the trainer's loop; asking again (reload_dataloaders_every_n_epochs) starts anew.
-        self._loaders = found
+        self._adopted.extend(found)
         return loaders
 
     def _save(self, call: Callable[..., Any], module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -95,23 +97,34 @@ class AdapterCheckpoint(Callback):
 
     def _load(self, call: Callable[..., Any], module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # Before any weight is copied: a checkpoint that does not fit leaves the model as it is.
+        source = "this checkpoint"
         if ENTRY in checkpoint:
-            source = "this checkpoint"
             check_entry(checkpoint, source)
             check(module, checkpoint, source)
+        else:  # written without us: as strict as Lightning itself
+            odd = sorted(checkpoint["state_dict"].keys() ^ module.state_dict().keys())
+            if odd:
+                raise AdapterFileError(
+                    f"{source} was not written by AdapterCheckpoint and does not fit this model: {odd[0]!r} is in one "
+                    "and not in the other. Load it into the model before adapters are injected."
+                )
         call(checkpoint)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The loaders that are iterated: with several processes Lightning has made others of what the user gave.
+        combined = trainer.fit_loop._combined_loader
+        leaves = [] if combined is None else combined.flattened
+        self._loaders = [loader for loader in leaves if isinstance(loader, ResumableLoader)]
         # The last thing before the first batch: sanity checks and dataloaders have drawn what they wanted.
-        if self._restored is None:
+        states, self._restored = self._restored, None
+        if states is None or rank() >= len(states["ranks"]):
             return
-        state, self._restored = self._restored, None
+        state = states["ranks"][rank()]
         progress = trainer.fit_loop.epoch_loop.batch_progress.current
         mid_epoch = 0 < progress.ready < trainer.num_training_batches
         for loader, position in zip(self._loaders, state["loaders"], strict=False):
             loader.load_state_dict(position if mid_epoch else {})
-        if rank() < len(state["rng"]):
-            set_rng_state(state["rng"][rank()])
+        set_rng_state(state["rng"])
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._detach()
@@ -121,11 +134,14 @@ class AdapterCheckpoint(Callback):
 
     def _detach(self) -> None:
         _call_all(self._undo_after)
-        while self._loaders:
-            make_plain(self._loaders.pop())
+        self._restored = None  # validation of a checkpoint loads it as well; a later fit is not its continuation
+        for loader in [*self._adopted, *self._loaders]:
+            make_plain(loader)
+        self._adopted, self._loaders = [], []
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rng": gather_objects(rng_state()), "loaders": [loader.state_dict() for loader in self._loaders]}
+        here = {"rng": rng_state(), "loaders": [loader.state_dict() for loader in self._loaders]}
+        return {"ranks": gather_objects(here)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None

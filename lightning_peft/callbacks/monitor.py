@@ -124,6 +124,7 @@ class RankMonitor(Callback):
         self._forget()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._restored = {}  # validation of a checkpoint loads it as well; a later fit is not its continuation
         self._forget()
 
     def _unmasked(self) -> dict[str, int]:

@@ -14,10 +14,8 @@ from torch.optim import Optimizer
 
 from lightning_peft.callbacks.injection import AdapterInjection
 from lightning_peft.callbacks.order import require_before
-from lightning_peft.rank.budget import Budget, RankBudget
-from lightning_peft.rank.importance import Importance
+from lightning_peft.rank.budget import RankBudget
 from lightning_peft.rank.policy import RankPolicy
-from lightning_peft.rank.schedule import Schedule
 
 
 class RankPruning(Callback):
@@ -44,20 +42,8 @@ class RankPruning(Callback):
         self.event_step = 0
         """The step of the last event, 0 before the first; equal to `trainer.global_step` right after an event."""
         self._seen = 0
+        self._settled = False  # the mask is final
         self._restored: Mapping[str, Any] | None = None
-
-    @classmethod
-    def of(
-        cls,
-        schedule: Schedule,
-        importance: Importance,
-        final: Budget,
-        interval: int = 10,
-        soft: bool = False,
-        minimum: int = 0,
-    ) -> RankPruning:
-        """The callback with its policy given in parts; see :class:`~lightning_peft.rank.RankPolicy`."""
-        return cls(RankPolicy(schedule, importance, final, interval, soft, minimum))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         require_before(trainer, self, AdapterInjection)
@@ -70,6 +56,11 @@ class RankPruning(Callback):
                 "call inject() on the module first."
             )
         total = trainer.estimated_stepping_batches
+        if not pl_module.automatic_optimization and trainer.max_steps == -1:
+            raise MisconfigurationException(
+                f"{type(pl_module).__name__} optimizes by hand, so only it knows how many optimizer steps an epoch "
+                "has, and the rank schedule would run at the wrong pace. Set max_steps, counted over all optimizers."
+            )
         if total == float("inf") or total < 1:
             raise MisconfigurationException(
                 f"RankPruning needs the number of optimizer steps, and the Trainer expects {total}. Set max_steps, or "
@@ -77,6 +68,7 @@ class RankPruning(Callback):
             )
         self.total_steps = int(total)
         self._seen = 0
+        self._settled = False
         self.event_step = 0
         self.policy.track(budget)
 
@@ -91,8 +83,11 @@ class RankPruning(Callback):
                     f"Trainer now plans {self.total_steps}: the schedule follows the Trainer. Keep max_epochs, "
                     "max_steps, the batch size and accumulation as they were to resume exactly."
                 )
-            self.event_step = int(state["event_step"])
+            self.event_step, self._settled = int(state["event_step"]), bool(state["settled"])
             self.policy.load_state_dict(state["policy"])
+            # The file may be from between the optimizer's step and our look at it, or of a plan that was longer.
+            self._seen = min(int(state["step"]), trainer.global_step)
+            self._look(trainer)
         if not self._observes(self._seen + 1):
             self._release()
 
@@ -113,19 +108,26 @@ class RankPruning(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._look(trainer)
+
+    def _look(self, trainer: Trainer) -> None:
+        """Take in the optimizer steps since the last look, and choose components if one of them was an event."""
         step = trainer.global_step
-        if step == self._seen:
+        # Not `==`: a plan that became shorter has its last event behind it.
+        missed = self.policy.is_final(step, self.total_steps) and not self._settled
+        if step == self._seen and not missed:
             return  # an accumulated micro-batch
         taken = range(self._seen + 1, step + 1)  # more than one if a module that optimizes by hand takes several
         self._seen = step
-        if self.policy.importance.reads == "weights" and self._observes(taken[0]):
+        if self.policy.importance.reads == "weights" and taken and self._observes(taken[0]):
             self.policy.importance.update()
-        if any(self.policy.is_event(each, self.total_steps) for each in taken):
+        if missed or any(self.policy.is_event(each, self.total_steps) for each in taken):
             # Every rank decides alike; rank 0's word is final all the same.
             masks: dict[str, Tensor] = trainer.strategy.broadcast(self.policy.decide(step, self.total_steps))
             self.policy.apply(masks, step, self.total_steps)
             self.event_step = step
-            if self.policy.is_final(step, self.total_steps):
+            self._settled = self.policy.is_final(step, self.total_steps)
+            if self._settled:
                 self._release()
 
     def _observes(self, step: int) -> bool:
@@ -160,6 +162,8 @@ class RankPruning(Callback):
             return {}
         return {
             "total_steps": self.total_steps,
+            "step": self._seen,
+            "settled": self._settled,
             "event_step": self.event_step,
             "policy": self.policy.state_dict(),
         }

@@ -7,10 +7,10 @@ import copy
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter
-from lightning_peft.export import named_adapters
 from lightning_peft.heads import find_head, hub_models
 from lightning_peft.rank.budget import clean_name
 from lightning_peft.regularizers.base import Regularizer
+from lightning_peft.surgery import adapters
 
 # Lists and dictionaries of modules are never called, so other tools cannot put a trained copy in their place.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -22,7 +22,7 @@ def find_host(module: nn.Module, verb: str) -> tuple[str, nn.Module]:
     Raises:
         ValueError: there is no adapter, or some are outside the transformers model, or in a second one.
     """
-    found = named_adapters(module)
+    found = adapters(module)
     if not found:
         raise ValueError(f"{verb} found no adapter in {type(module).__name__}; inject puts them in.")
     hosts = {
@@ -54,7 +54,7 @@ def trained_beside(module: nn.Module) -> dict[str, nn.Parameter]:
     Those that require a gradient; the terms of a loss do not count. If nothing at all does, the module was frozen as a
     whole after training, and then what counts is the head that :func:`lightning_peft.heads.find_head` finds.
     """
-    skipped = {id(p) for adapter in named_adapters(module).values() for _, p in adapter.own_parameters()}
+    skipped = {id(p) for adapter in adapters(module).values() for _, p in adapter.own_parameters()}
     skipped |= {id(p) for term in module.modules() if isinstance(term, Regularizer) for p in term.parameters()}
     named = {n: p for n, p in module.named_parameters(remove_duplicate=False) if id(p) not in skipped}
     if any(p.requires_grad for p in module.parameters()):

@@ -20,8 +20,9 @@ from lightning_peft.adapters.attention import AdaptedAttention
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.layers import is_conv1d
 from lightning_peft.adapters.low_rank import LowRank
-from lightning_peft.export import named_adapters, widened
+from lightning_peft.export import widened
 from lightning_peft.rank.budget import clean_name
+from lightning_peft.surgery import adapters
 
 Mode = Literal["padded", "compact", "folded"]
 PREFIX = "base_model.model."
@@ -79,7 +80,7 @@ def find_targets(host: nn.Module) -> list[Target]:
         TypeError: an adapter, or the place where it is, cannot be expressed in PEFT's LoRA format.
         ValueError: every layer is of rank 0.
     """
-    found = named_adapters(host)
+    found = adapters(host)
     places = _attention_places(host)
     shared = _shared(host)
     paired: dict[str, dict[str, Part]] = {}

@@ -37,7 +37,7 @@ def close_lowest(
         return {}
     counts = [score.numel() for score in scores.values()]
     # One transfer from the device for all layers.
-    flat = torch.cat([score.detach().reshape(-1).double() for score in scores.values()]).cpu()
+    flat = torch.cat([score.detach().reshape(-1) for score in scores.values()]).cpu().double()
     if not bool(torch.isfinite(flat).all()):
         broken = [
             name for name, part in zip(scores, flat.split(counts), strict=True) if not bool(part.isfinite().all())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from math import floor, isfinite
 from typing import TYPE_CHECKING, Literal, cast
@@ -29,6 +29,13 @@ def clean_name(name: str) -> str:
         'net.layer.0.query'
     """
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def layer_name(path: str, adapted: Container[str]) -> str:
+    """The name of the layer that the adapter at `path` adapts: an adapter around it adds no `base` to it."""
+    parts = path.split(".")
+    kept = [p for i, p in enumerate(parts) if not (p == "base" and ".".join(parts[:i]) in adapted)]
+    return clean_name(".".join(kept))
 
 
 @dataclass(frozen=True)
@@ -62,17 +69,12 @@ class RankBudget(Mapping[str, Site]):
     @classmethod
     def of(cls, module: nn.Module) -> RankBudget:
         """Collect the gated adapters of `module`; a layer shared by several parents counts once."""
-        sites, adapted = {}, set()
-        for path, child in module.named_modules():
-            # Who holds a gate under this name is an adapter; its class is above this folder and not asked for.
-            gate = child._modules.get("gate")
-            if isinstance(gate, Gate):
-                adapted.add(path)
-                # An adapter below another one's base keeps the layer's own name.
-                parts = path.split(".")
-                inside = [i for i, part in enumerate(parts) if part == "base" and ".".join(parts[:i]) in adapted]
-                name = clean_name(".".join(part for i, part in enumerate(parts) if i not in inside))
-                sites[name] = Site(name, gate, cast("Adapter", child))
+        # Who holds a gate under this name is an adapter; its class is above this folder and not asked for.
+        gated = {path: child for path, child in module.named_modules() if isinstance(child._modules.get("gate"), Gate)}
+        sites = {}
+        for path, child in gated.items():
+            name = layer_name(path, gated)
+            sites[name] = Site(name, cast(Gate, child._modules["gate"]), cast("Adapter", child))
         return cls(sites)
 
     def __getitem__(self, name: str) -> Site:
@@ -154,7 +156,8 @@ class Budget:
         rank: average rank per adapted layer: components, each counted as one, whatever its layer's size.
         parameters: adapter parameters.
         share: share of the adapters' parameters at full rank, in (0, 1].
-        megabytes: size of the exported adapter file in 10^6 bytes, float32 tensors and their header, head not counted.
+        megabytes: size of the exported adapter file in 10^6 bytes: float32 tensors of true rank (`to_hf_peft` with mode
+            "compact" or "folded") and their header; the head is not counted.
 
     Raises:
         ValueError: not exactly one is given, or the one given is not positive.

@@ -56,10 +56,15 @@ class RankPolicy:
         self._budget = RankBudget({})
         self._sizes: dict[str, int] = {}
         self._capacity = 0
+        self._final = 0
         self._cut = 0
+        self._gone: dict[str, Tensor] = {}
+        self._lost = 0
 
     def track(self, budget: RankBudget) -> None:
         """Take on the adapters of `budget`; importance starts at zero.
+
+        Components that an earlier fit has closed stay closed and are no part of this schedule's capacity.
 
         Raises:
             ValueError: the final budget does not fit them, or soft removal is asked of gates without a gain.
@@ -71,9 +76,17 @@ class RankPolicy:
             )
         self._budget = budget
         self._sizes = budget.sizes(self.final.unit)
-        self._capacity = sum(self._sizes[name] * len(site.gate) for name, site in budget.items())
-        self._cut = self._capacity - self.final.amount(budget, self.minimum)
+        self._final = self.final.amount(budget, self.minimum)
+        self._exclude({name: site.gate.mask.detach() == 0 for name, site in budget.items()})
         self.importance.track(budget)
+
+    def _exclude(self, gone: Mapping[str, Tensor]) -> None:
+        """Leave components out for good, and count what the others may lose."""
+        self._gone = {name: mask.cpu() for name, mask in gone.items()}
+        self._lost = sum(self._sizes[name] * int(mask.sum()) for name, mask in self._gone.items())
+        whole = sum(self._sizes[name] * len(site.gate) for name, site in self._budget.items())
+        self._capacity = whole - self._lost
+        self._cut = max(0, self._capacity - self._final)
 
     def is_event(self, step: int, total: int) -> bool:
         """Whether components are chosen after this step (counted from 1)."""
@@ -96,7 +109,13 @@ class RankPolicy:
         """The components that stay open after this step: layer -> (n,) bool. Equal inputs, equal masks."""
         scores = self.importance.scores()
         ordered = {name: scores[name] for name in self._budget}  # module order, which is the order of ties
-        return close_lowest(ordered, self._sizes, self.schedule.cut(step, total, self._cut), self.minimum)
+        amount = self.schedule.cut(step, total, self._cut)
+        if not self._lost:
+            return close_lowest(ordered, self._sizes, amount, self.minimum)
+        # Worth is never negative, so what is gone goes first; unless other worth is not finite, hence the second look.
+        ordered = {name: row.cpu().masked_fill(self._gone[name], -1.0) for name, row in ordered.items()}
+        masks = close_lowest(ordered, self._sizes, self._lost + amount, self.minimum)
+        return {name: mask & ~self._gone[name] for name, mask in masks.items()}
 
     def apply(self, masks: Mapping[str, Tensor], step: int, total: int) -> None:
         """Write the masks into the gates: soft if the policy is soft, hard if it is not or the event is the last."""
@@ -106,9 +125,10 @@ class RankPolicy:
             self._budget.keep(masks)
 
     def state_dict(self) -> dict[str, Any]:
-        """The importance's running average. Masks are the model's state, and the schedule has none."""
-        return {"importance": self.importance.state_dict()}
+        """The running importance, and what the schedule leaves out. Masks are the model's state."""
+        return {"importance": self.importance.state_dict(), "gone": dict(self._gone)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave, after :meth:`track`."""
         self.importance.load_state_dict(state["importance"])
+        self._exclude(state["gone"])

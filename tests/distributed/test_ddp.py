@@ -23,8 +23,9 @@ pytestmark = [
 
 
 class Net(L.LightningModule):
-    def __init__(self) -> None:
+    def __init__(self, shuffle: bool = False) -> None:
         super().__init__()
+        self.shuffle = shuffle
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
             self.net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4))
@@ -35,6 +36,8 @@ class Net(L.LightningModule):
     def train_dataloader(self) -> DataLoader[Any]:
         generator = torch.Generator().manual_seed(0)
         x, y = torch.randn(128, 16, generator=generator), torch.randint(0, 4, (128,), generator=generator)
+        if self.shuffle:
+            return DataLoader(TensorDataset(x, y), batch_size=4, shuffle=True)
         rank, world = self.trainer.global_rank, self.trainer.world_size
         batches = [list(range(i, i + 8)) for i in range(0, 128, 8)]
         mine = [batch[rank * 8 // world : (rank + 1) * 8 // world] for batch in batches]
@@ -63,18 +66,20 @@ class Diary(L.Callback):
         )
 
 
-def run(folder: Path, world: int, ckpt_path: Path | None = None, **kwargs: Any) -> list[dict[str, Any]]:
+def run(
+    folder: Path, world: int, ckpt_path: Path | None = None, shuffle: bool = False, **kwargs: Any
+) -> list[dict[str, Any]]:
     torch.manual_seed(5)
     strategy: Any = DDPStrategy(start_method="fork", **kwargs) if world > 1 else "auto"
     L.Trainer(
-        max_epochs=4, accelerator="cpu", devices=world, strategy=strategy, use_distributed_sampler=False, logger=False,
-        enable_progress_bar=False, enable_model_summary=False,
+        max_epochs=4, accelerator="cpu", devices=world, strategy=strategy, use_distributed_sampler=shuffle,
+        logger=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[
             *presets.dynamic_dora(final_rank=4, interval=3, dropout=0.0),
             ModelCheckpoint(folder, filename="{step}", every_n_train_steps=21, save_top_k=-1),
             Diary(folder),
         ],
-    ).fit(Net(), ckpt_path=ckpt_path)  # fmt: skip
+    ).fit(Net(shuffle), ckpt_path=ckpt_path)  # fmt: skip
     return [torch.load(folder / f"{world}-{rank}.pt", weights_only=True) for rank in range(world)]
 
 
@@ -94,10 +99,11 @@ def test_ddp_equals_one_process(tmp_path: Path, kwargs: dict[str, bool]) -> None
         torch.testing.assert_close(first["state"][name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_resumed_ddp_is_bitwise_the_uninterrupted_one(tmp_path: Path) -> None:
-    whole = run(tmp_path, 2)
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_resumed_ddp_is_bitwise_the_uninterrupted_one(tmp_path: Path, shuffle: bool) -> None:
+    whole = run(tmp_path, 2, shuffle=shuffle)
     for step in (21, 42):  # in the middle of an epoch, while pruning is soft, and in the tail
-        resumed = run(tmp_path, 2, ckpt_path=tmp_path / f"step={step}.ckpt")
+        resumed = run(tmp_path, 2, ckpt_path=tmp_path / f"step={step}.ckpt", shuffle=shuffle)
         for before, after in zip(whole, resumed, strict=True):
             assert before["state"].keys() == after["state"].keys()
             for name, value in before["state"].items():

@@ -201,7 +201,9 @@ TABLE: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         "warmup and tail are shares of the run that leave a window to prune in: .* Got warmup=0.5, tail=0.5.",
     ),
     "soft removal without a gain": (
-        lambda: fit(Encoder(), AdapterInjection(LORA), RankPruning.of(Cubic(), Taylor(), Budget(rank=2), soft=True)),
+        lambda: fit(
+            Encoder(), AdapterInjection(LORA), RankPruning(RankPolicy(Cubic(), Taylor(), Budget(rank=2), soft=True))
+        ),
         ValueError,
         "soft removal zeroes a component's gain, and the adapter at 'query' has none; use soft=False.",
     ),
@@ -209,6 +211,11 @@ TABLE: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         lambda: fit(Encoder(), *presets.dynamic_dora(final_rank=2), max_epochs=-1),
         MisconfigurationException,
         "RankPruning needs the number of optimizer steps, and the Trainer expects inf. Set max_steps, or max_epochs",
+    ),
+    "pruning where only the module knows its steps": (
+        lambda: fit(Manual(), AdapterInjection(LORA), pruning(rank=2)),
+        MisconfigurationException,
+        "Manual optimizes by hand, so only it knows how many optimizer steps an epoch has, .* Set max_steps, counted over",
     ),
     "manual optimization": (
         lambda: fit(Manual(), AdapterInjection(LORA), Regularization({"dem": DEM()})),
@@ -258,10 +265,10 @@ def tampered(path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        (another_base, "was made for another base model: 'query.base.weight' differs"),
+        (another_base, "was made for another base model: 'query.base.bias' differs"),
         (other_adapters, r"holds other adapters than this model has: at 'query' it has DynamicDoRA\(rank=3"),
         (truncated, r"some.ckpt cannot be read: it is cut short, damaged, or holds more than tensors"),
-        (tampered, "was changed after it was written: its tensors do not match their digest. Use another copy."),
+        (tampered, "was changed after it was written: its contents do not match their digest. Use another copy."),
     ],
 )
 def test_a_wrong_checkpoint_is_told_in_a_sentence(wrong: Callable[[Path], None], says: str, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
@@ -182,7 +183,30 @@ def test_its_state_is_the_running_average() -> None:
     other.track(budget)
     other.load_state_dict(some.state_dict())
     assert torch.equal(other.decide(5, 10)["0"], some.decide(5, 10)["0"])
-    assert set(some.state_dict()) == {"importance"}
+    assert set(some.state_dict()) == {"importance", "gone"}
+
+
+@pytest.mark.parametrize("broken", [0.9, float("nan")])
+def test_what_an_earlier_fit_has_closed_stays_closed(broken: float) -> None:
+    """Worth that is not finite goes first of all, but not in the place of what is gone."""
+    _, budget = adapted()
+    budget.keep({"0": torch.tensor([1, 1, 1, 0])})  # its best
+    some, scores = policy(SlowCubic(0.5, 0.0), interval=1)
+    scores.now["1"][3] = broken
+    some.track(budget)
+    some.importance.update()
+    assert [some.budget_at(step, 10) for step in (1, 10)] == [7, 4]
+    for step in (5, 10):  # nothing to cut yet, and all
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore" if broken != broken else "error")
+            some.apply(some.decide(step, 10), step, 10)
+        assert budget["0"].gate.mask[3] == 0
+    assert broken != broken or budget.ranks() == {"0": 0, "1": 4}
+    other, _ = policy(SlowCubic(0.5, 0.0))
+    _, fresh = adapted()
+    other.track(fresh)
+    other.load_state_dict(some.state_dict())
+    assert other.budget_at(1, 10) == 7
 
 
 def test_what_cannot_be() -> None:

@@ -54,6 +54,14 @@ def test_dynamic_dora_by_the_published_formula() -> None:
     assert SlowCubic(0.15, 0.5).cut(101, total, 10) == 10
 
 
+def test_a_float_that_falls_short_of_one_still_cuts_the_whole() -> None:
+    class Tenths(Schedule):
+        def done(self, q: Fraction) -> float:
+            return sum([0.1 * float(q)] * 10)  # 0.9999999999999999 at the end
+
+    assert [Tenths(0.1, 0.1).cut(step, 100, 20) for step in (89, 90, 91)] == [19, 20, 20]
+
+
 def test_shares_of_steps_are_exact() -> None:
     assert [share_of(0.29, 100), share_of(0.15, 20), share_of(0.7, 10), share_of(1e-5, 10**6)] == [29, 3, 7, 10]
 
