@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from os import PathLike
 from typing import Any
@@ -48,7 +48,10 @@ def rebuild(path: str | PathLike[str], named: str | None = None) -> LightningMod
             f"{source} does not hold {missing[0]!r}, which {kind.__name__} needs: a module that is to be built from a "
             "checkpoint calls self.save_hyperparameters(). Or build it in Python and use lightning_peft.load."
         )
-    module = _instantiate(kind, saved) if _has_classes(saved) else kind(**saved)
+    named_classes = set(_classes(saved))
+    for path_in_file in sorted(named_classes):
+        _imported(path_in_file, source)
+    module = _instantiate(kind, saved) if named_classes else kind(**saved)
     if is_overridden("configure_model", module, LightningModule):
         module.configure_model()
     return module
@@ -92,11 +95,25 @@ def _named(path: str) -> type[LightningModule]:
     return found
 
 
-def _has_classes(value: object) -> bool:
-    """Whether hyper-parameters hold a class with its arguments, as LightningCLI writes them."""
+def _classes(value: object) -> Iterator[str]:
+    """The classes that hyper-parameters name with their arguments, as LightningCLI writes them."""
     if isinstance(value, Mapping):
-        return "class_path" in value or any(map(_has_classes, value.values()))
-    return isinstance(value, list | tuple) and any(map(_has_classes, value))
+        if "class_path" in value:
+            yield str(value["class_path"])
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _classes(item)
+
+
+def _imported(path: str, source: str) -> None:
+    """Refuse a class that nobody has imported: a file does not make us import code."""
+    module_name, _, name = path.rpartition(".")
+    if module_name.partition(".")[0] != "lightning_peft" and not hasattr(sys.modules.get(module_name), name):
+        raise AdapterFileError(
+            f"{source} names the class {path!r} in its hyper-parameters, which is not imported; if you trust it, build "
+            "the module in Python and use lightning_peft.load."
+        )
 
 
 def _instantiate(kind: type[LightningModule], saved: Mapping[str, Any]) -> LightningModule:

@@ -25,7 +25,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lightning_peft import __main__, __version__, cli
+from lightning_peft import AdapterFileError, __main__, __version__, cli
+from lightning_peft.checkpoint import ENTRY, digest
+from lightning_peft.rebuild import rebuild
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "red", "car", "green", "tree"]
 TEXTS = {"plant": "the green tree", "street": "the red car"}
@@ -418,7 +420,8 @@ def test_a_damaged_checkpoint_is_not_exported(
 def test_a_fault_of_ours_keeps_its_traceback(trained: SimpleNamespace, tmp_path: Path) -> None:
     """Nobody raised it on purpose, so there is no sentence for the user."""
     checkpoint = torch.load(trained.checkpoint, weights_only=True)
-    del checkpoint["lightning_peft"]["costs"]  # which no release ever wrote
+    del checkpoint[ENTRY]["costs"]  # which no release ever wrote
+    checkpoint[ENTRY]["digest"] = digest(checkpoint["state_dict"], checkpoint[ENTRY])
     torch.save(checkpoint, tmp_path / "odd.ckpt")
     with pytest.raises(KeyError, match="costs"):
         cli.main(["inspect", str(tmp_path / "odd.ckpt")])
@@ -464,3 +467,26 @@ def test_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         __main__.main()
     assert capsys.readouterr().out == f"lightning-peft {__version__}\n"
     assert sys.path[-1] == str(tmp_path)
+
+
+def test_a_checkpoint_makes_nobody_import_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "evil_thing.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Thing: ...\n")
+    (tmp_path / "mine_net.py").write_text(
+        "from lightning.pytorch import LightningModule\n"
+        "class Net(LightningModule):\n"
+        "    def __init__(self, net: object): super().__init__()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    entry: dict[str, Any] = {
+        "version": 1,
+        "recipe": {"adapters": [], "trained": []},
+        "ranks": {},
+        "costs": {},
+        "base": {},
+    }
+    entry["digest"] = digest({}, entry)
+    saved = {"state_dict": {}, ENTRY: entry, "hyper_parameters": {"net": {"class_path": "evil_thing.Thing"}}}
+    torch.save(saved, tmp_path / "evil.ckpt")
+    with pytest.raises(AdapterFileError, match=r"names the class 'evil_thing.Thing' .* is not imported"):
+        rebuild(tmp_path / "evil.ckpt", "mine_net.Net")
+    assert not (tmp_path / "ran").exists()

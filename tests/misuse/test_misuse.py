@@ -215,7 +215,7 @@ TABLE: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "pruning where only the module knows its steps": (
         lambda: fit(Manual(), AdapterInjection(LORA), pruning(rank=2)),
         MisconfigurationException,
-        "Manual optimizes by hand, so only it knows how many optimizer steps an epoch has, .* Set max_steps, counted over",
+        "Manual optimizes by hand, so only it knows how many optimizer steps an epoch has, .* Set max_steps, counted",
     ),
     "manual optimization": (
         lambda: fit(Manual(), AdapterInjection(LORA), Regularization({"dem": DEM()})),
