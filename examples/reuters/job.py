@@ -51,6 +51,8 @@ class Job:
     epochs: int
     seed: int
     out: Path
+    lr: float = 2e-3  # of the adapters
+    head_lr: float = 5e-3  # of the new classifier: with one rate for both it is the bottleneck
     max_steps: int = -1
 
     @property
@@ -94,7 +96,7 @@ def train(job: Job, name: str) -> Result:
     method, clock = METHODS[name], StepClock()
     seed_everything(job.seed, verbose=False)
     data = TextData(job.texts, tokenizer=job.encoder, test=job.test, val_share=0.0, max_length=64, seed=job.seed)
-    classifier = TextClassifier(job.encoder, data.num_labels, lr=2e-3, head_lr=5e-3)
+    classifier = TextClassifier(job.encoder, data.num_labels, lr=job.lr, head_lr=job.head_lr)
     callbacks = method.callbacks() if method.callbacks else []
     if not callbacks:
         classifier.model.base_model.requires_grad_(False)

@@ -35,9 +35,11 @@ def main() -> int:
     quiet()
     out = options.out / options.data
     epochs = {"r8": 2, "r52": 4}[options.data]
-    if options.quick:
+    rates = {}
+    if options.quick:  # few steps, so larger ones
         texts, epochs = balanced(texts, out / "quick.csv", rows=1600, seed=options.seed), epochs // 2
-    job = Job(encoder, texts, test, epochs, options.seed, out)
+        rates = {"lr": 5e-3, "head_lr": 1e-2}
+    job = Job(encoder, texts, test, epochs, options.seed, out, **rates)
     results = [train(job, name) for name in (METHODS if options.compare else ["dynamic-dora"])]
 
     ours = results[-1]

@@ -5,8 +5,8 @@
 Written plainly, the update makes extra passes over tokens x d_out numbers to scale and to add, keeps what those passes
 need for the backward, and multiplies by skinny matrices in a slow layout. Here the update is added into the base's
 output and into the input's gradient in place, and what has r numbers per token is kept as (r, tokens), whose rows are
-long: on a CPU the skinny products are two to four times faster so. The gate costs nothing per token, because value
-scales the d_out r numbers of B, and its gradient comes out of B's.
+long: on a CPU most of the skinny products are then two to four times faster. The gate costs nothing per token, because
+value scales the d_out r numbers of B, and its gradient comes out of B's.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def low_rank_linear(
 
     Under autocast both products run in its dtype, as F.linear's do; y has the dtype that F.linear gives. Outside it an
     adapter wider than the base (float32 beside bfloat16) computes in its own dtype and is rounded when added. Gradients
-    of A, B and value are reduced in the adapter's dtype.
+    have the dtype of what they belong to; there is no second derivative, which the reference has.
 
     Args:
         x: (..., d_in), at least one dimension.

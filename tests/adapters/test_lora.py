@@ -236,3 +236,16 @@ def test_layers_that_cannot_be_adapted(layer: Callable[[], nn.Module], says: str
 def test_a_subclass_that_only_has_another_name_can_be_adapted() -> None:
     LoRA(Renamed(4, 4), rank=1)
     LoRA(nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4), rank=1)
+
+
+def test_a_padding_vector_stays_what_it_is() -> None:
+    adapter = LoRA(nn.Embedding(9, 8, padding_idx=2), rank=4)
+    before = adapter.base.weight[2].clone()
+    optimizer = torch.optim.AdamW([adapter.A, adapter.B], lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        adapter(torch.tensor([1, 2, 3])).square().sum().backward()
+        optimizer.step()
+    assert torch.equal(adapter(torch.tensor([2]))[0], before)
+    assert torch.equal(adapter.weight[2], before)
+    assert not torch.equal(adapter(torch.tensor([1]))[0], adapter.base.weight[1])

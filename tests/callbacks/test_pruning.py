@@ -21,7 +21,6 @@ from lightning_peft import (
     Budget,
     Cubic,
     DynamicDoRA,
-    Linear,
     LoRA,
     RankBudget,
     RankPolicy,
@@ -31,6 +30,7 @@ from lightning_peft import (
     presets,
 )
 from lightning_peft.adapters import dynamic_dora
+from lightning_peft.rank import Linear
 
 LAYERS, FULL, FINAL = 3, 4, 2
 

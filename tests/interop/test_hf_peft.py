@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from lightning_peft.adapters import DynamicDoRA, LoRA
 from lightning_peft.interop import hf_peft
 from lightning_peft.interop.hf_peft import to_hf_peft
-from lightning_peft.rank.budget import RankBudget
+from lightning_peft.rank import close_lowest
+from lightning_peft.rank.budget import Budget, RankBudget
 from lightning_peft.surgery import inject
 
 peft = pytest.importorskip("peft", reason="lightning-peft[hf] is not installed")
@@ -330,3 +331,21 @@ def test_conv1d_and_linear_layers_in_one_model() -> None:
     loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), "out")
     assert (outputs(loaded) - outputs(model)).abs().max() <= 1e-5
     torch.testing.assert_close(outputs(loaded.merge_and_unload()), outputs(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["compact", "folded"])
+@pytest.mark.parametrize("megabytes", [0.005, 0.012])
+def test_a_budget_in_megabytes_is_the_size_of_the_file(mode: hf_peft.Mode, megabytes: float) -> None:
+    base = bert()
+    inject(base, partial(LoRA, rank=8))
+    budget = RankBudget.of(base)
+    with torch.no_grad():
+        for site in budget.values():
+            site.adapter.B.normal_()
+    final = Budget(megabytes=megabytes)
+    scores = {name: torch.rand(len(site.gate)) for name, site in budget.items()}
+    budget.keep(close_lowest(scores, budget.sizes("parameters"), budget.capacity_parameters - final.amount(budget)))
+    size = to_hf_peft(base, "adapter", mode=mode, head=False).bytes
+    one = 4 * max(site.gate.cost for site in budget.values())
+    header = sum(2 * (len(name) + 120) for name in budget)  # an upper bound: layers of rank 0 have none
+    assert megabytes * 1e6 - one - header < size <= megabytes * 1e6

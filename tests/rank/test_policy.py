@@ -10,11 +10,9 @@ from torch import Tensor, nn
 
 from lightning_peft import (
     Budget,
-    Constant,
     Cubic,
     DynamicDoRA,
     Importance,
-    Linear,
     LoRA,
     RankBudget,
     RankPolicy,
@@ -24,6 +22,7 @@ from lightning_peft import (
     Taylor,
     inject,
 )
+from lightning_peft.rank import Constant, Linear
 
 
 class Preset(Importance):

@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from lightning_peft import Constant, Cubic, Linear, Schedule, SlowCubic, Step
+from lightning_peft.rank import Constant, Cubic, Linear, Schedule, SlowCubic, Step
 from lightning_peft.rank.schedule import share_of
 
 ALL = [Constant(), Linear(), Cubic(), SlowCubic(), Step(), Step(stairs=1)]
