@@ -72,7 +72,10 @@ def low_rank_linear_reference(
 def low_rank_update(x: Tensor, A: Tensor, B: Tensor, value: Tensor, dropout: float = 0.0) -> Tensor:
     """The update alone, drop(x) A^T diag(value) B^T: (..., d_in) -> (..., d_out), in the adapter's dtype if wider."""
     dtype = torch.promote_types(x.dtype, A.dtype)
-    h = F.linear(F.dropout(x, dropout).to(dtype), A.to(dtype))
+    if dropout > 0:
+        ours = x.device.type == "cpu" and type(x) in _PLAIN and not _is_watched()
+        x = x * _noise(x, dropout) if ours else F.dropout(x, dropout)
+    h = F.linear(x.to(dtype), A.to(dtype))
     return F.linear(h, (B * value).to(dtype))
 
 
@@ -82,9 +85,7 @@ def is_fast(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor
     It steps aside for whatever has to see through it (torch.compile and export, jit tracing, forward-mode derivatives,
     functorch), for tensor subclasses (DTensor, quantised and fake tensors), and when the base weight wants a gradient.
     """
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if _is_watched():
         return False
     if weight.requires_grad and torch.is_grad_enabled():
         return False
@@ -92,16 +93,37 @@ def is_fast(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor
     return types <= _PLAIN
 
 
+def _is_watched() -> bool:
+    """Whether somebody has to see through what is called now: a compiler, a tracer, a transform."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _noise(x: Tensor, p: float) -> Tensor:
+    """What dropout multiplies by on a CPU: 0 with probability p, else 1 / (1 - p), p in steps of 2^-16.
+
+    Four entries of 16 bits out of each 64-bit draw: torch's own draw per entry is most of what an adapted layer with
+    dropout costs there.
+    """
+    closed = round(p * 2**16)
+    if closed == 2**16:
+        return torch.zeros_like(x)
+    draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    kept = draws.view(torch.int16)[: x.numel()] >= closed - 2**15
+    return kept.view(x.shape).to(x.dtype).mul_(2**16 / (2**16 - closed))
+
+
 def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype is dtype else t.to(dtype)  # a call saved: it runs ten times per layer and step
 
 
 def _drop(x: Tensor, p: float, fused: bool) -> tuple[Tensor, Tensor]:
-    """F.dropout(x, p) by the same draws, and what its gradient needs. One kernel, or three, faster on a CPU."""
+    """x with dropout, and what its gradient needs: by the kernel of accelerators, or by :func:`_noise`."""
     if fused and p < 1:
         dropped, kept = torch.native_dropout(x, p, True)
         return dropped, kept
-    noise = torch.empty_like(x).bernoulli_(1 - p).div_(1 - p) if p < 1 else torch.zeros_like(x)
+    noise = _noise(x, p)
     return x * noise, noise
 
 

@@ -216,7 +216,7 @@ def test_empty_batch(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5, 1.0])
 @pytest.mark.parametrize("layout", ["rows", "transposed"])
-def test_dropout_draws_what_f_dropout_draws(dropout: float, layout: str) -> None:
+def test_dropout_of_both_paths_draws_the_same(dropout: float, layout: str) -> None:
     inputs = make(6, 8)
     if layout == "transposed":
         inputs["x"] = inputs["x"].detach().transpose(0, 1).requires_grad_()
@@ -235,12 +235,26 @@ def test_dropout_in_one_kernel_as_on_accelerators(p: float) -> None:
     leaf = x.clone().requires_grad_()
     expected = F.dropout(leaf, p)
     expected.backward(x)
-    for fused in (True, False):
-        torch.manual_seed(1)
-        dropped, noise = _drop(x, p, fused)
-        assert noise.dtype == (torch.bool if fused else torch.float32)
-        torch.testing.assert_close(dropped, expected.detach())
-        torch.testing.assert_close(_drop_gradient(x.clone(), noise, p), leaf.grad)
+    torch.manual_seed(1)
+    dropped, noise = _drop(x, p, fused=True)
+    assert noise.dtype == torch.bool
+    torch.testing.assert_close(dropped, expected.detach())
+    torch.testing.assert_close(_drop_gradient(x.clone(), noise, p), leaf.grad)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.37, 0.5, 0.999])
+def test_dropout_on_a_cpu_drops_the_share_that_it_should(p: float) -> None:
+    x = torch.ones(401, 997)  # odd: the last draw is not used up
+    dropped, noise = _drop(x, p, fused=False)
+    values = dropped.unique()
+    assert len(values) == 2
+    torch.testing.assert_close(values, torch.tensor([0.0, 1 / (1 - p)]), rtol=2**-16 / (1 - p), atol=0)
+    deviation = (p * (1 - p) / (x.numel() / 4)) ** 0.5
+    for lane in range(4):  # each of the four parts of a draw
+        assert abs(float((dropped.flatten()[lane::4] == 0).double().mean()) - p) < 5 * deviation
+    both = ((dropped[:, 1:] == 0) & (dropped[:, :-1] == 0)).double().mean()  # neighbours know nothing of each other
+    assert abs(float(both) - p * p) < 5 * (2 * p * p * (1 - p * p) / x.numel()) ** 0.5 + 2**-15
+    torch.testing.assert_close(_drop_gradient(x.clone(), noise, p), dropped)
 
 
 def test_dropout_leaves_the_base_alone() -> None:
