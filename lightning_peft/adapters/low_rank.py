@@ -67,7 +67,7 @@ class LowRank(Adapter):
         self.gate = self._make_gate(d_in, d_out)
         self.reset_parameters()
         if isinstance(base, nn.Embedding) and base.padding_idx is not None:
-            # A padding vector is neither trained nor moved.
+            # A padding vector is neither trained nor moved: it has no update, and `forward` gives it no gradient.
             with torch.no_grad():
                 self.A[:, base.padding_idx] = 0
 

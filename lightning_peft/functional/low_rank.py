@@ -32,7 +32,8 @@ def low_rank_linear(
         y = x W^T + b + drop(x) A^T diag(value) B^T
 
     With value or B zero, y is F.linear(x, weight, bias) bit for bit. Fast where :func:`is_fast` says so, otherwise
-    :func:`low_rank_linear_reference`: the same numbers up to rounding, and the same draws from the global generator.
+    :func:`low_rank_linear_reference`: the same numbers up to rounding. Dropout draws alike in both, from the global
+    generator, except under a compiler or a transform, which need torch's own.
 
     Under autocast both products run in its dtype, as F.linear's do; y has the dtype that F.linear gives. Outside it an
     adapter wider than the base (float32 beside bfloat16) computes in its own dtype and is rounded when added. Gradients
