@@ -77,7 +77,7 @@ class AdapterCheckpoint(Callback):
                     f"AdapterCheckpoint(full=True) would gather the base that {type(trainer.strategy).__name__} shards "
                     "into one file. Leave full=False: the base is frozen, and its own files hold it."
                 )
-            self._undo_after += whole_checkpoints(trainer.strategy)
+            self._undo += whole_checkpoints(trainer.strategy)
         if isinstance(trainer.strategy, FSDPStrategy):
             when_built(pl_module, self._print_base)
         self._undo_after.append(wrap_method(trainer.strategy, "load_checkpoint", _read))

@@ -16,7 +16,17 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_peft import DynamicDoRA, RankBudget, inject, presets, small_parameters
+from lightning_peft import (
+    DynamicDoRA,
+    RankBudget,
+    inject,
+    load,
+    merge,
+    presets,
+    save_merged,
+    small_parameters,
+    to_hf_peft,
+)
 from lightning_peft.testing.processes import CpuFSDPStrategy, run_processes
 
 pytestmark = [
@@ -113,6 +123,24 @@ def train(kind: str, world: int, folder: Path, ckpt_path: Path | None = None, **
     }
 
 
+def export_where_it_is(kind: str, folder: Path) -> list[str]:
+    said = []
+    module, strategy = KINDS[kind]
+    model = module()
+    trainer = L.Trainer(
+        max_steps=1, accelerator="cpu", devices=2, strategy=strategy(2), use_distributed_sampler=False, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[*presets.lora(rank=2)],
+    )  # fmt: skip
+    trainer.fit(model)
+    for leave in (merge, partial(to_hf_peft, folder=folder / "adapter"), partial(save_merged, folder=folder / "model")):
+        try:
+            leave(model)
+        except RuntimeError as error:
+            said.append(str(error))
+    trainer.save_checkpoint(folder / f"{kind}.ckpt")
+    return said
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (result,) = run_processes(1, train, "one", 1, tmp_path_factory.mktemp("one"))
@@ -127,3 +155,14 @@ def test_two_processes_give_what_one_gives(tmp_path: Path, alone: dict[str, Any]
         assert (first["weights"][name] == second["weights"][name]).all(), name
         # the same sums in another order: a few roundings of float32
         assert abs(first["weights"][name] - value).max() <= 1e-6 * abs(value).max(), name
+
+
+@pytest.mark.parametrize("kind", ["fsdp2-helper", "fsdp1"])
+def test_export_of_a_sharded_base_says_how_to_get_there(tmp_path: Path, kind: str) -> None:
+    for said in run_processes(2, export_where_it_is, kind, tmp_path):
+        assert len(said) == 3
+        for verb, sentence in zip(("merge", "to_hf_peft", "save_merged"), said, strict=True):
+            assert sentence.startswith(f"{verb} needs the base in one piece, and 'net.0.0.base.weight' is split over")
+    plain = load(Net(), tmp_path / f"{kind}.ckpt")
+    merge(plain)
+    assert not RankBudget.of(plain)
