@@ -178,11 +178,14 @@ def _final(budget: RankBudget, final: Budget) -> tuple[float, int]:
             )
     sizes, amount = budget.sizes(final.unit), final.amount(budget)
     share = amount / sum(sizes[name] * len(site.gate) for name, site in budget.items())
-    # A layer's components are of one size each: the gain, if there is one, counts here and not in the budget.
+    # What a component adds in parameters: its gain, if it has one, counts here and not in the budget.
+    added = {
+        name: sum(p.numel() for _, p in site.adapter.own_parameters()) / len(site.gate) for name, site in budget.items()
+    }
     most, left = 0.0, float(amount)
-    for name, site in sorted(budget.items(), key=lambda item: item[1].gate.cost / sizes[item[0]], reverse=True):
-        taken = min(len(site.gate), left / sizes[name])
-        most += taken * sum(p.numel() for _, p in site.adapter.own_parameters()) / len(site.gate)
+    for name in sorted(budget, key=lambda name: added[name] / sizes[name], reverse=True):
+        taken = min(len(budget[name].gate), left / sizes[name])
+        most += taken * added[name]
         left -= taken * sizes[name]
     return share, round(most)
 
