@@ -23,7 +23,7 @@ from lightning_peft.rank import (
     Taylor,
 )
 from lightning_peft.regularizers import DEM, Orthogonality, Regularizer, UntilTail, regularized
-from lightning_peft.surgery import Injection, eject, inject
+from lightning_peft.surgery import Injection, eject, inject, small_parameters
 
 __version__ = "0.1.0"
 
@@ -69,5 +69,6 @@ __all__ = [
     "rank_heat_map",
     "regularized",
     "save_merged",
+    "small_parameters",
     "to_hf_peft",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter, AdapterFactory
+from lightning_peft.distributed import picked
 from lightning_peft.export import own_random
 from lightning_peft.rank.budget import RankBudget, clean_name
-from lightning_peft.surgery import adaptable, adapters, eject, install, trained
+from lightning_peft.surgery import adaptable, adapters, eject, install, is_flattened, trained
 
 ENTRY = "lightning_peft"
 """The key of our entry in a checkpoint."""
@@ -27,13 +28,6 @@ _SAMPLES = 8
 
 class AdapterFileError(RuntimeError):
     """A file does not hold what it should, or not for this model."""
-
-
-def own_keys(module: nn.Module) -> set[str]:
-    """Keys of the state dict that training changes: everything but the parameters of the frozen base."""
-    named = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    frozen = named - trained(module).keys()
-    return {key for key in module.state_dict() if key not in frozen}
 
 
 def _is_plain(value: object) -> bool:
@@ -46,8 +40,19 @@ def _is_plain(value: object) -> bool:
 
 def adapter_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """The module's state dict without its frozen base: adapters, masks, terms, trained head, buffers."""
-    keep = own_keys(module)
-    return {key: value for key, value in module.state_dict().items() if key in keep}
+    mine = trained(module)
+    if any(map(is_flattened, module.parameters())):
+        # FSDP1 would gather the whole base to say what its state is.
+        return {clean_name(n): v.detach() for n, v in [*mine.items(), *_persistent_buffers(module)]}
+    frozen = {name for name, _ in module.named_parameters(remove_duplicate=False)} - mine.keys()
+    return {key: value for key, value in module.state_dict().items() if key not in frozen}
+
+
+def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for path, child in module.named_modules(remove_duplicate=False):
+        for name, buffer in child.named_buffers(recurse=False):
+            if name not in child._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name, buffer
 
 
 def recipe(module: nn.Module) -> dict[str, Any]:
@@ -78,13 +83,9 @@ def recipe(module: nn.Module) -> dict[str, Any]:
 def fingerprint(module: nn.Module) -> dict[str, Tensor]:
     """A few values of every parameter of the frozen base, by name: enough to tell one base model from another."""
     changed = {id(p) for p in trained(module).values()}
-    prints = {}
-    for name, p in module.named_parameters():
-        if id(p) not in changed and p.numel():
-            flat = p.detach().reshape(-1)
-            picks = torch.linspace(0, flat.numel() - 1, _SAMPLES, dtype=torch.float64).long()
-            prints[clean_name(name)] = flat[picks.to(flat.device)].cpu()
-    return prints
+    base = {clean_name(n): p for n, p in module.named_parameters() if id(p) not in changed and p.numel()}
+    picks = {n: torch.linspace(0, p.numel() - 1, _SAMPLES, dtype=torch.float64).long() for n, p in base.items()}
+    return picked(base, picks)
 
 
 def digest(state: Mapping[str, Tensor], entry: Mapping[str, Any]) -> str:
@@ -100,8 +101,15 @@ def digest(state: Mapping[str, Tensor], entry: Mapping[str, Any]) -> str:
     return total.hexdigest()
 
 
-def describe(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any]:
+def describe(
+    module: nn.Module, state: Mapping[str, Tensor], base: Mapping[str, Tensor] | None = None
+) -> dict[str, Any]:
     """Our entry for a checkpoint that holds `state`: tensors, strings and numbers only.
+
+    Args:
+        module: has adapters inside.
+        state: what the checkpoint holds of it.
+        base: its :func:`fingerprint`, where that was taken before.
 
     Raises:
         TypeError: an adapter's argument is not a plain value, so that a file could not hold it.
@@ -112,13 +120,21 @@ def describe(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any]:
         "recipe": recipe(module),
         "ranks": budget.ranks(),
         "costs": {name: site.gate.cost for name, site in budget.items()},
-        "base": fingerprint(module),
+        "base": fingerprint(module) if base is None else dict(base),
     }
     return entry | {"digest": digest(state, entry)}
 
 
-def check(module: nn.Module, checkpoint: Mapping[str, Any], source: str) -> None:
+def check(
+    module: nn.Module, checkpoint: Mapping[str, Any], source: str, base: Mapping[str, Tensor] | None = None
+) -> None:
     """Check that a checkpoint was made for this module, which has its adapters by now.
+
+    Args:
+        module: the module that will load it.
+        checkpoint: what was read.
+        source: what to call it.
+        base: the module's :func:`fingerprint`, where that was taken before.
 
     Raises:
         AdapterFileError: it is of another base model or other adapters, or keys are missing or of another shape.
@@ -129,16 +145,15 @@ def check(module: nn.Module, checkpoint: Mapping[str, Any], source: str) -> None
         raise AdapterFileError(
             f"{source} holds other adapters than this model has: {_difference(entry['recipe'], here)}."
         )
-    _check_base(fingerprint(module), entry["base"], source)
-    wanted = own_keys(module)
-    missing = sorted(wanted - state.keys())
+    _check_base(fingerprint(module) if base is None else base, entry["base"], source)
+    shapes = {key: value.shape for key, value in adapter_state_dict(module).items() if isinstance(value, Tensor)}
+    missing = sorted(shapes.keys() - state.keys())
     if missing:
         raise AdapterFileError(
             f"{source} lacks {missing[0]!r}{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}, which this "
             "model trains: it was saved with fewer trainable parts (`train`, terms) than the model has now."
         )
-    shapes = {key: value.shape for key, value in module.state_dict().items()}
-    for key in sorted(wanted):
+    for key in sorted(shapes):
         if shapes[key] != state[key].shape:
             raise AdapterFileError(
                 f"{source}: {key!r} has shape {tuple(state[key].shape)}, and {tuple(shapes[key])} in this model."
@@ -232,7 +247,7 @@ def load(module: nn.Module, path: str | PathLike[str]) -> nn.Module:
             raise
     else:
         check(module, checkpoint, source)
-    module.load_state_dict({key: checkpoint["state_dict"][key] for key in own_keys(module)}, strict=False)
+    module.load_state_dict({key: checkpoint["state_dict"][key] for key in adapter_state_dict(module)}, strict=False)
     return module
 
 

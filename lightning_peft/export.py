@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from lightning_peft.adapters.attention import AdaptedAttention
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.layers import stored
+from lightning_peft.distributed import is_shard
 from lightning_peft.rank.budget import clean_name
-from lightning_peft.surgery import adapters, eject, replace
+from lightning_peft.surgery import adapters, eject, is_flattened, replace
 
 A = TypeVar("A", bound=Adapter)
 
@@ -59,8 +60,10 @@ def merge(module: nn.Module) -> Merged:
     Raises:
         ValueError: there is no adapter.
         TypeError: an adapter is more than a change of its layer's weight, so there is nothing to write.
+        RuntimeError: the base is split over processes.
     """
     found = _found(module, "merge")
+    require_whole(module, "merge")
     refused = [f"{name!r} ({type(adapter).__name__})" for name, adapter in found.items() if not adapter.mergeable]
     if refused:
         raise TypeError(
@@ -128,6 +131,20 @@ def compact(module: nn.Module) -> dict[str, int]:
             new[id(adapter)] = small
     replace(module, new)
     return ranks
+
+
+def require_whole(module: nn.Module, verb: str) -> None:
+    """Refuse a module whose base FSDP has split over processes.
+
+    Raises:
+        RuntimeError: it has; with what to do instead.
+    """
+    split = next((n for n, p in module.named_parameters() if is_shard(p) or is_flattened(p)), None)
+    if split is not None:
+        raise RuntimeError(
+            f"{verb} needs the base in one piece, and {clean_name(split)!r} is split over processes. Save a checkpoint "
+            f"(trainer.save_checkpoint), and in one process call load(module, path) on a fresh module, then {verb}."
+        )
 
 
 @torch.no_grad()

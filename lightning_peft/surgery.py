@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_peft.adapters.attention import AdaptedAttention, expose_in_proj, has_in_proj, hide_in_proj
 from lightning_peft.adapters.base import Adapter, AdapterFactory
@@ -218,6 +218,28 @@ def trained(module: nn.Module) -> dict[str, nn.Parameter]:
             ids |= {id(p) for name, p in owner.named_parameters() if clean_name(name) in kept}
     named = module.named_parameters(remove_duplicate=False)
     return {name: p for name, p in named if p.requires_grad or id(p) in ids}
+
+
+def small_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """What is to stay whole when the rest is sharded: all that is trained, adapters and what is trained beside them.
+
+    For a module that shards itself, after its adapters are in and before it does:
+
+        fully_shard(block, mesh=mesh, ignored_params=set(small_parameters(self)))
+
+    Raises:
+        ValueError: there is no adapter yet.
+    """
+    if not adapters(module):
+        raise ValueError(
+            f"small_parameters found no adapter in {type(module).__name__}; call inject before it, fully_shard after."
+        )
+    return list({id(p): p for p in trained(module).values()}.values())
+
+
+def is_flattened(parameter: Tensor) -> bool:
+    """Whether FSDP1 has made this parameter a part of a flat one, so that a process holds some slice of it."""
+    return bool(getattr(parameter, "_fsdp_flattened", False))
 
 
 def matches(patterns: Sequence[str], name: str) -> bool:

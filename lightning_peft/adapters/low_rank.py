@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter
-from lightning_peft.adapters.layers import matrix, why_not
+from lightning_peft.adapters.layers import is_conv1d, matrix, why_not
 from lightning_peft.functional.low_rank import low_rank_linear, low_rank_update
 from lightning_peft.rank.gate import Gate
 
@@ -58,6 +58,7 @@ class LowRank(Adapter):
             raise ValueError(f"dropout is a probability in [0, 1). Got {dropout}.")
         super().__init__(base)
         # Plain numbers, whatever a sweep hands over: they are written into checkpoints, which hold nothing else.
+        self._indexed = isinstance(base, nn.Embedding)  # asked here: a wrapper around the base is no embedding
         self.rank = index(rank)
         self.alpha = float(alpha)
         self.dropout = float(dropout)
@@ -97,13 +98,16 @@ class LowRank(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         base = self.base
-        if isinstance(base, nn.Embedding):
-            h = F.embedding(x, self.A.t(), base.padding_idx) * self.value().to(self.A.dtype)
+        if self._indexed:
+            padding: int | None = base.padding_idx  # type: ignore[assignment]
+            h = F.embedding(x, self.A.t(), padding) * self.value().to(self.A.dtype)
             y: Tensor = base(x)
             return y + F.linear(h, self.B).to(y.dtype)
         p = self.dropout if self.training else 0.0
-        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
-            # Somebody listens to the base layer: call it, so that they hear.
+        heard = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        if heard or not (isinstance(base, nn.Linear) or is_conv1d(base)):
+            # Somebody listens to the base layer, or it was wrapped (by FSDP1, which gathers the weight in the wrapper's
+            # forward): call it.
             y = base(x)
             return y + low_rank_update(x, self.A, self.B, self.value(), p).to(y.dtype)
         return low_rank_linear(x, matrix(base), base.bias, self.A, self.B, self.value(), p)  # type: ignore[arg-type]

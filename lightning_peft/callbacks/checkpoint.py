@@ -6,6 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_peft.adapters.base import Adapter
@@ -18,11 +22,14 @@ from lightning_peft.checkpoint import (
     check,
     check_entry,
     describe,
+    fingerprint,
     unreadable,
 )
 from lightning_peft.distributed import gather_objects, rank
 from lightning_peft.resume import ResumableLoader, make_plain, make_resumable, rng_state, set_rng_state
-from lightning_peft.seams import wrap_method
+from lightning_peft.seams import when_built, wrap_method
+from lightning_peft.strategies import is_sharded, whole_checkpoints
+from lightning_peft.surgery import is_flattened
 
 
 class AdapterCheckpoint(Callback):
@@ -45,6 +52,7 @@ class AdapterCheckpoint(Callback):
 
     def __init__(self, full: bool = False) -> None:
         self.full = full
+        self._base: Mapping[str, Tensor] | None = None
         self._undo: list[Callable[[], object]] = []
         self._undo_after: list[Callable[[], object]] = []
         self._adopted: list[ResumableLoader] = []
@@ -62,12 +70,23 @@ class AdapterCheckpoint(Callback):
             wrap_method(pl_module, "on_save_checkpoint", self._save),
             wrap_method(pl_module, "on_load_checkpoint", self._load),
         ]
-        self._undo_after = [
-            lambda: setattr(pl_module, "strict_loading", strict),
-            wrap_method(trainer.strategy, "load_checkpoint", _read),
-        ]
+        self._undo_after = [lambda: setattr(pl_module, "strict_loading", strict)]
+        if is_sharded(trainer.strategy):
+            if self.full:
+                raise MisconfigurationException(
+                    f"AdapterCheckpoint(full=True) would gather the base that {type(trainer.strategy).__name__} shards "
+                    "into one file. Leave full=False: the base is frozen, and its own files hold it."
+                )
+            self._undo += whole_checkpoints(trainer.strategy)
+        if isinstance(trainer.strategy, FSDPStrategy):
+            when_built(pl_module, self._print_base)
+        self._undo_after.append(wrap_method(trainer.strategy, "load_checkpoint", _read))
         if stage == "fit":
             self._watch_loaders(trainer)
+
+    def _print_base(self, module: LightningModule) -> None:
+        if not any(map(is_flattened, module.parameters())):
+            self._base = fingerprint(module)  # FSDP1 keeps no process's values in a shape where they could be found
 
     def _watch_loaders(self, trainer: Trainer) -> None:
         # Before the first iterator is made, which may be as early as configure_optimizers: where the loaders come from.
@@ -91,16 +110,18 @@ class AdapterCheckpoint(Callback):
         keep = adapter_state_dict(module).keys()
         state = checkpoint["state_dict"]
         own = {key: value for key, value in state.items() if key in keep}
-        checkpoint[ENTRY] = describe(module, own)
+        checkpoint[ENTRY] = describe(module, own, self._base)
         if not self.full:
             checkpoint["state_dict"] = own
 
     def _load(self, call: Callable[..., Any], module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # Before any weight is copied: a checkpoint that does not fit leaves the model as it is.
         source = "this checkpoint"
-        if ENTRY in checkpoint:
+        if "state_dict" not in checkpoint:
+            pass  # a sharded checkpoint that Lightning has written and has loaded by now
+        elif ENTRY in checkpoint:
             check_entry(checkpoint, source)
-            check(module, checkpoint, source)
+            check(module, checkpoint, source, self._base)
         else:  # written without us: as strict as Lightning itself
             odd = sorted(checkpoint["state_dict"].keys() ^ module.state_dict().keys())
             if odd:
@@ -117,7 +138,14 @@ class AdapterCheckpoint(Callback):
         self._loaders = [loader for loader in leaves if isinstance(loader, ResumableLoader)]
         # The last thing before the first batch: sanity checks and dataloaders have drawn what they wanted.
         states, self._restored = self._restored, None
-        if states is None or rank() >= len(states["ranks"]):
+        if states is None:
+            return
+        if len(states["ranks"]) != trainer.world_size:
+            rank_zero_warn(
+                f"This checkpoint was written by {len(states['ranks'])} processes and goes on with "
+                f"{trainer.world_size}: random numbers and the order of the data start anew. Weights, masks, optimizer "
+                "and schedules go on where they stood."
+            )
             return
         state = states["ranks"][rank()]
         progress = trainer.fit_loop.epoch_loop.batch_progress.current

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_peft.callbacks.injection import AdapterInjection
-from lightning_peft.callbacks.order import require_before
+from lightning_peft.callbacks.order import callbacks_of, require_before
 from lightning_peft.rank.budget import RankBudget
 from lightning_peft.rank.policy import RankPolicy
+from lightning_peft.strategies import averaged, require_equal
 
 
 class RankPruning(Callback):
@@ -49,6 +50,13 @@ class RankPruning(Callback):
         require_before(trainer, self, AdapterInjection)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if averaged(trainer.strategy, pl_module) and not any(
+            isinstance(callback, AdapterInjection) for callback in callbacks_of(trainer)
+        ):
+            raise MisconfigurationException(
+                f"under {type(trainer.strategy).__name__} nobody averages the adapters' gradients. Put "
+                "AdapterInjection before RankPruning in the Trainer's callbacks; adapters that are there it leaves."
+            )
         budget = RankBudget.of(pl_module)
         if not budget:
             raise MisconfigurationException(
@@ -87,7 +95,7 @@ class RankPruning(Callback):
             self.policy.load_state_dict(state["policy"])
             # The file may be from between the optimizer's step and our look at it, or of a plan that was longer.
             self._seen = min(int(state["step"]), trainer.global_step)
-            self._look(trainer)
+            self._look(trainer, pl_module)
         if not self._observes(self._seen + 1):
             self._release()
 
@@ -108,9 +116,9 @@ class RankPruning(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._look(trainer)
+        self._look(trainer, pl_module)
 
-    def _look(self, trainer: Trainer) -> None:
+    def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take in the optimizer steps since the last look, and choose components if one of them was an event."""
         step = trainer.global_step
         # Not `==`: a plan that became shorter has its last event behind it.
@@ -125,6 +133,8 @@ class RankPruning(Callback):
             # Every rank decides alike; rank 0's word is final all the same.
             masks: dict[str, Tensor] = trainer.strategy.broadcast(self.policy.decide(step, self.total_steps))
             self.policy.apply(masks, step, self.total_steps)
+            if trainer.world_size > 1:
+                require_equal(pl_module, f"after the pruning event of step {step}")
             self.event_step = step
             self._settled = self.policy.is_final(step, self.total_steps)
             if self._settled:

@@ -14,6 +14,7 @@ from lightning_peft.callbacks.injection import AdapterInjection
 from lightning_peft.callbacks.order import callbacks_of, require_before
 from lightning_peft.regularizers.base import Regularizer, regularized
 from lightning_peft.seams import when_built, wrap_method
+from lightning_peft.strategies import keep_whole
 
 
 class Regularization(Callback):
@@ -60,6 +61,7 @@ class Regularization(Callback):
                 "Regularization({'first': ..., 'second': ...})."
             )
         when_built(pl_module, self._register)
+        when_built(pl_module, lambda module: keep_whole(trainer.strategy, module))
         if stage == "fit" and self._remove is None:
             self._remove = wrap_method(pl_module, "training_step", self._add_terms)
 

@@ -7,6 +7,7 @@ import copy
 from torch import nn
 
 from lightning_peft.adapters.base import Adapter
+from lightning_peft.export import require_whole
 from lightning_peft.heads import find_head, hub_models
 from lightning_peft.rank.budget import clean_name
 from lightning_peft.regularizers.base import Regularizer
@@ -21,10 +22,12 @@ def find_host(module: nn.Module, verb: str) -> tuple[str, nn.Module]:
 
     Raises:
         ValueError: there is no adapter, or some are outside the transformers model, or in a second one.
+        RuntimeError: the model is split over processes.
     """
     found = adapters(module)
     if not found:
         raise ValueError(f"{verb} found no adapter in {type(module).__name__}; inject puts them in.")
+    require_whole(module, verb)
     hosts = {
         clean_name(name): model
         for name, model in hub_models(module).items()

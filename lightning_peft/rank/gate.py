@@ -49,6 +49,10 @@ class Gate(nn.Module):
         self.register_buffer("mask", torch.ones(n, dtype=torch.float32, device=device))
         self.gain = None if gain is None else nn.Parameter(gain)
 
+    def reset_parameters(self) -> None:
+        """Open all components: what a mask starts as that was built on the meta device. The gain is the adapter's."""
+        self.mask.detach().fill_(1.0)
+
     def __len__(self) -> int:
         return self.mask.numel()
 

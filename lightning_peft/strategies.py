@@ -1,0 +1,253 @@
+"""All that depends on the Trainer's strategy: small things stay whole on every process, only the base is sharded.
+
+    one process, DDP     nothing to do: DDP averages gradients and broadcasts masks
+    FSDP1                the strategy is told to ignore the small parameters
+    FSDP2                the user tells `fully_shard` so, or adapters are injected after it and are whole by themselves
+
+Under FSDP the gradients of small parameters are averaged here, once per optimizer step, and because everything that is
+trained is whole, a checkpoint is one ordinary file that any strategy and any number of processes can load.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_peft import distributed
+from lightning_peft.checkpoint import ENTRY, adapter_state_dict
+from lightning_peft.distributed import is_shard, like, whole
+from lightning_peft.rank.budget import RankBudget, clean_name
+from lightning_peft.seams import Link, wrap_method
+from lightning_peft.surgery import adapters, is_flattened, trained
+
+Undo = Callable[[], object]
+
+
+def is_sharded(strategy: Strategy) -> bool:
+    """Whether the strategy splits parameters over processes."""
+    return isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
+
+
+def require_supported(strategy: Strategy) -> None:
+    """Refuse what would train adapters wrongly without a word.
+
+    Raises:
+        MisconfigurationException: with the fix.
+    """
+    name = type(strategy).__name__
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy | FSDPStrategy | ModelParallelStrategy):
+        raise MisconfigurationException(
+            f"adapters are not tested under {name}; use one device, strategy='ddp', 'fsdp' or ModelParallelStrategy."
+        )
+    if isinstance(strategy, ModelParallelStrategy) and strategy.device_mesh["tensor_parallel"].size() > 1:
+        raise MisconfigurationException(
+            f"{name} splits layers over {strategy.device_mesh['tensor_parallel'].size()} processes (tensor "
+            "parallelism), and adapters need whole ones. Shard by FSDP2 alone: "
+            "ModelParallelStrategy(data_parallel_size=<all processes>, tensor_parallel_size=1)."
+        )
+    if isinstance(strategy, FSDPStrategy):
+        if not strategy.kwargs.get("use_orig_params", True):
+            raise MisconfigurationException(
+                "FSDPStrategy(use_orig_params=False) hides parameters inside flat ones, and adapters are to stay "
+                "whole. Leave use_orig_params at True."
+            )
+        if strategy.kwargs.get("ignored_modules") is not None:
+            raise MisconfigurationException(
+                "FSDPStrategy has ignored_modules, which excludes the list of parameters that adapters need there; "
+                "pass the parameters of these modules as ignored_states."
+            )
+
+
+def keep_whole(strategy: Strategy, module: nn.Module) -> None:
+    """Have FSDP1 leave everything that is trained whole; call it before the strategy wraps `module`."""
+    if not isinstance(strategy, FSDPStrategy):
+        return
+    small = list(trained(module).values())
+    ids = {id(p) for p in small}
+    given = list(strategy.kwargs.get("ignored_states") or ())
+    strategy.kwargs["ignored_states"] = [*(p for p in given if id(p) not in ids), *small]
+    for tensor in [*small, *_masks(module).values()]:
+        tensor.data = tensor.data.to(strategy.root_device)  # FSDP1 does not move what it ignores
+
+
+def small(module: nn.Module) -> dict[str, Tensor]:
+    """What is whole on every process, by clean name: the trained parameters that are not sharded, and the masks."""
+    return {clean_name(n): p for n, p in trained(module).items() if not is_shard(p)} | _masks(module)
+
+
+def averaged(strategy: Strategy, module: nn.Module) -> list[nn.Parameter]:
+    """The parameters whose gradients the strategy does not average."""
+    if not is_sharded(strategy):
+        return []
+    return list({id(p): p for p in trained(module).values() if p.requires_grad and not is_shard(p)}.values())
+
+
+def require_synchronised(strategy: Strategy, module: LightningModule) -> None:
+    """Check, when the strategy has wrapped the module, that every trained parameter will be the same everywhere.
+
+    Raises:
+        MisconfigurationException: one was made too late for DDP, or is split over processes under FSDP.
+    """
+    own = {id(p) for adapter in adapters(module).values() for _, p in adapter.own_parameters()}
+    known: set[int] | None = None
+    if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, nn.parallel.DistributedDataParallel):
+        known = {id(p) for p in strategy.model._module_parameters}
+    for name, parameter in trained(module).items():
+        if known is not None and parameter.requires_grad and id(parameter) not in known:
+            raise MisconfigurationException(
+                f"{clean_name(name)!r} came into the module after DDP had wrapped it, so its gradients would not be "
+                "averaged and processes would drift apart. Inject adapters in __init__, setup or configure_model, or "
+                "let AdapterInjection do it."
+            )
+        if id(parameter) in own and is_shard(parameter):
+            raise MisconfigurationException(
+                f"{clean_name(name)!r} is split over processes by fully_shard, and adapters are to stay whole. Pass "
+                "ignored_params=set(small_parameters(self)) to every call of fully_shard, or let AdapterInjection "
+                "inject after configure_model."
+            )
+        if is_flattened(parameter):
+            raise MisconfigurationException(
+                f"{clean_name(name)!r} is part of a flat parameter of FSDP1, and what is trained is to stay whole. "
+                "Pass ignored_states=small_parameters(self) where you wrap, or leave the wrapping to FSDPStrategy."
+            )
+
+
+def require_equal(module: nn.Module, when: str) -> None:
+    """Check that masks and whole parameters have the same bits on all processes; the masks first.
+
+    Raises:
+        RuntimeError: they differ.
+    """
+    tensors = small(module)
+    masks = _masks(module)
+    name = distributed.first_difference(masks | {n: t for n, t in tensors.items() if n not in masks})
+    if name is not None:
+        raise RuntimeError(
+            f"{name!r} is not the same on all processes {when}: training has come apart. Whatever changes adapters, "
+            "masks or requires_grad must do so on every process alike, and before the strategy wraps the module."
+        )
+
+
+def clip_by_norm(call: Callable[..., Any], plugin: Any, optimizer: Optimizer, clip_val: float) -> None:
+    """Clip whole and sharded gradients by their common norm, which neither FSDP1's plugin nor torch does for a mix."""
+    gradients = [p.grad for p in plugin.main_params(optimizer) if p.grad is not None]
+    kinds = [[g for g in gradients if is_shard(g) == sharded] for sharded in (False, True)]
+    norms = [whole(torch.nn.utils.get_total_norm(kind)) for kind in kinds if kind]
+    if not norms:
+        return
+    total = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    scale = (clip_val / (total + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ has it
+    for gradient in gradients:
+        gradient.detach().mul_(scale)
+
+
+def whole_checkpoints(strategy: Strategy) -> list[Undo]:
+    """Make a sharded strategy write and read one ordinary file of what is trained, whole.
+
+    Returns:
+        Functions that undo it.
+    """
+    links: dict[str, Link] = {
+        "lightning_module_state_dict": _state_dict,
+        "optimizer_state": _optimizer_state,
+        "save_checkpoint": _save,
+        "load_checkpoint": _load,
+        "load_model_state_dict": _load_state,
+    }
+    return [wrap_method(strategy, name, link) for name, link in links.items()]
+
+
+def _state_dict(call: Callable[..., Any], strategy: Strategy) -> dict[str, Any]:
+    assert strategy.lightning_module is not None
+    own = adapter_state_dict(strategy.lightning_module)
+    return {name: whole(value) if isinstance(value, Tensor) else value for name, value in own.items()}
+
+
+def _optimizer_state(call: Callable[..., Any], strategy: Strategy, optimizer: Any) -> dict[str, Any]:
+    state: dict[str, Any] = getattr(optimizer, "_optimizer", optimizer).state_dict()
+    entries = {
+        i: {key: whole(value) if isinstance(value, Tensor) else value for key, value in entry.items()}
+        for i, entry in state["state"].items()
+    }
+    return state | {"state": entries}
+
+
+def _save(call: Callable[..., Any], strategy: Any, checkpoint: dict[str, Any], filepath: Any, **kwargs: Any) -> None:
+    path = Path(strategy.broadcast(os.fspath(filepath)))
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"{path} is a folder, perhaps an older sharded checkpoint; remove it or choose another."
+        )
+    Strategy.save_checkpoint(strategy, checkpoint, path, **kwargs)
+
+
+def _load(call: Callable[..., Any], strategy: Any, path: Any, weights_only: bool | None = None) -> Any:
+    path = Path(strategy.broadcast(os.fspath(path)))
+    if path.is_dir():
+        return call(path, weights_only=weights_only)  # a sharded checkpoint that Lightning itself has written
+    return strategy.checkpoint_io.load_checkpoint(path, map_location="cpu", weights_only=weights_only)
+
+
+def _load_state(call: Callable[..., Any], strategy: Any, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+    module: LightningModule = strategy.lightning_module
+    if ENTRY not in checkpoint or "state_dict" not in checkpoint:
+        call(checkpoint, strict=strict)
+        return
+    state = checkpoint["state_dict"]
+    own = adapter_state_dict(module)
+    with torch.no_grad():
+        for name, value in own.items():
+            if isinstance(value, Tensor):
+                value.copy_(like(state[name], value))
+    extra = {name: state[name] for name, value in own.items() if not isinstance(value, Tensor)}
+    if extra:  # what modules say in get_extra_state
+        module.load_state_dict(extra, strict=False)
+    if module.trainer.state.fn == TrainerFn.FITTING:
+        # Lightning leaves optimizers to these strategies.
+        for optimizer, saved in zip(strategy.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
+            optimizer.load_state_dict(_sharded(saved, optimizer))
+
+
+def _sharded(saved: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """An optimizer's whole state, sharded as its parameters are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def place(value: Any, parameter: Tensor) -> Any:
+        fits = isinstance(value, Tensor) and value.shape == parameter.shape
+        return like(value, parameter) if fits else value
+
+    state = {i: {k: place(v, parameters[i]) for k, v in entry.items()} for i, entry in saved["state"].items()}
+    return {**saved, "state": state}
+
+
+def _masks(module: nn.Module) -> dict[str, Tensor]:
+    return {f"{name}.gate.mask": site.gate.mask for name, site in RankBudget.of(module).items()}
+
+
+def refuse_other_trainer(trainer: object) -> None:
+    """Refuse a Trainer of the package `pytorch_lightning`, which knows our callbacks only by half.
+
+    Raises:
+        MisconfigurationException: it is none of `lightning.pytorch`.
+    """
+    if not isinstance(trainer, Trainer):
+        raise MisconfigurationException(
+            f"this Trainer is {type(trainer).__module__.partition('.')[0]}'s, and lightning_peft works with "
+            "`lightning.pytorch`: write `from lightning.pytorch import Trainer, LightningModule` everywhere."
+        )

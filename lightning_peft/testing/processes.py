@@ -1,0 +1,111 @@
+"""Several processes on one machine without an accelerator: what tests of distributed training need.
+
+`run_processes` starts them as torchrun would; `CpuFSDPStrategy` is Lightning's FSDP1 on a CPU, which Lightning itself
+refuses. DDP and FSDP2 (`ModelParallelStrategy`) need no help.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+
+def run_processes(world: int, function: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
+    """Call a function in several new processes that can form one process group; its results, by rank.
+
+    The processes are forked: they see what the caller has imported, and torch must not have started threads. A Trainer
+    inside takes `devices=world` and finds its place in the environment, as under torchrun.
+
+    Args:
+        world: how many processes.
+        function: called in each; what it returns is pickled.
+        *args: what it is called with.
+        timeout: seconds after which all are ended.
+
+    Raises:
+        RuntimeError: one of them failed, with its traceback, or none answered in time.
+    """
+    context = multiprocessing.get_context("fork")
+    port = _free_port()
+    pipes = [context.Pipe(duplex=False) for _ in range(world)]
+    children = [
+        context.Process(target=_child, args=(rank, world, port, pipes[rank][1], function, args))
+        for rank in range(world)
+    ]
+    for child in children:
+        child.start()
+    for _, sender in pipes:
+        sender.close()  # the child's alone now: a child that dies without a word closes it
+    try:
+        answers = [_receive(receiver, rank, timeout) for rank, (receiver, _) in enumerate(pipes)]
+    finally:
+        for child in children:
+            child.join(5)
+            if child.is_alive():
+                child.kill()
+                child.join()
+    failed = [(rank, text) for rank, (text, _) in enumerate(answers) if text]
+    if failed:
+        raise RuntimeError("\n".join(f"process {rank} of {world}:\n{text}" for rank, text in failed))
+    return [result for _, result in answers]
+
+
+class CpuFSDPStrategy(FSDPStrategy):
+    """FSDP1 on a CPU with gloo: for tests, since Lightning refuses it and torch asks for the device by name."""
+
+    @property
+    def root_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:
+        if any(isinstance(child, FullyShardedDataParallel) for child in model.modules()):
+            return model  # wrapped by configure_model, or by an earlier entry point of the Trainer
+        wrapped: nn.Module = FullyShardedDataParallel(
+            module=model,
+            mixed_precision=self.mixed_precision_config,
+            sharding_strategy=self.sharding_strategy,
+            device_id=torch.device("cpu"),
+            **self.kwargs,
+        )
+        return wrapped
+
+
+def _child(rank: int, world: int, port: int, sender: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), GROUP_RANK="0", WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test", GLOO_SOCKET_IFNAME="lo",
+    )  # fmt: skip
+    try:
+        answer = ("", function(*args))
+    except BaseException:
+        answer = (traceback.format_exc(), None)
+    sender.send(answer)
+    if dist.is_initialized() and not answer[0]:
+        dist.destroy_process_group()
+
+
+def _receive(receiver: Any, rank: int, timeout: float) -> tuple[str, Any]:
+    try:
+        if not receiver.poll(timeout):
+            return f"process {rank} did not answer within {timeout} seconds", None
+        answer: tuple[str, Any] = receiver.recv()
+        return answer
+    except EOFError:
+        return f"process {rank} died without a word", None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
