@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.low_rank import LowRank
-from lightning_peft.checkpoint import own_keys
+from lightning_peft.checkpoint import adapter_state_dict
 from lightning_peft.interop.size import exported_bytes
 from lightning_peft.planning.figures import Load, Optimizer, Plan, Precision, Strategy
 from lightning_peft.rank.allocation import close_lowest
@@ -50,8 +50,9 @@ def plan(
 
     S is the bytes of the frozen base. Under DDP each process also gets all buffers, masks among them, from process 0
     once per optimizer step, and the whole module once at the start. Under FSDP the trained parameters are whole on
-    every process and the frozen base sends no gradient, so nothing is reduce-scattered. What a root FSDP unit holds
-    itself is not resharded after its forward pass, so `gather_backward` is an upper bound by that much.
+    every process, which gets them once at the start, and the frozen base has no gradient, so nothing is
+    reduce-scattered. What a root FSDP unit holds itself is not resharded after its forward pass, so `gather_backward`
+    is an upper bound by that much.
 
     Not counted: activations, the weights that FSDP gathers for a moment, casts of mixed precision, and what the
     libraries themselves take.
@@ -97,14 +98,14 @@ def plan(
         if sharded:  # compaction waits for the export
             last = replace(start, components=last.components, exported=last.exported)
     ring = (world_size - 1) / world_size
-    gathered = 0
+    gathered, once = 0, base + start.weights + start.buffers
     if sharded:
         per_weight = _FSDP1_GATHER[precision] if strategy == "fsdp1" else None
         gathered = round(
             ring * world_size * sum(_shard(p, world_size, strategy, per_weight or width(p)) for p in frozen)
         )
         base = sum(_shard(p, world_size, strategy, width(p)) for p in frozen)
-    whole = base + start.weights + start.buffers
+        once = start.weights + sum(size for _, size in _sized((s.gate.mask for s in budget.values()), width))
     return Plan(
         model=type(module).__name__,
         layers=len(budget),
@@ -123,7 +124,7 @@ def plan(
         gather_forward=gathered * accumulate,
         gather_backward=gathered * accumulate * reshard_after_forward,
         event=_event_bytes(budget) if world_size > 1 else 0,
-        startup=whole if world_size > 1 and strategy == "ddp" else 0,
+        startup=once if world_size > 1 else 0,
     )
 
 
@@ -149,7 +150,7 @@ def _load(
     trained = [p for p in module.parameters() if p.requires_grad]
     adapted = round(sum(scale[id(p)] * p.numel() for p in trained if id(p) in own))
     weights = scaled(trained)
-    keys = own_keys(module)
+    keys = adapter_state_dict(module).keys()
     # Not copies: a tied tensor is written once.
     state = {id(t): t for key, t in module.state_dict(keep_vars=True).items() if key in keys}
     several = world_size > 1

@@ -67,7 +67,7 @@ class Plan:
         gather_forward: base weights that each process sends per optimizer step, for the forward passes.
         gather_backward: the same for the backward passes.
         event: masks that reach each process at a pruning event.
-        startup: what reaches each process from process 0 once, when DDP wraps the module.
+        startup: what reaches each process from process 0 once: under DDP the whole module, under FSDP what is trained.
     """
 
     model: str

@@ -98,9 +98,8 @@ def _network(plan: Plan, loads: list[Load]) -> list[Row]:
     rows.append(("step: sum", [size(plan.step(load)) for load in loads]))
     if plan.final is not None:
         rows.append(("pruning event: masks", [size(plan.event)] * len(loads)))
-    if plan.startup:
-        rows.append(("once: the whole module", [size(plan.startup)] * len(loads)))
-    return rows
+    what = "whole module" if plan.strategy == "ddp" else "trained weights"
+    return [*rows, (f"once: the {what}", [size(plan.startup)] * len(loads))]
 
 
 def size(count: int) -> str:
