@@ -48,7 +48,7 @@ def test_code_blocks_run(page: Path) -> None:
 
 
 def test_plans_are_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    """Each `lightning-peft plan` of a page is followed by what it prints, on the model that the page's own code makes."""
+    """Each `lightning-peft plan` is followed by what it prints, on the model that the page's own code makes."""
     page = ROOT / "docs" / "multi-node.md"
     test_code_blocks_run(page)
     blocks = [(block["language"], block["body"]) for block in FENCE.finditer(page.read_text(encoding="utf-8"))]

@@ -11,7 +11,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, multiprocessing, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, fully_shard
@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_peft import Budget, DynamicDoRA, inject, plan, presets
+from lightning_peft import Budget, DynamicDoRA, inject, plan, presets, small_parameters
 from lightning_peft.planning.figures import Strategy
+from lightning_peft.testing.processes import run_processes
 
 pytestmark = [
     pytest.mark.dist,
@@ -171,3 +172,53 @@ def test_bytes_under_sharding(kind: Strategy, tmp_path: Path) -> None:
             assert name.startswith("allgather")
             gathered = sum(gathers)  # N - 1 = 1 other process gets it
             assert gathered == pytest.approx(found.gather_forward + found.gather_backward, rel=0.01), sent
+
+
+class WatchLater(Watch):
+    """Listens from `on_fit_start` on, when the base is sharded."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        pass
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.wire.__enter__()
+
+
+class ShardedJob(Job):
+    """FSDP2, with all that is trained left whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = build(nn.LayerNorm)["net"]
+
+    def configure_model(self) -> None:
+        inject(self, partial(DynamicDoRA, rank=RANK, dropout=0.0))
+        small = set(small_parameters(self))
+        for unit in (*self.net.children(), self.net):
+            fully_shard(unit, mesh=self.device_mesh["data_parallel"], ignored_params=small)
+
+
+def train_sharded(folder: Path) -> None:
+    L.Trainer(
+        max_epochs=1, accelerator="cpu", devices=2, strategy=ModelParallelStrategy(2, 1), logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, accumulate_grad_batches=2,
+        callbacks=[WatchLater(folder), *presets.dynamic_dora(final_rank=4, interval=2, dropout=0.0)],
+    ).fit(ShardedJob())  # fmt: skip
+
+
+def test_bytes_of_a_sharded_trainer(tmp_path: Path) -> None:
+    run_processes(2, train_sharded, tmp_path)
+    with torch.device("meta"):
+        shapes = adapted(nn.LayerNorm)
+    found = plan(shapes, 2, strategy="fsdp2", final=Budget(rank=4), accumulate=2)
+    for rank in range(2):
+        sent: Sent = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found.startup in sent["setup"]["broadcast"]
+        masks = []
+        for step in range(6):
+            (reduced,) = sent[str(step)]["allreduce"]  # with one number a tensor, that says whether it has a gradient
+            assert reduced == pytest.approx(found.start.gradients, rel=0.01)
+            gathered = sum(sent[str(step)]["allgather_base"])
+            assert gathered == pytest.approx(found.gather_forward + found.gather_backward, rel=0.01)
+            masks += [size for size in sent[str(step)]["broadcast"] if size > 8]
+        assert masks == pytest.approx([found.event] * 2, rel=0.01)
