@@ -9,6 +9,7 @@ from lightning_peft.heat_map import rank_heat_map
 from lightning_peft.interop.folder import Export
 from lightning_peft.interop.hf_peft import to_hf_peft
 from lightning_peft.interop.merged import save_merged
+from lightning_peft.planning import Plan, plan
 from lightning_peft.rank import (
     Budget,
     Cubic,
@@ -45,6 +46,7 @@ __all__ = [
     "Merged",
     "NormShare",
     "Orthogonality",
+    "Plan",
     "RankBudget",
     "RankMonitor",
     "RankPolicy",
@@ -62,6 +64,7 @@ __all__ = [
     "inject",
     "load",
     "merge",
+    "plan",
     "presets",
     "rank_heat_map",
     "regularized",

@@ -1,6 +1,7 @@
-"""The command line: Lightning's own commands for training, and two for what training leaves behind.
+"""The command line: Lightning's own commands for training, one for what it will take, two for what it leaves behind.
 
     lightning-peft fit|validate|test|predict -c job.yaml
+    lightning-peft plan MODEL --world-size N
     lightning-peft inspect CKPT
     lightning-peft export CKPT OUT --format hf-peft|merged
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 import argparse
 import dis
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 import lightning_peft
 from lightning_peft.checkpoint import load
 from lightning_peft.inspection import report
+from lightning_peft.planning import command
 from lightning_peft.presets import Preset
 from lightning_peft.rebuild import rebuild
 
@@ -89,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _train(None if arguments is None else given)
         else:
             options = _parser().parse_args(given)
-            print(report(options.checkpoint) if options.command == "inspect" else _export(options))
+            print(_COMMANDS[options.command](options))
     except Exception as error:
         if not _explained(error):
             raise
@@ -126,6 +128,13 @@ def _export(options: argparse.Namespace) -> object:
     )
 
 
+_COMMANDS: dict[str, Callable[[argparse.Namespace], object]] = {
+    "plan": command.run,
+    "inspect": lambda options: report(options.checkpoint),
+    "export": _export,
+}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         PROGRAM, description="Parameter-efficient fine-tuning with dynamic rank.", allow_abbrev=False
@@ -134,6 +143,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in TRAINER_COMMANDS:  # for the help only: LightningCLI reads these
         commands.add_parser(name, help=f"Trainer.{name} as a job says: {PROGRAM} {name} -c job.yaml")
+
+    command.add_arguments(commands.add_parser("plan", help=command.HELP, allow_abbrev=False))
 
     inspect = commands.add_parser("inspect", help="ranks, budget and size of a checkpoint", allow_abbrev=False)
     inspect.add_argument("checkpoint", metavar="CKPT", help="a checkpoint written with AdapterCheckpoint")

@@ -6,12 +6,15 @@ pages, and pytest-markdown-docs an older markdown-it-py than the pinned one.
 
 from __future__ import annotations
 
+import itertools
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 import lightning_peft
+from lightning_peft import cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -42,6 +45,21 @@ def test_code_blocks_run(page: Path) -> None:
         if block["language"] == "python":
             lines_before = text.count("\n", 0, block.start("body"))  # so that a traceback names the page's own line
             exec(compile("\n" * lines_before + block["body"], str(page), "exec"), namespace)
+
+
+def test_plans_are_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each `lightning-peft plan` is followed by what it prints, on the model that the page's own code makes."""
+    page = ROOT / "docs" / "multi-node.md"
+    test_code_blocks_run(page)
+    blocks = [(block["language"], block["body"]) for block in FENCE.finditer(page.read_text(encoding="utf-8"))]
+    planned = 0
+    for (language, body), (following, printed) in itertools.pairwise(blocks):
+        if language == "shell" and body.startswith("lightning-peft plan "):
+            capsys.readouterr()
+            assert cli.main(shlex.split(body)[1:]) == 0
+            assert (following, printed) == ("text", capsys.readouterr().out)
+            planned += 1
+    assert planned == 2
 
 
 @every_page

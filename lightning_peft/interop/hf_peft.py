@@ -22,7 +22,7 @@ from lightning_peft.interop.layout import (
     task_type,
 )
 from lightning_peft.interop.verify import CONFIG, WEIGHTS, by_reading, with_peft
-from lightning_peft.rank.budget import RankBudget
+from lightning_peft.rank.budget import RankBudget, clean_name
 
 Check = Literal["auto", "peft", "files"]
 
@@ -80,7 +80,7 @@ def to_hf_peft(
     checked = _how_to_check(check)
     refuse_to_overwrite(folder, overwrite)
     paths = [target.path for target in targets]
-    kept = _head(module, name, host) if head else {}
+    kept = _states(head_modules(module, name, host)) if head else {}
     base = base_model_name_or_path or getattr(getattr(host, "config", None), "_name_or_path", None) or None
     config |= {
         "peft_type": "LORA",
@@ -126,8 +126,8 @@ def _how_to_check(check: Check) -> Check:
     return check if check != "auto" else "peft" if installed else "files"
 
 
-def _head(module: nn.Module, name: str, host: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """The modules to keep, by name, as their tensors.
+def head_modules(module: nn.Module, name: str, host: nn.Module) -> dict[str, nn.Module]:
+    """The modules that are kept beside the adapters, by name in the host, which is called `name` in the module.
 
     Raises:
         ValueError: something trained is outside the host, or is not a whole module.
@@ -145,6 +145,14 @@ def _head(module: nn.Module, name: str, host: nn.Module) -> dict[str, dict[str, 
             "all parameters of the module, or give head=False and save them yourself."
         )
     return whole
+
+
+def _states(modules: dict[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
+    """Copies of the modules' tensors on the CPU: a file of tensors holds no two that share their memory."""
+    return {
+        name: {clean_name(key): tensor.detach().cpu().clone() for key, tensor in child.state_dict().items()}
+        for name, child in modules.items()
+    }
 
 
 def _some(names: list[str]) -> str:

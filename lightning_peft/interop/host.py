@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.export import require_whole
@@ -68,22 +68,17 @@ def trained_beside(module: nn.Module) -> dict[str, nn.Parameter]:
     return {clean_name(n): p for n, p in named.items() if id(p) in trained}
 
 
-def whole_modules(host: nn.Module, trained: dict[str, nn.Parameter]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """The largest modules of which every parameter is trained, and the parameters in none of them, by cleaned names.
-
-    A module is given as its state: copies of its tensors on the CPU, by their cleaned names in it.
-    """
+def whole_modules(host: nn.Module, trained: dict[str, nn.Parameter]) -> tuple[dict[str, nn.Module], list[str]]:
+    """The largest modules of which every parameter is trained, and the parameters in none of them, by cleaned names."""
     ids = {id(p) for p in trained.values()}
-    whole: dict[str, dict[str, Tensor]] = {}
+    whole: dict[str, nn.Module] = {}
     for path, child in host.named_modules(remove_duplicate=False):
         name = clean_name(path)
         if not name or isinstance(child, _CONTAINERS) or any(below(name, outer) for outer in whole):
             continue
         parameters = list(child.parameters())
         if parameters and all(id(p) in ids for p in parameters):
-            state = child.state_dict()
-            # Cloned: a file of tensors holds no two that share their memory.
-            whole[name] = {clean_name(key): tensor.detach().cpu().clone() for key, tensor in state.items()}
+            whole[name] = child
     return whole, [n for n in trained if not any(below(n, module) for module in whole)]
 
 

@@ -80,6 +80,21 @@ def find_targets(host: nn.Module) -> list[Target]:
         TypeError: an adapter, or the place where it is, cannot be expressed in PEFT's LoRA format.
         ValueError: every layer is of rank 0.
     """
+    targets = [target for target in all_targets(host) if target.rank]
+    if not targets:
+        raise ValueError(
+            f"all {len(adapters(host))} adapted layers are of rank 0, so there is no adapter to write: the model is "
+            "its base. Train before exporting (DynamicDoRA's gains start at 0), or raise the budget."
+        )
+    return targets
+
+
+def all_targets(host: nn.Module) -> list[Target]:
+    """The modules that PEFT would put LoRA on, whatever their ranks: no mask is read, so it works without data.
+
+    Raises:
+        TypeError: an adapter, or the place where it is, cannot be expressed in PEFT's LoRA format.
+    """
     found = adapters(host)
     places = _attention_places(host)
     shared = _shared(host)
@@ -109,14 +124,7 @@ def find_targets(host: nn.Module) -> list[Target]:
             )
         pair = paired.setdefault(path, _empty(path, attention.embed_dim))
         pair[role] = Part(pair[role].key, shape, adapter)
-    targets = [Target(path, tuple(parts.values())) for path, parts in paired.items()]
-    targets = [target for target in targets if target.rank]
-    if not targets:
-        raise ValueError(
-            f"all {len(found)} adapted layers are of rank 0, so there is no adapter to write: the model is its base. "
-            "Train before exporting (DynamicDoRA's gains start at 0), or raise the budget."
-        )
-    return targets
+    return [Target(path, tuple(parts.values())) for path, parts in paired.items()]
 
 
 def lay_out(targets: list[Target], mode: Mode) -> tuple[dict[str, Tensor], dict[str, Any]]:
