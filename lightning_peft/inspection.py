@@ -47,6 +47,11 @@ def report(path: str | PathLike[str]) -> str:
     return "\n".join(lines)
 
 
+def _whole(rank: object) -> int | None:
+    """A rank as it is shown; another class's argument of that name may be anything."""
+    return rank if type(rank) is int else None
+
+
 def _schedules(callbacks: object) -> Iterator[str]:
     """Where rank schedules stand. The digest does not cover this part, so what is not as we write it is left out."""
     for name, state in callbacks.items() if isinstance(callbacks, dict) else ():
@@ -59,7 +64,7 @@ def _schedules(callbacks: object) -> Iterator[str]:
 
 def _table(entry: Mapping[str, Any]) -> str:
     adapters = {
-        name: (group["class"].rpartition(":")[2], group["arguments"].get("rank"))
+        name: (group["class"].rpartition(":")[2], _whole(group["arguments"].get("rank")))
         for group in entry["recipe"]["adapters"]
         for name in group["layers"]
     }
