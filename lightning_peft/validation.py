@@ -26,6 +26,7 @@ _DEPTH = 32
 """Lists and dictionaries within each other."""
 _LENGTH = 2**25
 """Characters and values in all; text can be repeated in a file that does not grow with it."""
+_PLAIN = "a number, text, a list or a dictionary"
 _NAMES = 64
 """Names of one tensor: a shared parameter is saved under each of its names, and digested as often."""
 
@@ -60,21 +61,27 @@ def check_plain(value: Any, source: str) -> None:
     Raises:
         AdapterFileError: it is not.
     """
-    left, waiting = _LENGTH, [(value, 0)]
-    while waiting:
-        item, depth = waiting.pop()
-        left -= 16 + (len(item) if isinstance(item, str) else 0)
-        if left < 0 or depth > _DEPTH:
-            raise AdapterFileError(f"{source} holds an entry that is too long or too deep to be one of a checkpoint.")
-        if type(item) is dict:
-            waiting.extend((part, depth + 1) for pair in item.items() for part in pair)
-            plain = all(type(key) is str for key in item)
-        elif type(item) in (list, tuple):
-            waiting.extend((part, depth + 1) for part in item)
-            plain = True
-        else:
+    measured: dict[int, tuple[int, int]] = {}
+
+    def measure(item: Any, depth: int) -> tuple[int, int]:
+        """Length and height as written out. A list within many lists is measured once, and counts as often as it is."""
+        if type(item) not in (dict, list, tuple):
             plain = item is None or type(item) in (bool, float, str) or _is_whole(item)
-        _require(plain, source, "a value", item, "a number, text, a list or a dictionary")
+            _require(plain, source, "a value", item, _PLAIN)
+            return 16 + (len(item) if type(item) is str else 0), 0
+        if id(item) not in measured:
+            _require(depth < _DEPTH, source, "an entry", "too long or too deep", "shorter")
+            parts = item
+            if type(item) is dict:
+                _require(all(type(key) is str for key in item), source, "a value", item, f"{_PLAIN} by name")
+                parts = [*item, *item.values()]
+            sizes = [measure(part, depth + 1) for part in parts]
+            measured[id(item)] = 16 + sum(n for n, _ in sizes), 1 + max((height for _, height in sizes), default=0)
+        length, height = measured[id(item)]
+        _require(length <= _LENGTH and depth + height <= _DEPTH, source, "an entry", "too long or too deep", "shorter")
+        return length, height
+
+    measure(value, 0)
 
 
 def check_structure(entry: Mapping[str, Any], source: str) -> None:
