@@ -227,6 +227,15 @@ def test_inspection_leaves_out_what_the_digest_does_not_cover(tmp_path: Path, ca
     assert "\x1b" not in text
 
 
+@pytest.mark.parametrize("rank", [[2], {"a": 2}, None, "2"])
+def test_inspection_shows_no_rank_that_is_no_number(tmp_path: Path, rank: Any) -> None:
+    # Another class's argument of that name may be anything; it once ended in a TypeError.
+    saved = checkpoint()
+    group(saved)["arguments"]["rank"] = rank
+    torch.save(sealed(saved), tmp_path / "odd.ckpt")
+    assert "2 layers" in report(tmp_path / "odd.ckpt")
+
+
 def test_expanded_and_conjugated_tensors_are_written_out() -> None:
     assert dense(torch.zeros(1).expand(5)).untyped_storage().nbytes() == 20
     assert not dense(torch.ones(2, dtype=torch.complex64).conj()).is_conj()

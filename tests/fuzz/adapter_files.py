@@ -555,24 +555,24 @@ def main(folder: Path, seed: int, scale: float) -> dict[str, Any]:
             signal.setitimer(signal.ITIMER_REAL, 0)
             resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
-    for kind, (mutate, count) in BYTES.items():
-        for i in range(round(count * scale)):
-            subject = chosen(subjects, i)
-            run(kind, subject, mutate(subject, rng), None)
     for kind, (again, count) in CONTENTS.items():
         done = 0
         while done < round(count * scale):
             subject = chosen(subjects, done)
-            mutated = contents(subject, rng)
-            if again and not sealed(mutated):
-                continue
             buffer = BytesIO()
             try:
+                mutated = contents(subject, rng)
+                if again and not sealed(mutated):
+                    continue
                 torch.save(mutated, buffer)
-            except (RuntimeError, RecursionError, NotImplementedError):
-                continue  # torch itself cannot write it
+            except (RuntimeError, TypeError, ValueError):
+                continue  # torch itself cannot make it or write it
             run(kind, subject, buffer.getvalue(), mutated if again else None)
             done += 1
+    for kind, (mutate, count) in BYTES.items():
+        for i in range(round(count * scale)):
+            subject = chosen(subjects, i)
+            run(kind, subject, mutate(subject, rng), None)
     kind = "exported folders"
     export = Folder(subjects[2], folder / "export")
     for _ in range(round(600 * scale)):
