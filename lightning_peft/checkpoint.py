@@ -4,30 +4,40 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
 from os import PathLike
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapters.base import Adapter, AdapterFactory
-from lightning_peft.distributed import picked
+from lightning_peft.adapters.attention import has_in_proj
+from lightning_peft.adapters.base import AdapterFactory
+from lightning_peft.archive import AdapterFileError as AdapterFileError
+from lightning_peft.archive import check_archive, reading
+from lightning_peft.archive import unreadable as unreadable
 from lightning_peft.export import own_random
+from lightning_peft.fingerprint import check_base, fingerprint
 from lightning_peft.rank.budget import RankBudget, clean_name
 from lightning_peft.surgery import adaptable, adapters, eject, install, is_flattened, trained
+from lightning_peft.validation import (
+    adapter_class,
+    check_arguments,
+    check_plain,
+    check_ranks,
+    check_sizes,
+    check_structure,
+    check_tensors,
+)
 
 ENTRY = "lightning_peft"
 """The key of our entry in a checkpoint."""
 VERSION = 1
-_SAMPLES = 8
-
-
-class AdapterFileError(RuntimeError):
-    """A file does not hold what it should, or not for this model."""
+# Floating-point numbers are converted to the model's precision; no other type is converted.
+_FLOATING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def _is_plain(value: object) -> bool:
@@ -55,6 +65,15 @@ def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{path}.{name}" if path else name, buffer
 
 
+def dense(value: Tensor) -> Tensor:
+    """The tensor as a file holds it: an expanded one, or one that is conjugated when it is read, is written out."""
+    if type(value) is not Tensor or value.layout != torch.strided:
+        return value
+    value = value.resolve_conj().resolve_neg()
+    expanded = value.numel() * value.element_size() > value.untyped_storage().nbytes()
+    return value.contiguous() if expanded else value
+
+
 def recipe(module: nn.Module) -> dict[str, Any]:
     """The data needed to inject again: per kind of adapter its class and arguments and the layers that have it.
 
@@ -78,14 +97,6 @@ def recipe(module: nn.Module) -> dict[str, Any]:
             group["layers"].append(name)
     own = {id(p) for adapter in adapters(module).values() for _, p in adapter.own_parameters()}
     return {"adapters": groups, "trained": sorted(n for n, p in trained(module).items() if id(p) not in own)}
-
-
-def fingerprint(module: nn.Module) -> dict[str, Tensor]:
-    """A few values of every parameter of the frozen base, by name: enough to tell one base model from another."""
-    changed = {id(p) for p in trained(module).values()}
-    base = {clean_name(n): p for n, p in module.named_parameters() if id(p) not in changed and p.numel()}
-    picks = {n: torch.linspace(0, p.numel() - 1, _SAMPLES, dtype=torch.float64).long() for n, p in base.items()}
-    return picked(base, picks)
 
 
 def digest(state: Mapping[str, Tensor], entry: Mapping[str, Any]) -> str:
@@ -145,38 +156,49 @@ def check(
         raise AdapterFileError(
             f"{source} holds other adapters than this model has: {_difference(entry['recipe'], here)}."
         )
-    _check_base(fingerprint(module) if base is None else base, entry["base"], source)
-    shapes = {key: value.shape for key, value in adapter_state_dict(module).items() if isinstance(value, Tensor)}
-    missing = sorted(shapes.keys() - state.keys())
+    check_base(fingerprint(module) if base is None else base, entry["base"], source)
+    ours = {key: value for key, value in adapter_state_dict(module).items() if isinstance(value, Tensor)}
+    missing = sorted(ours.keys() - state.keys())
     if missing:
         raise AdapterFileError(
             f"{source} lacks {missing[0]!r}{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}, which this "
             "model trains: it was saved with fewer trainable parts (`train`, terms) than the model has now."
         )
-    for key in sorted(shapes):
-        if shapes[key] != state[key].shape:
+    for key in sorted(ours):
+        if ours[key].shape != state[key].shape:
             raise AdapterFileError(
-                f"{source}: {key!r} has shape {tuple(state[key].shape)}, and {tuple(shapes[key])} in this model."
+                f"{source}: {key!r} has shape {tuple(state[key].shape)}, and {tuple(ours[key].shape)} in this model."
             )
+        if not {ours[key].dtype, state[key].dtype} <= _FLOATING and ours[key].dtype != state[key].dtype:
+            raise AdapterFileError(
+                f"{source}: {key!r} is of dtype {state[key].dtype}, and {ours[key].dtype} in this model."
+            )
+    check_ranks(entry, source)
 
 
 def check_entry(checkpoint: Mapping[str, Any], source: str) -> None:
-    """Check a checkpoint by itself: that it is ours, of a version that we read, and unchanged since it was written."""
-    entry = checkpoint.get(ENTRY)
-    if not isinstance(entry, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+    """Check a checkpoint by itself: that it is ours, of a version that we read, and unchanged since it was written.
+
+    Raises:
+        AdapterFileError: it is not; or its entry or its tensors are not of the kinds that we write.
+    """
+    entry, state = checkpoint.get(ENTRY), checkpoint.get("state_dict")
+    if not isinstance(entry, dict) or not isinstance(state, dict):
         raise AdapterFileError(
             f"{source} is no adapter checkpoint: it has no entry {ENTRY!r}. Train with AdapterCheckpoint."
         )
-    if entry.get("version") != VERSION:
-        raise AdapterFileError(f"{source} is of format version {entry.get('version')}; this release reads {VERSION}.")
-    try:
-        whole = digest(checkpoint["state_dict"], entry) == entry["digest"]
-    except (AttributeError, KeyError, TypeError, ValueError):  # not even of the kinds that we write
-        whole = False
-    if not whole:
+    if type(entry.get("version")) is not int or entry["version"] != VERSION:
+        raise AdapterFileError(
+            f"{source} is of format version {shortened(entry.get('version'))}; this release reads {VERSION}."
+        )
+    base = entry.get("base")
+    check_tensors(state, base if isinstance(base, dict) else {}, source)
+    check_plain({key: value for key, value in entry.items() if key != "base"}, source)
+    if not isinstance(base, dict) or digest(state, entry) != entry.get("digest"):
         raise AdapterFileError(
             f"{source} was changed after it was written: its contents do not match their digest. Use another copy."
         )
+    check_structure(entry, source)
 
 
 def read(path: str | PathLike[str]) -> dict[str, Any]:
@@ -184,23 +206,16 @@ def read(path: str | PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        AdapterFileError: it is cut, damaged, or holds more than tensors and plain values.
+        AdapterFileError: it is cut, damaged, holds more than tensors and plain values, or is smaller than it says.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint {str(path)!r}.")
-    try:
+    check_archive(path)
+    with reading(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what torch raises on a damaged file is not documented
-        raise AdapterFileError(unreadable(path, error)) from error
     if not isinstance(checkpoint, dict):
         raise AdapterFileError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint.")
     return checkpoint
-
-
-def unreadable(path: object, error: BaseException) -> str:
-    """The sentence for a file that torch cannot read."""
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f"{path} cannot be read: it is cut short, damaged, or holds more than tensors ({first}). Use another copy."
 
 
 def load(module: nn.Module, path: str | PathLike[str]) -> nn.Module:
@@ -227,22 +242,14 @@ def load(module: nn.Module, path: str | PathLike[str]) -> nn.Module:
         checkpoint = _without_prefix(checkpoint, prefix)
         entry = checkpoint[ENTRY]
     if not adapters(module):
-        plan = {}
-        for group in entry["recipe"]["adapters"]:
-            factory = _factory(group["class"], group["arguments"], source)
-            for name in group["layers"]:
-                if name not in layers:
-                    raise AdapterFileError(
-                        f"{source} has an adapter for {name!r}, a layer that this model does not have."
-                    )
-                plan[name] = (layers[name], factory)
+        plan = _plan(module, layers, checkpoint, source)
         known = {name for name, _ in module.named_parameters()}
         # The start of the adapters is overwritten at once: it must not use up the caller's random numbers.
         with own_random(module):
             install(module, plan, {name for name in entry["recipe"]["trained"] if name in known})
         try:
             check(module, checkpoint, source)
-        except AdapterFileError:
+        except BaseException:
             eject(module)
             raise
     else:
@@ -251,52 +258,38 @@ def load(module: nn.Module, path: str | PathLike[str]) -> nn.Module:
     return module
 
 
-def _check_base(here: Mapping[str, Tensor], saved: Mapping[str, Tensor], source: str) -> None:
-    """Compare samples of the base's values: equal, after rounding to the narrower of the two types."""
-    for name in sorted({*here, *saved}):
-        if name not in here or name not in saved:
-            fault = f"{name!r} is not in {'the file' if name in here else 'this model, or is trained here'}"
-        elif not _same(here[name], saved[name]):
-            fault = f"{name!r} differs"
-        else:
-            continue
-        raise AdapterFileError(
-            f"{source} was made for another base model: {fault}. Build the model with the weights that the adapters "
-            "were trained on."
-        )
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    narrow = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
-    return a.shape == b.shape and torch.equal(a.to(narrow).nan_to_num(), b.to(narrow).nan_to_num())
+def _plan(
+    module: nn.Module, layers: Mapping[str, nn.Module], checkpoint: Mapping[str, Any], source: str
+) -> dict[str, tuple[nn.Module, AdapterFactory]]:
+    """What a checked entry asks for, wholly checked against the module and the file before anything is built."""
+    paths = {id(child): path for path, child in module.named_modules()}
+    plan: dict[str, tuple[nn.Module, AdapterFactory]] = {}
+    for group in checkpoint[ENTRY]["recipe"]["adapters"]:
+        kind, arguments = adapter_class(group["class"], source), group["arguments"]
+        check_arguments(kind, arguments, source)
+        for name in group["layers"]:
+            if name not in layers:
+                raise AdapterFileError(f"{source} has an adapter for {name!r}, a layer that this model does not have.")
+            layer = layers[name]
+            path = paths[id(layer)] + (".in_proj" if has_in_proj(layer) else "")
+            check_sizes(kind, arguments, layer, path, checkpoint["state_dict"], source)
+            plan[name] = (layer, partial(kind, **arguments))
+    return plan
 
 
 def _difference(saved: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     def layers(of: Mapping[str, Any]) -> dict[str, str]:
-        return {
-            name: f"{group['class'].rpartition(':')[2]}({', '.join(f'{k}={v}' for k, v in group['arguments'].items())})"
-            for group in of["adapters"]
-            for name in group["layers"]
-        }
+        found: dict[str, str] = {}
+        for group in of["adapters"]:
+            arguments = ", ".join(f"{k}={v!r}" for k, v in group["arguments"].items())
+            found |= dict.fromkeys(group["layers"], f"{group['class'].rpartition(':')[2]}({arguments})")
+        return found
 
     old, new = layers(saved), layers(here)
     for name in [*new, *old]:
         if old.get(name) != new.get(name):
             return f"at {name!r} it has {old.get(name, 'none')}, the model {new.get(name, 'none')}"
     return "the same ones in another order"
-
-
-def _factory(path: str, arguments: Mapping[str, Any], source: str) -> AdapterFactory:
-    """The adapter class that a recipe names, which must have been imported: a file never makes us import anything."""
-    module_name, _, qualname = path.partition(":")
-    found: Any = sys.modules.get(module_name)
-    for part in qualname.split("."):
-        found = getattr(found, part, None)
-    if not (isinstance(found, type) and issubclass(found, Adapter)):
-        raise AdapterFileError(
-            f"{source} was made with the adapter class {path!r}, which is not imported; import it before loading."
-        )
-    return partial(found, **arguments)
 
 
 def _prefix(saved: Mapping[str, Any], known: set[str], source: str) -> str:
@@ -322,4 +315,5 @@ def _without_prefix(checkpoint: Mapping[str, Any], prefix: str) -> dict[str, Any
     groups = [g | {"layers": [n[len(prefix) :] for n in g["layers"]]} for g in entry["recipe"]["adapters"]]
     trained = [name[len(prefix) :] for name in entry["recipe"]["trained"] if name.startswith(prefix)]
     entry |= {"recipe": {"adapters": groups, "trained": trained}, "base": cut(entry["base"])}
+    entry |= {field: cut(entry[field]) for field in ("ranks", "costs")}
     return {ENTRY: entry, "state_dict": cut(checkpoint["state_dict"])}

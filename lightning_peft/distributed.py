@@ -48,7 +48,7 @@ def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in group]
         flat = torch.cat([*(part.reshape(-1) for part in parts), present])
         dist.all_reduce(flat)
-        *means, counts = (flat / dist.get_world_size()).split([*(part.numel() for part in parts), len(group)])
+        *means, counts = flat.div_(dist.get_world_size()).split([*(part.numel() for part in parts), len(group)])
         torch._foreach_copy_(parts, [mean.view_as(part) for mean, part in zip(means, parts, strict=True)])
         if any(p.grad is None for p in group):
             for p, part, count in zip(group, parts, counts.tolist(), strict=True):
@@ -63,6 +63,20 @@ def broadcast(tensors: Sequence[Tensor]) -> None:
         dist.broadcast(flat, 0)
         parts = flat.split([tensor.numel() for tensor in group])
         torch._foreach_copy_([t.detach() for t in group], [p.view_as(t) for p, t in zip(parts, group, strict=True)])
+
+
+def agreed(masks: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Process 0's masks, on every process: layer -> (n,) bool. One message of a byte per component.
+
+    Args:
+        masks: layer -> (n,) bool, of the same layers in the same order everywhere.
+        device: one from which the backend can send.
+    """
+    if world_size() == 1 or not masks:
+        return dict(masks)
+    flat = torch.cat(list(masks.values())).to(device, torch.uint8)
+    dist.broadcast(flat, 0)
+    return dict(zip(masks, flat.bool().split([len(mask) for mask in masks.values()]), strict=True))
 
 
 @torch.no_grad()

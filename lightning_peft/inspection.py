@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from lightning_peft.checkpoint import ENTRY, check_entry, read
+from lightning_peft.validation import check_ranks
 
 
 def report(path: str | PathLike[str]) -> str:
@@ -23,8 +24,10 @@ def report(path: str | PathLike[str]) -> str:
     checkpoint = read(path)
     check_entry(checkpoint, str(path))
     entry = checkpoint[ENTRY]
+    check_ranks(entry, str(path))
     size = Path(path).stat().st_size
-    when = f" at step {checkpoint['global_step']}" if "global_step" in checkpoint else ""
+    step = checkpoint.get("global_step")
+    when = f" at step {step}" if type(step) is int else ""
     spent = sum(rank * entry["costs"][name] for name, rank in entry["ranks"].items())
     closed = [name for name, rank in entry["ranks"].items() if not rank]
     lines = [
@@ -40,16 +43,28 @@ def report(path: str | PathLike[str]) -> str:
     if trained:
         owners = dict.fromkeys(name.rpartition(".")[0] or name for name in trained)
         lines.append(f"Trained beside the adapters: {', '.join(owners)}.")
-    for name, state in checkpoint.get("callbacks", {}).items():
-        if name.startswith("RankPruning") and state:
-            last = f"its last event at step {state['event_step']}" if state["event_step"] else "no event yet"
-            lines.append(f"Rank schedule over {state['total_steps']} steps, {last}.")
+    lines += _schedules(checkpoint.get("callbacks"))
     return "\n".join(lines)
+
+
+def _whole(rank: object) -> int | None:
+    """A rank as it is shown; another class's argument of that name may be anything."""
+    return rank if type(rank) is int else None
+
+
+def _schedules(callbacks: object) -> Iterator[str]:
+    """Where rank schedules stand. The digest does not cover this part, so what is not as we write it is left out."""
+    for name, state in callbacks.items() if isinstance(callbacks, dict) else ():
+        if str(name).startswith("RankPruning") and isinstance(state, dict):
+            event, total = state.get("event_step"), state.get("total_steps")
+            if type(event) is int and type(total) is int:
+                last = f"its last event at step {event}" if event else "no event yet"
+                yield f"Rank schedule over {total} steps, {last}."
 
 
 def _table(entry: Mapping[str, Any]) -> str:
     adapters = {
-        name: (group["class"].rpartition(":")[2], group["arguments"].get("rank"))
+        name: (group["class"].rpartition(":")[2], _whole(group["arguments"].get("rank")))
         for group in entry["recipe"]["adapters"]
         for name in group["layers"]
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_peft.adapters.base import Adapter
+from lightning_peft.archive import check_archive, reading
 from lightning_peft.callbacks.injection import AdapterInjection
 from lightning_peft.callbacks.order import require_before
 from lightning_peft.checkpoint import (
@@ -21,11 +23,11 @@ from lightning_peft.checkpoint import (
     adapter_state_dict,
     check,
     check_entry,
+    dense,
     describe,
-    fingerprint,
-    unreadable,
 )
 from lightning_peft.distributed import gather_objects, rank
+from lightning_peft.fingerprint import fingerprint
 from lightning_peft.resume import ResumableLoader, make_plain, make_resumable, rng_state, set_rng_state
 from lightning_peft.seams import when_built, wrap_method
 from lightning_peft.strategies import is_sharded, whole_checkpoints
@@ -107,12 +109,10 @@ class AdapterCheckpoint(Callback):
         call(checkpoint)
         if not any(isinstance(child, Adapter) for child in module.modules()):
             return
-        keep = adapter_state_dict(module).keys()
         state = checkpoint["state_dict"]
-        own = {key: value for key, value in state.items() if key in keep}
-        checkpoint[ENTRY] = describe(module, own, self._base)
-        if not self.full:
-            checkpoint["state_dict"] = own
+        keep = state.keys() if self.full else adapter_state_dict(module).keys()
+        checkpoint["state_dict"] = {key: dense(value) for key, value in state.items() if key in keep}
+        checkpoint[ENTRY] = describe(module, checkpoint["state_dict"], self._base)
 
     def _load(self, call: Callable[..., Any], module: LightningModule, checkpoint: dict[str, Any]) -> None:
         # Before any weight is copied: a checkpoint that does not fit leaves the model as it is.
@@ -182,9 +182,8 @@ def _call_all(undo: list[Callable[[], object]]) -> None:
 
 def _read(call: Callable[..., Any], strategy: Any, path: Any, weights_only: bool | None = None) -> Any:
     """Tensors and plain values only, unless the user says otherwise; a damaged file is named."""
-    try:
-        return call(path, weights_only=True if weights_only is None else weights_only)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # what torch raises on a damaged file is not documented
-        raise AdapterFileError(unreadable(path, error)) from error
+    weights_only = True if weights_only is None else weights_only
+    if weights_only and Path(path).is_file():  # a folder or an address is its own reader's concern
+        check_archive(path)
+    with reading(path):
+        return call(path, weights_only=weights_only)

@@ -9,11 +9,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_peft.callbacks.injection import AdapterInjection
 from lightning_peft.callbacks.order import callbacks_of, require_before
+from lightning_peft.distributed import agreed
 from lightning_peft.rank.budget import RankBudget
 from lightning_peft.rank.policy import RankPolicy
 from lightning_peft.strategies import averaged, require_equal
@@ -131,7 +131,7 @@ class RankPruning(Callback):
             self.policy.importance.update()
         if missed or any(self.policy.is_event(each, self.total_steps) for each in taken):
             # Every rank decides alike; rank 0's word is final all the same.
-            masks: dict[str, Tensor] = trainer.strategy.broadcast(self.policy.decide(step, self.total_steps))
+            masks = agreed(self.policy.decide(step, self.total_steps), trainer.strategy.root_device)
             self.policy.apply(masks, step, self.total_steps)
             if trainer.world_size > 1:
                 require_equal(pl_module, f"after the pruning event of step {step}")

@@ -24,6 +24,8 @@ WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 TOLERANCE = 1e-5
 Head = Mapping[str, Mapping[str, Tensor]]  # the tensors of every module that is kept, by their names in it
+# A name as a regular expression: as it is, or escaped from its start on.
+_LITERAL = r"\^?(\\.|[^\\^$*+?{}\[\]|()])*"
 _WRONG = "the export was checked and is not right"
 
 
@@ -78,26 +80,51 @@ def by_reading(folder: Path, targets: Sequence[Target], head: Head) -> tuple[flo
     Raises:
         RuntimeError: a tensor is missing, left over, or differs.
     """
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except Exception as error:
-        raise RuntimeError(f"{_WRONG}: {WEIGHTS} cannot be read. {type(error).__name__}: {error}") from error
+    config, tensors = _read(folder)
     worst = 0.0
     for target in targets:
         rank = _first(config["rank_pattern"], target.path, config["r"])
         scale = _first(config["alpha_pattern"], target.path, config["lora_alpha"]) / rank
         for part in target.parts:
             A, B = (_take(tensors, name) for name in part.names())
-            if A.shape[0] != rank or B.shape[1] != rank:
-                raise RuntimeError(f"{_WRONG}: {part.key} is of rank {A.shape[0]}, not {rank} as configured.")
-            worst = max(worst, _require((scale * B) @ A, part.update().cpu(), part.key))
+            wanted = part.update().cpu()
+            # Before they are multiplied: a product can be far larger than its factors.
+            if (tuple(B.shape), tuple(A.shape)) != ((wanted.shape[0], rank), (rank, wanted.shape[1])):
+                raise RuntimeError(
+                    f"{_WRONG}: {part.key} is of shape {tuple(A.shape)}, not of rank {rank} as configured."
+                )
+            worst = max(worst, _require((scale * B) @ A, wanted, part.key))
     for name, kept in head.items():
         for key, tensor in kept.items():
             _require(_take(tensors, f"{PREFIX}{name}.{key}"), tensor, f"{name}.{key}")
     if tensors:
         raise RuntimeError(f"{_WRONG}: {WEIGHTS} holds tensors that belong nowhere: {', '.join(sorted(tensors)[:3])}.")
     return worst, "files read again and every tensor compared; PEFT did not load them"
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config's part on ranks and scales, and the tensors; from files that may be damaged.
+
+    Raises:
+        RuntimeError: a file cannot be read, or is not of the kind that we write.
+    """
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        numbers = [config["r"], config["lora_alpha"]]
+        for patterns in (config["rank_pattern"], config["alpha_pattern"]):
+            numbers += patterns.values()
+            # Without repetition, which a crafted pattern would use to take for ever.
+            if odd := [pattern for pattern in patterns if not re.fullmatch(_LITERAL, pattern)]:
+                raise ValueError(f"the pattern {odd[0]!r} is no name")
+        if odd := [n for n in numbers if type(n) not in (int, float) or not 0 < n < 2**31]:
+            raise ValueError(f"{odd[0]!r} is no rank or scale")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RuntimeError(f"{_WRONG}: {CONFIG} cannot be read. {type(error).__name__}: {error}") from error
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except Exception as error:
+        raise RuntimeError(f"{_WRONG}: {WEIGHTS} cannot be read. {type(error).__name__}: {error}") from error
+    return config, tensors
 
 
 @torch.no_grad()
@@ -208,6 +235,8 @@ def _require(got: Tensor, wanted: Tensor, name: str) -> float:
 def _difference(got: Tensor, wanted: Tensor, name: str) -> float:
     if got.shape != wanted.shape:
         raise RuntimeError(f"{_WRONG}: {name} is of shape {tuple(got.shape)}, not {tuple(wanted.shape)}.")
+    if got.is_complex() != wanted.is_complex() or (got.is_floating_point() and got.element_size() < 2):
+        raise RuntimeError(f"{_WRONG}: {name} is of dtype {got.dtype}, not {wanted.dtype}.")
     dtype = torch.promote_types(got.dtype, wanted.dtype)
     return (got.to(dtype) - wanted.to(got.device, dtype)).abs().max().item() if got.numel() else 0.0
 

@@ -171,6 +171,7 @@ def _pretrained(backbone: str, num_labels: int) -> nn.Module:
             backbone,
             num_labels=num_labels,
             problem_type="single_label_classification",
+            trust_remote_code=False,  # a model's folder or hub page brings weights, never code
             ignore_mismatched_sizes=True,  # a head for other classes is replaced by a new one
         )
     except (OSError, ValueError) as error:

@@ -295,7 +295,7 @@ class TextData(LightningDataModule):
     def _tokenizer(self) -> Any:
         if self._tokenize is None:
             try:
-                self._tokenize = AutoTokenizer.from_pretrained(self.tokenizer, use_fast=True)
+                self._tokenize = AutoTokenizer.from_pretrained(self.tokenizer, use_fast=True, trust_remote_code=False)
             except (OSError, ValueError) as error:
                 raise ValueError(
                     f"tokenizer={self.tokenizer!r} cannot be loaded: it is neither a folder with tokenizer files nor a "

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from math import ceil
 from typing import get_args
 
-import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.low_rank import LowRank
 from lightning_peft.checkpoint import adapter_state_dict
 from lightning_peft.interop.size import exported_bytes
 from lightning_peft.planning.figures import Load, Optimizer, Plan, Precision, Strategy
-from lightning_peft.rank.allocation import close_lowest
 from lightning_peft.rank.budget import Budget, RankBudget
 
 Width = Callable[[Tensor], int]
@@ -123,7 +120,7 @@ def plan(
         padded=exported_bytes(module, None, width),
         gather_forward=gathered * accumulate,
         gather_backward=gathered * accumulate * reshard_after_forward,
-        event=_event_bytes(budget) if world_size > 1 else 0,
+        event=budget.capacity if world_size > 1 else 0,
         startup=once if world_size > 1 else 0,
     )
 
@@ -214,12 +211,6 @@ def _shard(parameter: Tensor, world_size: int, strategy: Strategy, width: int) -
         return ceil(parameter.numel() / world_size) * width
     rows = parameter.shape[0]
     return ceil(rows / world_size) * (parameter.numel() // rows) * width
-
-
-def _event_bytes(budget: RankBudget) -> int:
-    """Size of the message in which process 0 gives the masks of an event, as the Trainer's broadcast packs it."""
-    masks = close_lowest({n: torch.zeros(len(s.gate)) for n, s in budget.items()}, dict.fromkeys(budget, 1), 0)
-    return len(pickle.dumps([masks]))
 
 
 def _check(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,11 @@ def test_full_keeps_the_base(tmp_path: Path) -> None:
     run.fit(net, loader())
     run.save_checkpoint(tmp_path / "full.ckpt")
     assert "net.4.base.weight" in torch.load(tmp_path / "full.ckpt", weights_only=True)["state_dict"]
+    fresh = Net()
+    fresh.net[6], fresh.net[0] = nn.Linear(32, 8), copy.deepcopy(net.net[0].base)
+    fresh.net[4] = copy.deepcopy(net.net[4].base)
+    loaded = load(fresh, tmp_path / "full.ckpt")  # once refused: its digest was of the adapters alone
+    assert torch.equal(loaded.state_dict()["net.4.A"], net.state_dict()["net.4.A"])
 
 
 def trained(tmp_path: Path) -> tuple[Net, Path]:
