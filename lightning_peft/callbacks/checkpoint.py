@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils._pytree import tree_leaves
 
 from lightning_peft.adapters.base import Adapter
+from lightning_peft.atomic import write_checkpoints_whole
 from lightning_peft.callbacks.injection import AdapterInjection
 from lightning_peft.callbacks.order import require_before
 from lightning_peft.checkpoint import (
@@ -49,6 +50,7 @@ class AdapterCheckpoint(Callback):
         self._undo_after: list[Callable[[], object]] = []
         self._adopted: list[ResumableLoader] = []
         self._loaders: list[ResumableLoader] = []
+        self._left: list[dict[str, Any]] = []  # where the loaders stood when the run ended
         self._restored: Mapping[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -61,12 +63,14 @@ class AdapterCheckpoint(Callback):
         self._undo = [
             wrap_method(pl_module, "on_save_checkpoint", self._save),
             wrap_method(pl_module, "on_load_checkpoint", self._load),
+            write_checkpoints_whole(trainer.strategy),
         ]
         self._undo_after = [
             lambda: setattr(pl_module, "strict_loading", strict),
             wrap_method(trainer.strategy, "load_checkpoint", _read),
         ]
         if stage == "fit":
+            self._left = []
             self._watch_loaders(trainer)
 
     def _watch_loaders(self, trainer: Trainer) -> None:
@@ -131,20 +135,28 @@ class AdapterCheckpoint(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._detach()
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        if progress.ready > progress.processed:  # in the middle of a batch, which Lightning takes again when it resumes
+            self._left = [place | {"taken": max(0, place["taken"] - 1)} if place else place for place in self._left]
 
     def _detach(self) -> None:
         _call_all(self._undo_after)
         self._restored = None  # validation of a checkpoint loads it as well; a later fit is not its continuation
+        # For checkpoints that are written later: by another callback's on_exception, or when fit has returned.
+        self._left = self._positions()
         for loader in [*self._adopted, *self._loaders]:
             make_plain(loader)
         self._adopted, self._loaders = [], []
 
     def state_dict(self) -> dict[str, Any]:
-        here = {"rng": rng_state(), "loaders": [loader.state_dict() for loader in self._loaders]}
+        here = {"rng": rng_state(), "loaders": self._positions()}
         return {"ranks": gather_objects(here)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None
+
+    def _positions(self) -> list[dict[str, Any]]:
+        return [loader.state_dict() for loader in self._loaders] or self._left
 
 
 def _call_all(undo: list[Callable[[], object]]) -> None:

@@ -1,0 +1,86 @@
+"""Files that are there whole or not at all, also when a process is killed or the disk is full."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from lightning_peft.seams import wrap_method
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def write_whole(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
+    """Write a file under another name in its folder, flush it to the disk, and rename it in one step.
+
+    Until the last step `path` is what it was before. A process that is killed on the way leaves a file `.<hex>.part`,
+    which may be deleted.
+
+    Raises:
+        OSError: it could not be written, such as for lack of space; nothing is left of it.
+    """
+    path = Path(path)
+    # Without the final name in it: Lightning and others find a folder's newest checkpoint by parts of names.
+    part = path.with_name(f".{uuid4().hex}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        flush(path.parent)
+    except OSError as error:
+        raise could_not_write(path, error) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    if path.is_dir() and os.name != "posix":
+        return  # a folder cannot be opened there
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def could_not_write(path: Path, error: OSError) -> OSError:
+    """The error for a file or folder that could not be written, of the same kind and number."""
+    advice = " Free space there, or write to another disk." if error.errno in _FULL else ""
+    text = f"{path} could not be written: {error.strerror or error}. What it was before stays.{advice}"
+    return OSError(error.errno, text) if error.errno else OSError(text)
+
+
+def write_checkpoints_whole(strategy: Any) -> Callable[[], None]:
+    """Let a strategy's checkpoint files be written by :func:`write_whole`; returns what undoes it.
+
+    Lightning writes to the folder for temporary files and moves the result. Where that is another file system the move
+    is a copy onto the final name: killed in its middle it leaves half a file, in place of what was there before.
+    Remote paths and CheckpointIO plugins of other kinds are left to their own means.
+    """
+    plugin = strategy.checkpoint_io
+    while (inner := getattr(plugin, "checkpoint_io", None)) is not None:
+        plugin = inner  # what AsyncCheckpointIO calls in its thread
+    if type(plugin) is not TorchCheckpointIO:
+        return lambda: None
+    return wrap_method(plugin, "save_checkpoint", _save)
+
+
+def _save(call: Callable[..., Any], plugin: Any, checkpoint: Any, path: Any, storage_options: Any = None) -> Any:
+    if storage_options is not None or "://" in str(path) or "::" in str(path):
+        return call(checkpoint, path, storage_options)
+    # Through memory: torch turns an error of a file's `write` into one that does not say what happened.
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    return write_whole(path, buffer.getbuffer())
