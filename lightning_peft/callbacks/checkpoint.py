@@ -51,6 +51,7 @@ class AdapterCheckpoint(Callback):
         self._adopted: list[ResumableLoader] = []
         self._loaders: list[ResumableLoader] = []
         self._left: list[dict[str, Any]] = []  # where the loaders stood when the run ended
+        self._progress: Any = None  # of the batches of this epoch
         self._restored: Mapping[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -119,6 +120,7 @@ class AdapterCheckpoint(Callback):
         combined = trainer.fit_loop._combined_loader
         leaves = [] if combined is None else combined.flattened
         self._loaders = [loader for loader in leaves if isinstance(loader, ResumableLoader)]
+        self._progress = trainer.fit_loop.epoch_loop.batch_progress.current
         # The last thing before the first batch: sanity checks and dataloaders have drawn what they wanted.
         states, self._restored = self._restored, None
         if states is None or rank() >= len(states["ranks"]):
@@ -135,9 +137,6 @@ class AdapterCheckpoint(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._detach()
-        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-        if progress.ready > progress.processed:  # in the middle of a batch, which Lightning takes again when it resumes
-            self._left = [place | {"taken": max(0, place["taken"] - 1)} if place else place for place in self._left]
 
     def _detach(self) -> None:
         _call_all(self._undo_after)
@@ -156,7 +155,12 @@ class AdapterCheckpoint(Callback):
         self._restored = state_dict or None
 
     def _positions(self) -> list[dict[str, Any]]:
-        return [loader.state_dict() for loader in self._loaders] or self._left
+        if not self._loaders:
+            return self._left
+        # In the middle of a batch, in a signal handler or after an exception: Lightning takes it again when it resumes.
+        again = int(self._progress.ready > self._progress.processed)
+        places = [loader.state_dict() for loader in self._loaders]
+        return [place | {"taken": max(0, place["taken"] - again)} if place else place for place in places]
 
 
 def _call_all(undo: list[Callable[[], object]]) -> None:

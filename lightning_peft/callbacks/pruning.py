@@ -93,7 +93,7 @@ class RankPruning(Callback):
                 )
             self.event_step, self._event_at = int(state["event_step"]), int(state["event_at"])
             self._settled = bool(state["settled"])
-            self._steps.load_state_dict(state["steps"])
+            self._steps.load_state_dict(state["steps"], pl_module.device)
             self.policy.load_state_dict(state["policy"])
             # The file may be from between the optimizer's step and our look at it, or of a plan that was longer.
             self._seen = min(int(state["step"]), self._steps.taken(trainer.global_step))
@@ -135,9 +135,10 @@ class RankPruning(Callback):
     def _look(self, trainer: Trainer) -> None:
         """Take in the optimizer steps since the last look, and choose components if one of them was an event."""
         importance, step = self.policy.importance, self._steps.taken(trainer.global_step)
+        overflow = self._steps.look()
         fresh = step > self._seen  # else an accumulated micro-batch, or a step that was skipped
         if fresh and importance.reads == "weights" and self._observes(self._seen + 1):
-            importance.fold(importance.worth_now(), skipped=self._steps.overflow())
+            importance.fold(importance.worth_now(), skipped=overflow)
         ends = trainer.global_step >= self.total_steps  # the plan does, however many steps were skipped
         if self._due(step, ends):
             step -= self._steps.settle()
@@ -159,8 +160,7 @@ class RankPruning(Callback):
         if not self._settled and (ends or self.policy.is_final(step, self.total_steps)):
             return True
         # More than one step if a module that optimizes by hand takes several.
-        taken = range(max(self._seen, self._event_at) + 1, step + 1)
-        return any(self.policy.is_event(each, self.total_steps) for each in taken)
+        return any(self.policy.is_event(each, self.total_steps) for each in range(self._seen + 1, step + 1))
 
     def _observes(self, step: int) -> bool:
         return self.policy.observes(step, self.total_steps)
@@ -203,7 +203,7 @@ class RankPruning(Callback):
     def state_dict(self) -> dict[str, Any]:
         if not self.total_steps:
             return {}
-        self._seen = max(0, self._seen - self._steps.settle())
+        self._seen -= self._steps.settle()
         return {
             "total_steps": self.total_steps,
             "step": self._seen,

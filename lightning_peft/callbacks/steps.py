@@ -26,8 +26,8 @@ class TakenSteps:
     def __init__(self) -> None:
         self.skipped = 0
         self._open: int | None = None  # the Trainer's count when a step began that is not known to be taken
-        self._on_device: Tensor | None = None
-        self._overflow: Tensor | None = None
+        self._on_device: Tensor | None = None  # skipped there and not read yet
+        self._fresh: Tensor | None = None  # (2,): skipped there since the last look; 1 if none since was taken
         self._hooks: list[Any] = []
 
     def watch(self, trainer: Trainer, then: Callable[[Tensor | None], None]) -> None:
@@ -43,9 +43,9 @@ class TakenSteps:
             self._open = None
             overflow: Tensor | None = getattr(optimizer, "found_inf", None)
             if overflow is not None:
-                overflow = (overflow != 0).float()
-                self._on_device = overflow + (0 if self._on_device is None else self._on_device)
-                self._overflow = overflow * (1 if self._overflow is None else self._overflow)
+                overflow = (overflow != 0).float().reshape(())
+                count, only = (0, 1) if self._fresh is None else self._fresh.unbind()
+                self._fresh = torch.stack([count + overflow, only * overflow])
             then(overflow)
 
         self._hooks = [optimizer.register_step_post_hook(stepped) for optimizer in trainer.optimizers]
@@ -71,13 +71,17 @@ class TakenSteps:
         self._close(global_step)
         return max(0, global_step - self.skipped)
 
-    def overflow(self) -> Tensor | None:
-        """Not 0, on the device, if all steps since the last call were skipped there; None where there is no doubt."""
-        overflow, self._overflow = self._overflow, None
-        return overflow
+    def look(self) -> Tensor | None:
+        """Not 0, on the device, if all steps since the last look were skipped there; None where there is no doubt."""
+        if self._fresh is None:
+            return None
+        count, only = self._fresh.unbind()
+        self._fresh = None
+        self._on_device = count if self._on_device is None else self._on_device + count
+        return only
 
     def settle(self) -> int:
-        """Read what was counted on the device, which waits for it; how many steps were skipped there since it was."""
+        """Read how many steps were skipped on the device until the last look, beyond those known; waits for it."""
         if self._on_device is None:
             return 0
         skipped, self._on_device = int(self._on_device.item()), None
@@ -88,17 +92,20 @@ class TakenSteps:
         if self._open is not None and global_step > self._open:
             self.skipped, self._open = self.skipped + 1, None
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Numbers only, to be asked for after :meth:`settle`.
 
-        `open` is the Trainer's count at the begin of a step that may yet be skipped, -1 for none.
+        `open` is the Trainer's count at the begin of a step that may yet be skipped, -1 for none; `fresh` is what was
+        counted on the device since the last look.
         """
-        return {"skipped": self.skipped, "open": -1 if self._open is None else self._open}
+        fresh = None if self._fresh is None else self._fresh.tolist()
+        return {"skipped": self.skipped, "open": -1 if self._open is None else self._open, "fresh": fresh}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Restore what :meth:`state_dict` gave."""
         self.skipped = int(state["skipped"])
         self._open = None if state["open"] < 0 else int(state["open"])
+        self._fresh = None if state["fresh"] is None else torch.tensor(state["fresh"], device=device)
 
 
 def scaler_of(trainer: Trainer) -> torch.amp.GradScaler | None:
