@@ -3,17 +3,9 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
-
-import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-
-from lightning_peft.seams import wrap_method
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -60,27 +52,3 @@ def could_not_write(path: Path, error: OSError) -> OSError:
     advice = " Free space there, or write to another disk." if error.errno in _FULL else ""
     text = f"{path} could not be written: {error.strerror or error}. What it was before stays.{advice}"
     return OSError(error.errno, text) if error.errno else OSError(text)
-
-
-def write_checkpoints_whole(strategy: Any) -> Callable[[], None]:
-    """Let a strategy's checkpoint files be written by :func:`write_whole`; returns what undoes it.
-
-    Lightning writes to the folder for temporary files and moves the result. Where that is another file system the move
-    is a copy onto the final name: killed in its middle it leaves half a file, in place of what was there before.
-    Remote paths and CheckpointIO plugins of other kinds are left to their own means.
-    """
-    plugin = strategy.checkpoint_io
-    while (inner := getattr(plugin, "checkpoint_io", None)) is not None:
-        plugin = inner  # what AsyncCheckpointIO calls in its thread
-    if type(plugin) is not TorchCheckpointIO:
-        return lambda: None
-    return wrap_method(plugin, "save_checkpoint", _save)
-
-
-def _save(call: Callable[..., Any], plugin: Any, checkpoint: Any, path: Any, storage_options: Any = None) -> Any:
-    if storage_options is not None or "://" in str(path) or "::" in str(path):
-        return call(checkpoint, path, storage_options)
-    # Through memory: torch turns an error of a file's `write` into one that does not say what happened.
-    buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
-    return write_whole(path, buffer.getbuffer())

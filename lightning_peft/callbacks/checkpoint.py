@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils._pytree import tree_leaves
 
 from lightning_peft.adapters.base import Adapter
-from lightning_peft.atomic import write_checkpoints_whole
+from lightning_peft.callbacks.checkpoint_io import write_checkpoints_whole
 from lightning_peft.callbacks.injection import AdapterInjection
 from lightning_peft.callbacks.order import require_before
 from lightning_peft.checkpoint import (
@@ -36,6 +36,9 @@ class AdapterCheckpoint(Callback):
     For resuming, the global generators' state and the place in the training data are saved too. Lightning resumes in
     the middle of an epoch with the first batches of a new one; with this callback a plain DataLoader goes on with the
     batch that would have come next, whether it shuffles or not. Other loaders are left to their own means.
+
+    A checkpoint file is written whole or not at all: killed in the middle, or on a full disk, what was there before
+    stays as it was.
 
     Args:
         full: keep the base in the checkpoint as well.
