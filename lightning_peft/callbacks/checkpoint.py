@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.archive import check_archive, reading
+from lightning_peft.callbacks.checkpoint_io import write_checkpoints_whole
 from lightning_peft.callbacks.injection import AdapterInjection
 from lightning_peft.callbacks.order import require_before
 from lightning_peft.checkpoint import (
@@ -45,6 +46,9 @@ class AdapterCheckpoint(Callback):
     the middle of an epoch with the first batches of a new one; with this callback a plain DataLoader goes on with the
     batch that would have come next, whether it shuffles or not. Other loaders are left to their own means.
 
+    A checkpoint file is written whole or not at all: killed in the middle, or on a full disk, what was there before
+    stays as it was.
+
     Args:
         full: keep the base in the checkpoint as well.
 
@@ -59,6 +63,8 @@ class AdapterCheckpoint(Callback):
         self._undo_after: list[Callable[[], object]] = []
         self._adopted: list[ResumableLoader] = []
         self._loaders: list[ResumableLoader] = []
+        self._left: list[dict[str, Any]] = []  # where the loaders stood when the run ended
+        self._progress: Any = None  # of the batches of this epoch
         self._restored: Mapping[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -71,6 +77,7 @@ class AdapterCheckpoint(Callback):
         self._undo = [
             wrap_method(pl_module, "on_save_checkpoint", self._save),
             wrap_method(pl_module, "on_load_checkpoint", self._load),
+            write_checkpoints_whole(trainer.strategy),
         ]
         self._undo_after = [lambda: setattr(pl_module, "strict_loading", strict)]
         if is_sharded(trainer.strategy):
@@ -84,6 +91,7 @@ class AdapterCheckpoint(Callback):
             when_built(pl_module, self._print_base)
         self._undo_after.append(wrap_method(trainer.strategy, "load_checkpoint", _read))
         if stage == "fit":
+            self._left = []
             self._watch_loaders(trainer)
 
     def _print_base(self, module: LightningModule) -> None:
@@ -136,6 +144,7 @@ class AdapterCheckpoint(Callback):
         combined = trainer.fit_loop._combined_loader
         leaves = [] if combined is None else combined.flattened
         self._loaders = [loader for loader in leaves if isinstance(loader, ResumableLoader)]
+        self._progress = trainer.fit_loop.epoch_loop.batch_progress.current
         # The last thing before the first batch: sanity checks and dataloaders have drawn what they wanted.
         states, self._restored = self._restored, None
         if states is None:
@@ -163,16 +172,26 @@ class AdapterCheckpoint(Callback):
     def _detach(self) -> None:
         _call_all(self._undo_after)
         self._restored = None  # validation of a checkpoint loads it as well; a later fit is not its continuation
+        # For checkpoints that are written later: by another callback's on_exception, or when fit has returned.
+        self._left = self._positions()
         for loader in [*self._adopted, *self._loaders]:
             make_plain(loader)
         self._adopted, self._loaders = [], []
 
     def state_dict(self) -> dict[str, Any]:
-        here = {"rng": rng_state(), "loaders": [loader.state_dict() for loader in self._loaders]}
+        here = {"rng": rng_state(), "loaders": self._positions()}
         return {"ranks": gather_objects(here)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None
+
+    def _positions(self) -> list[dict[str, Any]]:
+        if not self._loaders:
+            return self._left
+        # In the middle of a batch, in a signal handler or after an exception: Lightning takes it again when it resumes.
+        again = int(self._progress.ready > self._progress.processed)
+        places = [loader.state_dict() for loader in self._loaders]
+        return [place | {"taken": max(0, place["taken"] - again)} if place else place for place in places]
 
 
 def _call_all(undo: list[Callable[[], object]]) -> None:

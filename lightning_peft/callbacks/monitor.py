@@ -95,8 +95,7 @@ class RankMonitor(Callback):
         step = self._event = pruning.event_step
         ranks = self._budget.ranks()
         self._show(trainer, ranks)
-        last = pruning.policy.is_final(step, pruning.total_steps)
-        if self._pictures and (last or step - self._drawn[0] >= pruning.total_steps / _PICTURES):
+        if self._pictures and (pruning.settled or step - self._drawn[0] >= pruning.total_steps / _PICTURES):
             self._draw(trainer, ranks)
             self._pictures.weigh(boards(trainer), pruning.policy.importance.scores(), step)
 
@@ -141,7 +140,7 @@ class RankMonitor(Callback):
             capacity = sum(len(site.gate) * sizes[name] for name, site in self._budget.items())
             return spent, capacity, capacity
         policy, total = self._pruning.policy, self._pruning.total_steps
-        return spent, policy.budget_at(self._pruning.event_step, total), policy.budget_at(total, total)
+        return spent, self._pruning.budget_at_event(), policy.budget_at(total, total)
 
     def _show(self, trainer: Trainer, ranks: dict[str, int]) -> None:
         """Take on new ranks: scalars for every logger, and the progress bar."""

@@ -9,10 +9,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_peft.callbacks.injection import AdapterInjection
 from lightning_peft.callbacks.order import callbacks_of, require_before
+from lightning_peft.callbacks.steps import TakenSteps, scaler_of
 from lightning_peft.distributed import agreed
 from lightning_peft.rank.budget import RankBudget
 from lightning_peft.rank.policy import RankPolicy
@@ -23,7 +25,9 @@ class RankPruning(Callback):
     """Close components on schedule; the number of steps comes from the Trainer.
 
     Importance is updated once per optimizer step, gradients before the step and weights after it; components are chosen
-    after the step at the policy's events. Accumulated micro-batches count for nothing.
+    after the step at the policy's events. Accumulated micro-batches count for nothing, and so do steps that were
+    skipped: by a gradient scaler, or because `training_step` returned None. The Trainer counts those; if they were so
+    many that its last step comes before the schedule's last cut, the last cut is made then.
 
     Args:
         policy: schedule, importance and final budget in one, as a method's `policy(...)` gives them.
@@ -42,8 +46,11 @@ class RankPruning(Callback):
         self.total_steps = 0
         self.event_step = 0
         """The step of the last event, 0 before the first; equal to `trainer.global_step` right after an event."""
-        self._seen = 0
+        self._steps = TakenSteps()
+        self._seen = 0  # taken steps, which is where the schedule stands
+        self._event_at = 0  # the same at the last event
         self._settled = False  # the mask is final
+        self._now: list[Tensor] | None = None  # worth of a step that a gradient scaler may yet skip
         self._restored: Mapping[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -75,7 +82,8 @@ class RankPruning(Callback):
                 "max_epochs together with a data loader whose length is known."
             )
         self.total_steps = int(total)
-        self._seen = 0
+        self._steps = TakenSteps()
+        self._seen = self._event_at = 0
         self._settled = False
         self.event_step = 0
         self.policy.track(budget)
@@ -83,6 +91,7 @@ class RankPruning(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Loops are restored after on_fit_start, and global_step with them; under sharded strategies callbacks too.
         self._seen = trainer.global_step
+        self._steps.watch(trainer, self._stepped)
         if self._restored is not None:
             state, self._restored = self._restored, None
             if state["total_steps"] != self.total_steps:
@@ -91,27 +100,41 @@ class RankPruning(Callback):
                     f"Trainer now plans {self.total_steps}: the schedule follows the Trainer. Keep max_epochs, "
                     "max_steps, the batch size and accumulation as they were to resume exactly."
                 )
-            self.event_step, self._settled = int(state["event_step"]), bool(state["settled"])
+            self.event_step, self._event_at = int(state["event_step"]), int(state["event_at"])
+            self._settled = bool(state["settled"])
+            self._steps.load_state_dict(state["steps"], pl_module.device)
             self.policy.load_state_dict(state["policy"])
             # The file may be from between the optimizer's step and our look at it, or of a plan that was longer.
-            self._seen = min(int(state["step"]), trainer.global_step)
+            self._seen = min(int(state["step"]), self._steps.taken(trainer.global_step))
             self._look(trainer, pl_module)
         if not self._observes(self._seen + 1):
             self._release()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self._now = None
         importance = self.policy.importance
-        if importance.reads != "gradients" or not self._observes(trainer.global_step + 1):
+        if not self._steps.begin(trainer, optimizer) or importance.reads != "gradients":
+            return
+        if not self._observes(self._steps.taken(trainer.global_step) + 1):
             return
         gradients = importance.gradients()
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scaler = scaler_of(trainer)
         if scaler is not None:
             # The optimizer's gradients are unscaled by now. `get_scale` would wait for the device.
             torch._foreach_div_(gradients, scaler.scale(torch.ones((), device=gradients[0].device)))
         if trainer.world_size > 1:
             flat = trainer.strategy.reduce(torch.cat(gradients), reduce_op="mean")
             torch._foreach_copy_(gradients, list(flat.split([part.numel() for part in gradients])))
-        importance.update(skip_overflow=scaler is not None)
+        now = importance.worth_now()
+        if scaler is None:
+            importance.fold(now)
+        else:
+            self._now = now  # until it is known whether the step is taken
+
+    def _stepped(self, overflow: Tensor | None) -> None:
+        now, self._now = self._now, None
+        if now is not None:
+            self.policy.importance.fold(now, expect_overflow=True, skipped=overflow)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -120,42 +143,54 @@ class RankPruning(Callback):
 
     def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take in the optimizer steps since the last look, and choose components if one of them was an event."""
-        step = trainer.global_step
-        # Not `==`: a plan that became shorter has its last event behind it.
-        missed = self.policy.is_final(step, self.total_steps) and not self._settled
-        if step == self._seen and not missed:
-            return  # an accumulated micro-batch
-        taken = range(self._seen + 1, step + 1)  # more than one if a module that optimizes by hand takes several
+        importance, step = self.policy.importance, self._steps.taken(trainer.global_step)
+        overflow = self._steps.look()
+        fresh = step > self._seen  # else an accumulated micro-batch, or a step that was skipped
+        if fresh and importance.reads == "weights" and self._observes(self._seen + 1):
+            importance.fold(importance.worth_now(), skipped=overflow)
+        ends = trainer.global_step >= self.total_steps  # the plan does, however many steps were skipped
+        if self._due(step, ends):
+            step -= self._steps.settle()
+        due = self._due(step, ends)
         self._seen = step
-        if self.policy.importance.reads == "weights" and taken and self._observes(taken[0]):
-            self.policy.importance.update()
-        if missed or any(self.policy.is_event(each, self.total_steps) for each in taken):
+        if due:
+            at = self.total_steps if ends else step
             # Every rank decides alike; rank 0's word is final all the same.
-            masks = agreed(self.policy.decide(step, self.total_steps), trainer.strategy.root_device)
-            self.policy.apply(masks, step, self.total_steps)
+            masks = agreed(self.policy.decide(at, self.total_steps), trainer.strategy.root_device)
+            self.policy.apply(masks, at, self.total_steps)
             if trainer.world_size > 1:
-                require_equal(pl_module, f"after the pruning event of step {step}")
-            self.event_step = step
-            self._settled = self.policy.is_final(step, self.total_steps)
+                require_equal(pl_module, f"after the pruning event of step {trainer.global_step}")
+            self.event_step, self._event_at = trainer.global_step, at
+            self._settled = self.policy.is_final(at, self.total_steps)
             if self._settled:
                 self._release()
+
+    def _due(self, step: int, ends: bool) -> bool:
+        """Whether components are to be chosen now that so many steps were taken."""
+        # Not `==`: a plan that became shorter has its last event behind it.
+        if not self._settled and (ends or self.policy.is_final(step, self.total_steps)):
+            return True
+        # More than one step if a module that optimizes by hand takes several.
+        return any(self.policy.is_event(each, self.total_steps) for each in range(self._seen + 1, step + 1))
 
     def _observes(self, step: int) -> bool:
         return self.policy.observes(step, self.total_steps)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         tried = trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector
-        if self._seen and not tried and not self.policy.is_final(self._seen, self.total_steps):
+        if self._seen and not tried and not self._settled:
             rank_zero_warn(
                 f"Training stopped at step {self._seen} of {self.total_steps}, before the rank schedule's last cut at "
                 f"step {self.policy.schedule.window(self.total_steps)[1]}: the final budget is not reached. Resume "
                 "from a checkpoint, or train on."
             )
         self._release()
+        self._steps.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restored = None
         self._release()
+        self._steps.release()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._restored = None  # validation of a checkpoint loads it as well; a later fit is not its continuation
@@ -165,16 +200,28 @@ class RankPruning(Callback):
 
     def budget_now(self) -> int:
         """What may be spent after the last step that was taken, in the unit of the final budget."""
-        return self.policy.budget_at(self._seen, self.total_steps)
+        return self.policy.budget_at(self.total_steps if self._settled else self._seen, self.total_steps)
+
+    def budget_at_event(self) -> int:
+        """What may be spent since the last event, in the unit of the final budget."""
+        return self.policy.budget_at(self._event_at, self.total_steps)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the mask is final."""
+        return self._settled
 
     def state_dict(self) -> dict[str, Any]:
         if not self.total_steps:
             return {}
+        self._seen -= self._steps.settle()
         return {
             "total_steps": self.total_steps,
             "step": self._seen,
             "settled": self._settled,
             "event_step": self.event_step,
+            "event_at": self._event_at,
+            "steps": self._steps.state_dict(),
             "policy": self.policy.state_dict(),
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,10 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from uuid import uuid4
+
+from safetensors import SafetensorError
+
+from lightning_peft.atomic import could_not_write, flush
 
 # By this tag in its model card an export is known for one, so that it may be replaced by the next.
 TAG = "lightning-peft"
@@ -69,6 +74,7 @@ def whole_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
 
     Raises:
         FileExistsError: `folder` is a file, or holds something else than an earlier export and `overwrite` is not set.
+        OSError: it could not be written, such as for lack of space.
     """
     refuse_to_overwrite(folder, overwrite)
     folder = folder.resolve()  # the folder itself, if this is a link to it
@@ -78,6 +84,9 @@ def whole_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     new.mkdir()
     try:
         yield new
+        for file in new.rglob("*"):
+            flush(file)
+        flush(new)
         old = new.with_suffix(".old")
         if folder.exists():
             folder.rename(old)
@@ -92,6 +101,13 @@ def whole_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
                 if not _is_ours(entry.name):
                     entry.rename(folder / entry.name)
             shutil.rmtree(old)
+        flush(folder.parent)
+    except OSError as error:
+        if error.errno is None:
+            raise  # a reader's, who does not find what it wants; it says so
+        raise could_not_write(folder, error) from error
+    except SafetensorError as error:  # which keeps the system's error as text alone
+        raise could_not_write(folder, OSError(_number(error), str(error))) from error
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -123,6 +139,12 @@ def write_card(folder: Path, library: str, base: str | None, text: Sequence[str]
 def public_name(base: str | None) -> str | None:
     """A base model's name on a hub; ``None`` for a path, which means nothing to the readers of a model card."""
     return None if not base or base.startswith((".", "/", "~")) or Path(base).exists() else base
+
+
+def _number(error: SafetensorError) -> int:
+    """The system's number in "I/O error: No space left on device (os error 28)"; 0 if there is none."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else 0
 
 
 def _is_ours(name: str) -> bool:

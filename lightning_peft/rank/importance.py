@@ -29,6 +29,9 @@ class Importance(ABC):
 
         worth <- beta worth + (1 - beta) now          (starts at 0, no bias correction: it would not change the order)
 
+    Where `now` is not finite the average stays as it is: one infinite gradient, clipped before it reached a weight,
+    would else decide all later choices. :meth:`diverged` tells where that was.
+
     Args:
         beta: how much of the running average is kept, in [0, 1).
 
@@ -44,6 +47,7 @@ class Importance(ABC):
         self.beta = beta
         self._groups: list[list[Site]] = []
         self._worth: list[Tensor] = []
+        self._odd: list[Tensor] = []  # per group, (L,): something was not finite since `diverged` was asked
 
     @abstractmethod
     def measure(self, group: list[Site]) -> Tensor:
@@ -55,6 +59,7 @@ class Importance(ABC):
         self._worth = [
             torch.zeros(len(group), len(group[0].gate), device=group[0].gate.mask.device) for group in self._groups
         ]
+        self._odd = [torch.zeros(len(worth), dtype=torch.bool, device=worth.device) for worth in self._worth]
 
     def release(self) -> None:  # noqa: B027  # most have nothing to undo
         """Undo what :meth:`track` did to the adapters; the running average stays."""
@@ -64,18 +69,41 @@ class Importance(ABC):
         return []
 
     @torch.no_grad()
-    def update(self, skip_overflow: bool = False) -> None:
-        """Fold the worth of this step into the running average. No device sync.
+    def worth_now(self) -> list[Tensor]:
+        """Worth at this step, by group; see :meth:`measure`."""
+        return [self.measure(group) for group in self._groups]
+
+    @torch.no_grad()
+    def fold(self, now: list[Tensor], expect_overflow: bool = False, skipped: Tensor | None = None) -> None:
+        """Fold the worth of a step into the running average, where it is finite. No device sync.
 
         Args:
-            skip_overflow: leave the average as it is where the worth now is not finite, as a gradient scaler leaves
-                the weights. Else a worth that is not finite shows that training has diverged.
+            now: what :meth:`worth_now` gave.
+            expect_overflow: with a gradient scaler, what is not finite is no sign of divergence.
+            skipped: a number on the device; if it is not 0 the step was not taken, and the average stays as it is.
         """
-        for group, worth in zip(self._groups, self._worth, strict=True):
-            now = self.measure(group)
-            if skip_overflow:
-                now = torch.where(now.isfinite(), now, worth)
-            worth.lerp_(now, 1 - self.beta)
+        for worth, odd, new in zip(self._worth, self._odd, now, strict=True):
+            leave = ~new.isfinite()
+            if skipped is not None:
+                leave |= (skipped != 0).to(leave.device, non_blocking=True)
+            elif not expect_overflow:
+                odd |= leave.any(dim=1)
+            worth.lerp_(torch.where(leave, worth, new), 1 - self.beta)
+
+    def update(self) -> None:
+        """Fold the worth at this step into the running average: :meth:`worth_now`, then :meth:`fold`."""
+        self.fold(self.worth_now())
+
+    def diverged(self) -> list[str]:
+        """Layers in which worth was not finite at some step since this was asked last. Waits for the device."""
+        found = [
+            site.name
+            for group, odd in zip(self._groups, self._odd, strict=True)
+            for site, flag in zip(group, odd.tolist(), strict=True)
+            if flag
+        ]
+        torch._foreach_zero_(self._odd)
+        return found
 
     def scores(self) -> dict[str, Tensor]:
         """Running worth by layer, in the order of the groups; views, not copies."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -106,7 +107,19 @@ class RankPolicy:
         return self._capacity - self.schedule.cut(step, total, self._cut)
 
     def decide(self, step: int, total: int) -> dict[str, Tensor]:
-        """The components that stay open after this step: layer -> (n,) bool. Equal inputs, equal masks."""
+        """The components that stay open after this step: layer -> (n,) bool. Equal inputs, equal masks.
+
+        Layers in which gradients or weights were not finite since the last event are named in a warning; they are
+        judged by the last worth that was.
+        """
+        diverged = self.importance.diverged()
+        if diverged:
+            warnings.warn(
+                f"training has diverged in {', '.join(diverged)}: a gradient or weight there was not finite, and "
+                "importance keeps its last finite value. Lower the learning rate and go on from an earlier checkpoint; "
+                "EarlyStopping(..., check_finite=True) ends such a run by itself.",
+                stacklevel=2,
+            )
         scores = self.importance.scores()
         ordered = {name: scores[name] for name in self._budget}  # module order, which is the order of ties
         amount = self.schedule.cut(step, total, self._cut)

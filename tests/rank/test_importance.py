@@ -111,6 +111,35 @@ def test_norm_share_is_the_share_of_each_layer() -> None:
         torch.testing.assert_close(share.scores()[name], expected.detach())
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_out_of_the_average_and_is_told_once(broken: float) -> None:
+    counter = Counter(beta=0.5)
+    counter.track(RankBudget.of(network()))
+    counter.update()
+    before = {name: row.tolist() for name, row in counter.scores().items()}
+    now = counter.worth_now()
+    now[0] = now[0].clone()
+    now[0][1, 2] = broken  # layer "5"
+    counter.fold(now)
+    after = {name: row.tolist() for name, row in counter.scores().items()}
+    assert after["5"][2] == before["5"][2] == 2.0
+    assert after["5"][:2] == [1.5, 2.25]
+    assert after["0"] == [0.75, 1.5, 2.25]
+    assert counter.diverged() == ["5"]
+    assert counter.diverged() == []
+    counter.fold(now, expect_overflow=True)
+    assert counter.diverged() == []
+
+
+def test_a_step_that_the_device_skipped_moves_nothing() -> None:
+    counter = Counter(beta=0.5)
+    counter.track(RankBudget.of(network()))
+    counter.fold(counter.worth_now(), skipped=torch.tensor(1.0))
+    assert not any(row.any() for row in counter.scores().values())
+    counter.fold(counter.worth_now(), skipped=torch.tensor(0.0))
+    assert counter.scores()["0"].tolist() == [0.5, 1.0, 1.5]
+
+
 @pytest.mark.parametrize("kind", [LoRA, DynamicDoRA])
 def test_taylor_is_the_first_order_worth_of_a_component(kind: type[LoRA] | type[DynamicDoRA]) -> None:
     """|dL/dm_i| = |<b_i, dL/db_i>| = |<a_i, dL/da_i>|, summed over the micro-batches of a step."""
