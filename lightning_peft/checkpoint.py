@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter, AdapterFactory
 from lightning_peft.export import own_random
-from lightning_peft.rank.budget import RankBudget, clean_name
+from lightning_peft.rank.budget import WHOLE, RankBudget, clean_name, whole
 from lightning_peft.surgery import adaptable, adapters, eject, install, trained
 
 ENTRY = "lightning_peft"
 """The key of our entry in a checkpoint."""
+CUT = "compacted"
+"""In the entry of a run that was compacted: what its adapters were before, as `WHOLE` has it."""
 VERSION = 1
 _SAMPLES = 8
 
@@ -111,9 +113,11 @@ def describe(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any]:
         "version": VERSION,
         "recipe": recipe(module),
         "ranks": budget.ranks(),
-        "costs": {name: site.gate.cost for name, site in budget.items()},
+        "costs": {name: extent.cost for name, extent in budget.extents.items()},
         "base": fingerprint(module),
     }
+    if before := whole(module):
+        entry[CUT] = {name: dict(record) for name, record in before.items()}
     return entry | {"digest": digest(state, entry)}
 
 
@@ -233,7 +237,34 @@ def load(module: nn.Module, path: str | PathLike[str]) -> nn.Module:
     else:
         check(module, checkpoint, source)
     module.load_state_dict({key: checkpoint["state_dict"][key] for key in own_keys(module)}, strict=False)
+    if before := records(entry, source):
+        module.__dict__[WHOLE] = before
     return module
+
+
+def records(entry: Mapping[str, Any], source: str) -> dict[str, dict[str, Any]]:
+    """What a checkpoint's adapters were before components were cut out of them, by layer; nothing if none were.
+
+    Raises:
+        AdapterFileError: it is not what we write.
+    """
+    found: dict[str, dict[str, Any]] = entry.get(CUT, {})
+    plain = isinstance(found, dict) and all(
+        type(name) is str
+        and isinstance(record, dict)
+        and record.keys() == {"class", "arguments", "components", "cost"}
+        and type(record["class"]) is str
+        and isinstance(record["arguments"], dict)
+        and _is_plain(record["arguments"])
+        and all(type(record[key]) is int and record[key] > 0 for key in ("components", "cost"))
+        for name, record in found.items()
+    )
+    if not plain:
+        raise AdapterFileError(
+            f"{source} says in {CUT!r} what its adapters were before they were cut, and not as we write it. Use "
+            "another copy."
+        )
+    return found
 
 
 def _check_base(here: Mapping[str, Tensor], saved: Mapping[str, Tensor], source: str) -> None:
@@ -307,4 +338,5 @@ def _without_prefix(checkpoint: Mapping[str, Any], prefix: str) -> dict[str, Any
     groups = [g | {"layers": [n[len(prefix) :] for n in g["layers"]]} for g in entry["recipe"]["adapters"]]
     trained = [name[len(prefix) :] for name in entry["recipe"]["trained"] if name.startswith(prefix)]
     entry |= {"recipe": {"adapters": groups, "trained": trained}, "base": cut(entry["base"])}
+    entry |= {CUT: cut(entry[CUT])} if CUT in entry else {}
     return {ENTRY: entry, "state_dict": cut(checkpoint["state_dict"])}

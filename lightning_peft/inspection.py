@@ -7,7 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from lightning_peft.checkpoint import ENTRY, check_entry, read
+from lightning_peft.checkpoint import CUT, ENTRY, check_entry, read, records
 
 
 def report(path: str | PathLike[str]) -> str:
@@ -23,6 +23,7 @@ def report(path: str | PathLike[str]) -> str:
     checkpoint = read(path)
     check_entry(checkpoint, str(path))
     entry = checkpoint[ENTRY]
+    records(entry, str(path))
     size = Path(path).stat().st_size
     when = f" at step {checkpoint['global_step']}" if "global_step" in checkpoint else ""
     spent = sum(rank * entry["costs"][name] for name, rank in entry["ranks"].items())
@@ -36,6 +37,8 @@ def report(path: str | PathLike[str]) -> str:
     ]
     if closed:
         lines.append(f"Rank 0, so the base layer as it was: {', '.join(closed)}.")
+    if CUT in entry:
+        lines.append("Compacted: closed components were cut out while it trained.")
     trained = entry["recipe"]["trained"]
     if trained:
         owners = dict.fromkeys(name.rpartition(".")[0] or name for name in trained)
@@ -53,6 +56,8 @@ def _table(entry: Mapping[str, Any]) -> str:
         for group in entry["recipe"]["adapters"]
         for name in group["layers"]
     }
+    for name, record in entry.get(CUT, {}).items():
+        adapters[name] = (record["class"].rpartition(":")[2], record["arguments"].get("rank"))
     ranks, costs = entry["ranks"], entry["costs"]
     rows = [("layer", "adapter", "rank", "parameters")]
     for name, rank in ranks.items():

@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils._pytree import tree_leaves
 
 from lightning_peft.adapters.base import Adapter
+from lightning_peft.callbacks.compaction import fitting
 from lightning_peft.callbacks.injection import AdapterInjection
 from lightning_peft.callbacks.order import require_before
 from lightning_peft.checkpoint import (
@@ -100,7 +101,8 @@ class AdapterCheckpoint(Callback):
         source = "this checkpoint"
         if ENTRY in checkpoint:
             check_entry(checkpoint, source)
-            check(module, checkpoint, source)
+            with fitting(module, checkpoint[ENTRY], source):
+                check(module, checkpoint, source)
         else:  # written without us: as strict as Lightning itself
             odd = sorted(checkpoint["state_dict"].keys() ^ module.state_dict().keys())
             if odd:

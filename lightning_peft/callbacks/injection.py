@@ -16,7 +16,7 @@ from lightning_peft.seams import when_built
 from lightning_peft.surgery import Injection, inject
 
 # They copy the module in their setup and later meet it parameter by parameter. The second is not in every release.
-_COPIERS = tuple(
+COPIERS = tuple(
     vars(callbacks)[name] for name in ("StochasticWeightAveraging", "WeightAveraging") if hasattr(callbacks, name)
 )
 
@@ -55,7 +55,7 @@ class AdapterInjection(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for other in callbacks_of(trainer):
-            if isinstance(other, _COPIERS):
+            if isinstance(other, COPIERS):
                 require_before(trainer, other, AdapterInjection)
         when_built(pl_module, self._inject)
 
