@@ -45,8 +45,8 @@ def require_compactable(trainer: Trainer) -> None:
     if trainer.checkpoint_callbacks and not any(isinstance(other, AdapterCheckpoint) for other in others):
         raise MisconfigurationException(
             "RankPruning(compact=...) changes the shapes of parameters, and without AdapterCheckpoint a checkpoint "
-            "does not say so: it could not be loaded again. Add AdapterCheckpoint() to the callbacks, or give the Trainer "
-            "enable_checkpointing=False."
+            "does not say so: it could not be loaded again. Add AdapterCheckpoint() to the callbacks, or give the "
+            "Trainer enable_checkpointing=False."
         )
 
 
