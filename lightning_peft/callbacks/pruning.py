@@ -31,9 +31,10 @@ class RankPruning(Callback):
     Args:
         policy: schedule, importance and final budget in one, as a method's `policy(...)` gives them.
         compact: when closed components are cut out of parameters and optimizer state, so that training goes on at the
-            size of what is left. "never" leaves rank a mask to the end. "final" cuts once, at the final mask: results
-            stay as they were, the tail is faster and smaller. A number k cuts at every k-th event as well: what is
-            closed then cannot return, which else it could at a later event. On one device and on DDP.
+            size of what is left. "never" leaves rank a mask to the end. "final" cuts once, at the final mask: the tail
+            is faster and smaller, and trains what the mask would have (but an adapter that has gone draws no dropout).
+            A number k cuts at every k-th event as well: what is closed then cannot return, which else it could at a
+            later event. On one device and on DDP.
 
     Raises:
         MisconfigurationException: no adapter is there, the callbacks are in the wrong order, or the Trainer cannot tell
