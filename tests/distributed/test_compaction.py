@@ -36,6 +36,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
     pytest.mark.filterwarnings("ignore:find_unused_parameters=True was specified"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint"),
 ]
 STEPS, LAST = 32, 16
@@ -63,7 +64,8 @@ class Net(L.LightningModule):
         out: Tensor = self.net(batch[0])
         return out
 
-    predict_dataloader = train_dataloader
+    def predict_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(TensorDataset(torch.ones(8, 16), torch.zeros(8, dtype=torch.long)), batch_size=4)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
