@@ -21,9 +21,10 @@ from lightning_peft.archive import check_archive, reading
 from lightning_peft.archive import unreadable as unreadable
 from lightning_peft.export import own_random
 from lightning_peft.fingerprint import check_base, fingerprint
-from lightning_peft.rank.budget import RankBudget, clean_name
+from lightning_peft.rank.budget import WHOLE, RankBudget, clean_name, whole
 from lightning_peft.surgery import adaptable, adapters, eject, install, is_flattened, trained
 from lightning_peft.validation import (
+    CUT,
     adapter_class,
     check_arguments,
     check_plain,
@@ -130,9 +131,11 @@ def describe(
         "version": VERSION,
         "recipe": recipe(module),
         "ranks": budget.ranks(),
-        "costs": {name: site.gate.cost for name, site in budget.items()},
+        "costs": {name: extent.cost for name, extent in budget.extents.items()},
         "base": fingerprint(module) if base is None else dict(base),
     }
+    if before := whole(module):
+        entry[CUT] = {name: dict(record) for name, record in before.items()}
     return entry | {"digest": digest(state, entry)}
 
 
@@ -255,6 +258,8 @@ def load(module: nn.Module, path: str | PathLike[str]) -> nn.Module:
     else:
         check(module, checkpoint, source)
     module.load_state_dict({key: checkpoint["state_dict"][key] for key in adapter_state_dict(module)}, strict=False)
+    if CUT in entry:
+        module.__dict__[WHOLE] = entry[CUT]
     return module
 
 
@@ -315,5 +320,5 @@ def _without_prefix(checkpoint: Mapping[str, Any], prefix: str) -> dict[str, Any
     groups = [g | {"layers": [n[len(prefix) :] for n in g["layers"]]} for g in entry["recipe"]["adapters"]]
     trained = [name[len(prefix) :] for name in entry["recipe"]["trained"] if name.startswith(prefix)]
     entry |= {"recipe": {"adapters": groups, "trained": trained}, "base": cut(entry["base"])}
-    entry |= {field: cut(entry[field]) for field in ("ranks", "costs")}
+    entry |= {field: cut(entry[field]) for field in ("ranks", "costs", CUT) if field in entry}
     return {ENTRY: entry, "state_dict": cut(checkpoint["state_dict"])}

@@ -118,17 +118,8 @@ def compact(module: nn.Module) -> dict[str, int]:
             ranks[name] = int(adapter.gate.open().sum())
             if ranks[name] == len(adapter.gate):
                 continue
-            try:
-                small = adapter.compacted()
-            except TypeError as error:
-                raise TypeError(f"layer {name!r}: {error}") from error
-            if small is None:
-                new[id(adapter)] = adapter.base
-                continue
-            wanted = {part: parameter.requires_grad for part, parameter in adapter.own_parameters()}
-            for part, parameter in small.own_parameters():
-                parameter.requires_grad_(wanted.get(part, True))
-            new[id(adapter)] = small
+            small = smaller(name, adapter)
+            new[id(adapter)] = adapter.base if small is None else small
     replace(module, new)
     return ranks
 
@@ -145,6 +136,19 @@ def require_whole(module: nn.Module, verb: str) -> None:
             f"{verb} needs the base in one piece, and {clean_name(split)!r} is split over processes. Save a checkpoint "
             f"(trainer.save_checkpoint), and in one process call load(module, path) on a fresh module, then {verb}."
         )
+
+
+def smaller(name: str, adapter: Adapter, keep: Tensor | None = None) -> Adapter | None:
+    """`adapter.compacted(keep)`, trainable where the adapter was; an error names the layer."""
+    try:
+        small = adapter.compacted() if keep is None else adapter.compacted(keep)
+    except TypeError as error:
+        raise TypeError(f"layer {name!r}: {error}") from error
+    if small is not None:
+        wanted = {part: parameter.requires_grad for part, parameter in adapter.own_parameters()}
+        for part, parameter in small.own_parameters():
+            parameter.requires_grad_(wanted.get(part, True))
+    return small
 
 
 @torch.no_grad()

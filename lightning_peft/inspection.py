@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_peft.checkpoint import ENTRY, check_entry, read
-from lightning_peft.validation import check_ranks
+from lightning_peft.validation import CUT, check_ranks
 
 
 def report(path: str | PathLike[str]) -> str:
@@ -39,6 +39,8 @@ def report(path: str | PathLike[str]) -> str:
     ]
     if closed:
         lines.append(f"Rank 0, so the base layer as it was: {', '.join(closed)}.")
+    if CUT in entry:
+        lines.append("Compacted: closed components were cut out while it trained.")
     trained = entry["recipe"]["trained"]
     if trained:
         owners = dict.fromkeys(name.rpartition(".")[0] or name for name in trained)
@@ -68,6 +70,8 @@ def _table(entry: Mapping[str, Any]) -> str:
         for group in entry["recipe"]["adapters"]
         for name in group["layers"]
     }
+    for name, record in entry.get(CUT, {}).items():
+        adapters[name] = (record["class"].rpartition(":")[2], record["arguments"].get("rank"))
     ranks, costs = entry["ranks"], entry["costs"]
     rows = [("layer", "adapter", "rank", "parameters")]
     for name, rank in ranks.items():

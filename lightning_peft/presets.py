@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Literal
 
 from lightning.pytorch import Callback
 
@@ -63,6 +64,7 @@ def dynamic_dora(
     minimum: int = 0,
     targets: Sequence[str] | None = None,
     train: Sequence[str] | None = None,
+    compact: Literal["never", "final"] = "never",
 ) -> Preset:
     """Dynamic DoRA: rank that moves to where it is worth most, with the authors' settings.
 
@@ -81,6 +83,8 @@ def dynamic_dora(
         minimum: components that every layer keeps.
         targets: layers to adapt; ``None`` for all linear layers except the head. See :func:`lightning_peft.inject`.
         train: what stays trainable beside them; ``None`` for the head.
+        compact: "final" cuts closed components out of the tensors at the last cut, so that the tail is faster and
+            smaller; see :class:`~lightning_peft.RankPruning`.
 
     Raises:
         ValueError: final_rank and budget are both given, or a budget other than a rank comes without `initial_rank`.
@@ -97,7 +101,7 @@ def dynamic_dora(
         initial_rank = dora.initial_rank(final.rank)
     callbacks: list[Callback] = [
         AdapterInjection(partial(DynamicDoRA, rank=initial_rank, alpha=alpha, dropout=dropout), targets, train),
-        RankPruning(dora.policy(final, warmup, tail, interval, beta, minimum=minimum)),
+        RankPruning(dora.policy(final, warmup, tail, interval, beta, minimum=minimum), compact),
     ]
     if dem_weight:
         callbacks.append(Regularization({"dem": DEM(UntilTail(dem_weight, tail), dem_normalizer)}))

@@ -13,7 +13,7 @@ from lightning_peft.adapters.attention import AdaptedAttention, expose_in_proj, 
 from lightning_peft.adapters.base import Adapter, AdapterFactory
 from lightning_peft.adapters.layers import why_not
 from lightning_peft.heads import Head, find_head
-from lightning_peft.rank.budget import clean_name, layer_name
+from lightning_peft.rank.budget import WHOLE, clean_name, layer_name
 
 # Attribute of the module that inject was called on: requires_grad before, by name, where inject changed it.
 _BEFORE = "_requires_grad_before_inject"
@@ -169,6 +169,7 @@ def eject(module: nn.Module) -> None:
     for owner in list(module.modules()):
         before = owner.__dict__.pop(_BEFORE, {})
         owner.__dict__.pop(_KEPT, None)
+        owner.__dict__.pop(WHOLE, None)
         for name, parameter in owner.named_parameters():
             parameter.requires_grad_(before.get(clean_name(name), parameter.requires_grad))
 

@@ -22,6 +22,8 @@ from lightning_peft.adapters.base import Adapter
 from lightning_peft.archive import AdapterFileError
 from lightning_peft.fingerprint import SAMPLES
 
+CUT = "compacted"
+"""In the entry of a run that was compacted: what its adapters were before, as `WHOLE` of `rank.budget` has it."""
 _DEPTH = 32
 """Lists and dictionaries within each other."""
 _LENGTH = 2**25
@@ -114,6 +116,21 @@ def check_structure(entry: Mapping[str, Any], source: str) -> None:
             _require(_is_name(name), source, f"a name in {field}", name, "text that can be printed")
             good = type(number) is int and least <= number
             _require(good, source, f"{field}[{name!r}]", number, f"a whole number from {least}")
+    _check_records(entry.get(CUT, {}), source)
+
+
+def _check_records(records: Any, source: str) -> None:
+    """What adapters were before components were cut out of them, by layer."""
+    _require(type(records) is dict, source, CUT, records, "a dictionary")
+    for name, record in records.items():
+        where = f"{CUT}[{name!r}]"
+        _require(_is_name(name), source, f"a name in {CUT}", name, "text that can be printed")
+        _require(type(record) is dict, source, where, record, "a dictionary")
+        _require(record.keys() == {"class", "arguments", "components", "cost"}, source, where, record, "as we write it")
+        _require(_is_name(record["class"]), source, where, record["class"], "a class as text, module:class")
+        _require(type(record["arguments"]) is dict, source, where, record["arguments"], "arguments by name")
+        for key in ("components", "cost"):
+            _require(_is_whole(record[key]) and record[key] > 0, source, where, record[key], f"{key}, at least 1")
 
 
 def check_ranks(entry: Mapping[str, Any], source: str) -> None:
@@ -124,6 +141,7 @@ def check_ranks(entry: Mapping[str, Any], source: str) -> None:
     """
     ranks, costs = entry["ranks"], entry["costs"]
     given = {name: group["arguments"].get("rank") for group in entry["recipe"]["adapters"] for name in group["layers"]}
+    given |= {name: record["components"] for name, record in entry.get(CUT, {}).items()}
     odd = sorted(ranks.keys() ^ costs.keys()) or sorted(ranks.keys() - given.keys())
     _require(not odd, source, "a layer with a rank", odd[:1], "a layer with an adapter and a cost")
     for name, rank in ranks.items():

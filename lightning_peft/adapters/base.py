@@ -57,8 +57,15 @@ class Adapter(nn.Module, ABC):
         weight: Tensor = self.base.weight  # type: ignore[assignment]
         return stored(self.base, self.effective_weight()).to(weight.dtype)
 
-    def compacted(self) -> Adapter | None:
-        """An equal adapter without the closed components, on the same base; ``None`` if no component is open."""
+    def compacted(self, keep: Tensor | None = None) -> Adapter | None:
+        """An adapter with some of the components, on the same base; ``None`` if none is left.
+
+        Parameters keep their names and dtypes, and are cut along one dimension, so that an optimizer's state can be cut
+        alike.
+
+        Args:
+            keep: (n,) bool, the components to keep; ``None`` for those that are open, which leaves the output equal.
+        """
         raise TypeError(f"{type(self).__name__} cannot be compacted: its components are not cut out of its tensors.")
 
     def arguments(self) -> dict[str, Any]:

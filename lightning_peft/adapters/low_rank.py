@@ -120,18 +120,20 @@ class LowRank(Adapter):
         return self.A[open_].clone(), self.B[:, open_] * value
 
     @torch.no_grad()
-    def compacted(self) -> Adapter | None:
-        open_ = self.gate.open()
-        k = int(open_.sum())
+    def compacted(self, keep: Tensor | None = None) -> Adapter | None:
+        keep = self.gate.open() if keep is None else keep
+        k = int(keep.sum())
         if k == 0:
             return None
         # scaling = alpha / rank belongs to the rank that the adapter was trained with: alpha follows the rank down.
         arguments = self.arguments() | {"rank": k, "alpha": self.alpha * k / self.rank}
         small = type(self)(self.base, **arguments)
-        small.A.copy_(self.A[open_])
-        small.B.copy_(self.B[:, open_])
-        if small.gate.gain is not None and self.gate.gain is not None:
-            small.gate.gain.copy_(self.gate.gain[open_])
+        # New parameters, not copies into the new adapter's: the dtype is the one that this adapter was cast to.
+        small.A = nn.Parameter(self.A[keep])
+        small.B = nn.Parameter(self.B[:, keep])
+        if self.gate.gain is not None:
+            small.gate.gain = nn.Parameter(self.gate.gain[keep])
+        small.gate.mask.copy_(self.gate.mask[keep])
         return small.train(self.training)
 
     def extra_repr(self) -> str:

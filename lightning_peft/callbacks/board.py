@@ -38,9 +38,9 @@ class Pictures:
     """
 
     def __init__(self, budget: RankBudget) -> None:
-        self._heat_map = HeatMap(budget, max(len(site.gate) for site in budget.values()))
-        grid = Grid.of(budget)
-        self._kinds: dict[str, list[str]] = {"all": list(budget)}
+        self._heat_map = HeatMap(budget.extents, max(extent.components for extent in budget.extents.values()))
+        grid = Grid.of(budget.extents)
+        self._kinds: dict[str, list[str]] = {"all": list(budget.extents)}
         if 1 < len(grid.columns) <= _KINDS:
             for name, (_, column) in grid.cells.items():
                 self._kinds.setdefault(grid.columns[column], []).append(name)
@@ -57,7 +57,10 @@ class Pictures:
         rows = torch.cat([scores[name] for name in names]).cpu().split([len(scores[name]) for name in names])
         by_layer = dict(zip(names, rows, strict=True))
         for kind, layers in self._kinds.items():
-            values = torch.cat([by_layer[name] for name in layers])
+            here = [by_layer[name] for name in layers if name in by_layer]  # the others' adapters were cut away
+            if not here:
+                continue
+            values = torch.cat(here)
             for logger in loggers:
                 logger.experiment.add_histogram(f"importance/{kind}", values, step)
 

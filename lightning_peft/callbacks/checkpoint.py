@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.archive import check_archive, reading
 from lightning_peft.callbacks.checkpoint_io import write_checkpoints_whole
+from lightning_peft.callbacks.compaction import fitting
 from lightning_peft.callbacks.injection import AdapterInjection
 from lightning_peft.callbacks.order import require_before
 from lightning_peft.checkpoint import (
@@ -129,7 +130,8 @@ class AdapterCheckpoint(Callback):
             pass  # a sharded checkpoint that Lightning has written and has loaded by now
         elif ENTRY in checkpoint:
             check_entry(checkpoint, source)
-            check(module, checkpoint, source, self._base)
+            with fitting(module, checkpoint, source):
+                check(module, checkpoint, source, self._base)
         else:  # written without us: as strict as Lightning itself
             odd = sorted(checkpoint["state_dict"].keys() ^ module.state_dict().keys())
             if odd:

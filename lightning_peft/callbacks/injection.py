@@ -30,7 +30,7 @@ from lightning_peft.strategies import (
 from lightning_peft.surgery import Injection, inject
 
 # They copy the module in their setup and later meet it parameter by parameter. The second is not in every release.
-_COPIERS = tuple(
+COPIERS = tuple(
     vars(callbacks)[name] for name in ("StochasticWeightAveraging", "WeightAveraging") if hasattr(callbacks, name)
 )
 
@@ -79,7 +79,7 @@ class AdapterInjection(Callback):
         refuse_other_trainer(trainer)
         require_supported(trainer.strategy)
         for other in callbacks_of(trainer):
-            if isinstance(other, _COPIERS):
+            if isinstance(other, COPIERS):
                 require_before(trainer, other, AdapterInjection)
         when_built(pl_module, self._inject)
         when_built(pl_module, lambda module: keep_whole(trainer.strategy, module))

@@ -14,7 +14,7 @@ from lightning_peft.callbacks.board import Hyperparameters, Pictures, boards, la
 from lightning_peft.callbacks.injection import AdapterInjection
 from lightning_peft.callbacks.order import callbacks_of, require_before
 from lightning_peft.callbacks.pruning import RankPruning
-from lightning_peft.rank.budget import RankBudget, Unit
+from lightning_peft.rank.budget import RankBudget, Unit, whole
 
 _PICTURES = 500  # at most about so many per fit: as many histograms as TensorBoard keeps
 
@@ -33,12 +33,16 @@ class RankMonitor(Callback):
     histograms. Before the first event a component counts as open unless its mask is closed, even if its gain has not
     left zero yet.
 
+    Where components are cut out as training goes on (`RankPruning(..., compact="final")`), all of this goes on as if
+    they were closed: a layer keeps its name, its cell and its capacity, also when its adapter has gone.
+
     Raises:
         MisconfigurationException: no adapter is there, or the callbacks are in the wrong order.
     """
 
     def __init__(self) -> None:
-        self._budget = RankBudget({})
+        self._found = RankBudget({})
+        self._settings: dict[str, Any] = {}  # of the adapters at the start, for HPARAMS
         self._pruning: RankPruning | None = None
         self._pictures: Pictures | None = None
         self._hyperparameters: Hyperparameters | None = None
@@ -53,14 +57,17 @@ class RankMonitor(Callback):
         require_before(trainer, self, AdapterInjection, RankPruning)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._budget = RankBudget.of(pl_module)
-        if not self._budget:
+        self._found = RankBudget.of(pl_module)
+        if not self._found:
             raise MisconfigurationException(
                 "RankMonitor found no adapter to watch. Put AdapterInjection before it in the Trainer's callbacks, or "
                 "call inject() on the module first."
             )
         self._written = -1
         self._pruning = next((c for c in callbacks_of(trainer) if isinstance(c, RankPruning)), None)
+        self._settings = _settings(pl_module)
+        if self._pruning is not None:
+            self._found = RankBudget({})  # the policy has them, also when they were cut; nothing else keeps old ones
         if trainer.is_global_zero:
             self._hyperparameters = Hyperparameters(boards(trainer))
 
@@ -76,7 +83,7 @@ class RankMonitor(Callback):
             self._pictures = Pictures(self._budget)
             lay_out(loggers)
         ranks, self._restored = self._restored, {}
-        if set(ranks) != set(self._budget):
+        if set(ranks) != set(self._budget.extents):
             ranks = self._unmasked()
         self._show(trainer, ranks)
         self._draw(trainer, ranks)
@@ -97,7 +104,7 @@ class RankMonitor(Callback):
         self._show(trainer, ranks)
         if self._pictures and (pruning.settled or step - self._drawn[0] >= pruning.total_steps / _PICTURES):
             self._draw(trainer, ranks)
-            self._pictures.weigh(boards(trainer), pruning.policy.importance.scores(), step)
+            self._pictures.weigh(boards(trainer), pruning.event_scores, step)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The names of the metrics are known now. Not later: whoever watches a run, or kills it, sees the row as well.
@@ -126,10 +133,15 @@ class RankMonitor(Callback):
         self._restored = {}  # validation of a checkpoint loads it as well; a later fit is not its continuation
         self._forget()
 
+    @property
+    def _budget(self) -> RankBudget:
+        """The adapters as they are now."""
+        return self._found if self._pruning is None else self._pruning.policy.budget
+
     def _unmasked(self) -> dict[str, int]:
         """Components per layer whose mask is open, in one transfer."""
         counts = torch.stack([site.gate.mask.detach().sum() for site in self._budget.values()]).tolist()
-        return {name: int(count) for name, count in zip(self._budget, counts, strict=True)}
+        return dict.fromkeys(self._budget.extents, 0) | dict(zip(self._budget, map(int, counts), strict=True))
 
     def _amounts(self, ranks: dict[str, int]) -> tuple[int, int, int]:
         """Spent, the budget of the last event, and the final budget; in the final budget's unit."""
@@ -137,7 +149,7 @@ class RankMonitor(Callback):
         sizes = self._budget.sizes(unit)
         spent = sum(rank * sizes[name] for name, rank in ranks.items())
         if self._pruning is None:
-            capacity = sum(len(site.gate) * sizes[name] for name, site in self._budget.items())
+            capacity = sum(extent.components * sizes[name] for name, extent in self._budget.extents.items())
             return spent, capacity, capacity
         policy, total = self._pruning.policy, self._pruning.total_steps
         return spent, self._pruning.budget_at_event(), policy.budget_at(total, total)
@@ -169,11 +181,7 @@ class RankMonitor(Callback):
         """Write the row of HPARAMS, once per fit."""
         if self._hyperparameters is None:
             return
-        adapters = [site.adapter for site in self._budget.values()]
-        params: dict[str, Any] = {"adapter": _all_of([type(adapter).__name__ for adapter in adapters])}
-        for argument in dict.fromkeys(name for adapter in adapters for name in adapter.arguments()):
-            values = [adapter.arguments()[argument] for adapter in adapters if argument in adapter.arguments()]
-            params[f"adapter/{argument}"] = _all_of(values)
+        params = dict(self._settings)
         if self._pruning is not None:
             params |= {"budget": str(self._pruning.policy.final), "schedule": str(self._pruning.policy.schedule)}
         else:
@@ -190,13 +198,23 @@ class RankMonitor(Callback):
     def _forget(self) -> None:
         if self._hyperparameters is not None:
             self._hyperparameters.release()
-        self._budget, self._pruning, self._pictures, self._hyperparameters = RankBudget({}), None, None, None
+        self._found, self._pruning, self._pictures, self._hyperparameters = RankBudget({}), None, None, None
 
     def state_dict(self) -> dict[str, Any]:
         return {"ranks": dict(self._ranks)} if self._ranks else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = dict(state_dict.get("ranks", {}))
+
+
+def _settings(module: LightningModule) -> dict[str, Any]:
+    """The adapters' classes and arguments as they were before anything was cut out of them."""
+    budget, before = RankBudget.of(module), whole(module)
+    cut = [before[name]["arguments"] if name in before else budget[name].adapter.arguments() for name in budget.extents]
+    found: dict[str, Any] = {"adapter": _all_of([extent.adapter for extent in budget.extents.values()])}
+    for argument in dict.fromkeys(name for arguments in cut for name in arguments):
+        found[f"adapter/{argument}"] = _all_of([arguments[argument] for arguments in cut if argument in arguments])
+    return found
 
 
 def _all_of(values: list[Any]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_peft.callbacks.compaction import compact_in_training, require_compactable
 from lightning_peft.callbacks.injection import AdapterInjection
 from lightning_peft.callbacks.order import callbacks_of, require_before
 from lightning_peft.callbacks.steps import TakenSteps, scaler_of
@@ -19,6 +20,9 @@ from lightning_peft.distributed import agreed
 from lightning_peft.rank.budget import RankBudget
 from lightning_peft.rank.policy import RankPolicy
 from lightning_peft.strategies import averaged, require_equal
+
+Compact = Literal["never", "final"] | int
+"""When closed components are cut out of the tensors: never, at the final mask, or there and at every k-th event."""
 
 
 class RankPruning(Callback):
@@ -31,30 +35,53 @@ class RankPruning(Callback):
 
     Args:
         policy: schedule, importance and final budget in one, as a method's `policy(...)` gives them.
+        compact: when closed components are cut out of parameters and optimizer state, so that training goes on at the
+            size of what is left. "never" leaves rank a mask to the end. "final" cuts once, at the final mask: the tail
+            is faster and smaller, and trains what the mask would have (but an adapter that has gone draws no dropout).
+            A number k cuts at every k-th event as well: what is closed then cannot return, which else it could at a
+            later event. On one device and on DDP.
 
     Raises:
         MisconfigurationException: no adapter is there, the callbacks are in the wrong order, or the Trainer cannot tell
-            how many steps it will take.
+            how many steps it will take; or compaction is asked of a strategy or beside callbacks that forbid it.
+        ValueError: compact is none of these, or a number though the policy removes softly.
 
     Example:
         >>> from lightning_peft import Budget, Cubic, RankPolicy, Taylor
         >>> pruning = RankPruning(RankPolicy(Cubic(warmup=0.1, tail=0.2), Taylor(), Budget(rank=4)))
     """
 
-    def __init__(self, policy: RankPolicy) -> None:
+    def __init__(self, policy: RankPolicy, compact: Compact = "never") -> None:
+        known = compact in ("never", "final") if isinstance(compact, str) else type(compact) is int and compact >= 1
+        if not known:
+            raise ValueError(
+                f"compact={compact!r}: choose 'never', 'final' (cut once, at the final mask), or a whole number k of "
+                "at least 1 (cut at every k-th event as well)."
+            )
+        if policy.soft and not isinstance(compact, str):
+            raise ValueError(
+                f"compact={compact} would cut at events before the last, and this policy removes softly there: nothing "
+                "is closed for good until its last event. Use compact='final'."
+            )
         self.policy = policy
+        self.compact = compact
         self.total_steps = 0
         self.event_step = 0
         """The step of the last event, 0 before the first; equal to `trainer.global_step` right after an event."""
+        self.event_scores: Mapping[str, Tensor] = {}
+        """The importance that the last event went by, layer -> (n,), in the numbering before it cut anything."""
         self._steps = TakenSteps()
         self._seen = 0  # taken steps, which is where the schedule stands
         self._event_at = 0  # the same at the last event
+        self._events = 0
         self._settled = False  # the mask is final
         self._now: list[Tensor] | None = None  # worth of a step that a gradient scaler may yet skip
         self._restored: Mapping[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         require_before(trainer, self, AdapterInjection)
+        if stage == "fit" and self.compact != "never":
+            require_compactable(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if averaged(trainer.strategy, pl_module) and not any(
@@ -85,7 +112,8 @@ class RankPruning(Callback):
         self._steps = TakenSteps()
         self._seen = self._event_at = 0
         self._settled = False
-        self.event_step = 0
+        self.event_step = self._events = 0
+        self.event_scores = {}
         self.policy.track(budget)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -101,12 +129,14 @@ class RankPruning(Callback):
                     "max_steps, the batch size and accumulation as they were to resume exactly."
                 )
             self.event_step, self._event_at = int(state["event_step"]), int(state["event_at"])
-            self._settled = bool(state["settled"])
+            self._settled, self._events = bool(state["settled"]), int(state["events"])
             self._steps.load_state_dict(state["steps"], pl_module.device)
             self.policy.load_state_dict(state["policy"])
             # The file may be from between the optimizer's step and our look at it, or of a plan that was longer.
             self._seen = min(int(state["step"]), self._steps.taken(trainer.global_step))
             self._look(trainer, pl_module)
+            if self._settled and self.compact != "never":
+                self._cut(trainer)  # the file may be of a run that did not compact
         if not self._observes(self._seen + 1):
             self._release()
 
@@ -153,6 +183,8 @@ class RankPruning(Callback):
             step -= self._steps.settle()
         due = self._due(step, ends)
         self._seen = step
+        events = self._events_until(step)
+        self._seen = step
         if due:
             at = self.total_steps if ends else step
             # Every rank decides alike; rank 0's word is final all the same.
@@ -161,17 +193,34 @@ class RankPruning(Callback):
             if trainer.world_size > 1:
                 require_equal(pl_module, f"after the pruning event of step {trainer.global_step}")
             self.event_step, self._event_at = trainer.global_step, at
+            self.event_scores = self.policy.importance.scores()
+            before, self._events = self._events, self._events + max(1, events)
             self._settled = self.policy.is_final(at, self.total_steps)
+            every = self.compact if isinstance(self.compact, int) else None
             if self._settled:
                 self._release()
+            if self.compact != "never" and (self._settled or (every and self._events // every > before // every)):
+                self._cut(trainer)
+
+    def _cut(self, trainer: Trainer) -> None:
+        """Cut what is closed out of parameters and optimizer state, and go on with what is left."""
+        kept = {name: site.gate.mask.detach() != 0 for name, site in self.policy.budget.items()}
+        if compact_in_training(trainer):
+            self.policy.follow(RankBudget.of(trainer.lightning_module), kept)
+            if self._settled:
+                self._release()  # to follow is to track anew
 
     def _due(self, step: int, ends: bool) -> bool:
         """Whether components are to be chosen now that so many steps were taken."""
         # Not `==`: a plan that became shorter has its last event behind it.
         if not self._settled and (ends or self.policy.is_final(step, self.total_steps)):
             return True
+        return self._events_until(step) > 0
+
+    def _events_until(self, step: int) -> int:
+        """How many events the schedule has in the steps since the last look."""
         # More than one step if a module that optimizes by hand takes several.
-        return any(self.policy.is_event(each, self.total_steps) for each in range(self._seen + 1, step + 1))
+        return sum(self.policy.is_event(each, self.total_steps) for each in range(self._seen + 1, step + 1))
 
     def _observes(self, step: int) -> bool:
         return self.policy.observes(step, self.total_steps)
@@ -221,6 +270,7 @@ class RankPruning(Callback):
             "settled": self._settled,
             "event_step": self.event_step,
             "event_at": self._event_at,
+            "events": self._events,
             "steps": self._steps.state_dict(),
             "policy": self.policy.state_dict(),
         }

@@ -220,7 +220,8 @@ class _LowRankLinear(torch.autograd.Function):
         wide = _cast(g, ctx.dtype)
         # Skinny products first: they read g one after the other, while it is in the cache.
         if B_grad or value_grad:
-            P = _cast(hT @ wide, B.dtype).t().contiguous()
+            # Not `contiguous()`, which leaves one column of stride d_out as it is: DDP's buckets want B's own strides.
+            P = _cast(hT @ wide, B.dtype).t().clone(memory_format=torch.contiguous_format)
             if value_grad:
                 dvalue = (P * B).sum(0)
             if B_grad:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from math import floor, isfinite
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     from lightning_peft.adapters.base import Adapter
 
 Unit = Literal["components", "parameters"]
+
+WHOLE = "_adapters_before_compaction"
+"""Attribute of a module whose adapters were cut while it trained: layer -> what its adapter was before that.
+
+Plain data: `class` (module:name), `arguments`, `components`, and `cost` of one component.
+"""
 
 # What sharding, compilation and data-parallel wrappers put into a module's name.
 _WRAPPERS = frozenset({"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"})
@@ -47,11 +53,43 @@ class Site:
     adapter: Adapter
 
 
+@dataclass(frozen=True)
+class Extent:
+    """How large one layer's adapter is, or was before components were cut out of it.
+
+    Attributes:
+        adapter: name of its class.
+        components: how many it had at the start, open or closed.
+        cost: parameters that one of them costs.
+    """
+
+    adapter: str
+    components: int
+    cost: int
+
+
+def whole(module: nn.Module) -> dict[str, Mapping[str, Any]]:
+    """What :data:`WHOLE` says in `module` and the modules inside it, by the layers' cleaned names in `module`."""
+    return {
+        clean_name(f"{path}.{name}" if path else name): record
+        for path, owner in module.named_modules()
+        for name, record in owner.__dict__.get(WHOLE, {}).items()
+    }
+
+
+def _kind(path: str) -> str:
+    """The class in "module:Outer.Class"."""
+    return path.rpartition(":")[2].rpartition(".")[2]
+
+
 class RankBudget(Mapping[str, Site]):
     """Every gated adapter of a module, by the name of the layer that it adapts.
 
     The one thing that policies, terms, monitors and exporters look at: none searches modules or parameter names.
     The order is the module's own. It is a view: it holds no state, and building it again gives the same.
+
+    Where components were cut out while the module trained (`RankPruning(..., compact="final")`), the mapping holds the
+    adapters that are there, and all that counts (ranks, sizes, capacity, the table) goes on as if they were closed.
 
     Example:
         >>> from lightning_peft import LoRA, inject
@@ -63,8 +101,13 @@ class RankBudget(Mapping[str, Site]):
         (1, 2, {'0': 1})
     """
 
-    def __init__(self, sites: Mapping[str, Site]) -> None:
+    def __init__(self, sites: Mapping[str, Site], before: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         self._sites = dict(sites)
+        known = {
+            name: Extent(_kind(was["class"]), was["components"], was["cost"]) for name, was in (before or {}).items()
+        }
+        here = {n: Extent(type(s.adapter).__name__, len(s.gate), s.gate.cost) for n, s in sites.items()}
+        self._extents = known | {name: extent for name, extent in here.items() if name not in known}
 
     @classmethod
     def of(cls, module: nn.Module) -> RankBudget:
@@ -75,7 +118,7 @@ class RankBudget(Mapping[str, Site]):
         for path, child in gated.items():
             name = layer_name(path, gated)
             sites[name] = Site(name, cast(Gate, child._modules["gate"]), cast("Adapter", child))
-        return cls(sites)
+        return cls(sites, whole(module))
 
     def __getitem__(self, name: str) -> Site:
         return self._sites[name]
@@ -87,9 +130,14 @@ class RankBudget(Mapping[str, Site]):
         return len(self._sites)
 
     @property
+    def extents(self) -> Mapping[str, Extent]:
+        """How large every layer's adapter was at the start, layers whose adapter was cut away since included."""
+        return self._extents
+
+    @property
     def capacity(self) -> int:
-        """Components there are, open or closed."""
-        return sum(len(site.gate) for site in self.values())
+        """Components there are, open or closed, and those that were cut out."""
+        return sum(extent.components for extent in self._extents.values())
 
     @property
     def spent(self) -> int:
@@ -99,23 +147,23 @@ class RankBudget(Mapping[str, Site]):
     @property
     def capacity_parameters(self) -> int:
         """What all components cost together, in parameters."""
-        return sum(len(site.gate) * site.gate.cost for site in self.values())
+        return sum(extent.components * extent.cost for extent in self._extents.values())
 
     @property
     def spent_parameters(self) -> int:
         """What the open components cost together, in parameters."""
-        return sum(rank * self[name].gate.cost for name, rank in self.ranks().items())
+        return sum(rank * self._extents[name].cost for name, rank in self.ranks().items())
 
     def ranks(self) -> dict[str, int]:
-        """Open components per layer, read in one transfer from the device."""
+        """Open components per layer, read in one transfer from the device; 0 where the adapter was cut away."""
         if not self:
-            return {}
+            return dict.fromkeys(self._extents, 0)
         counts = torch.stack([site.gate.open().sum() for site in self.values()]).tolist()
-        return dict(zip(self, (int(count) for count in counts), strict=True))
+        return dict.fromkeys(self._extents, 0) | dict(zip(self, (int(count) for count in counts), strict=True))
 
     def sizes(self, unit: Unit = "components") -> dict[str, int]:
         """What one component costs per layer: 1 where components are counted, else its parameters."""
-        return {name: 1 if unit == "components" else site.gate.cost for name, site in self.items()}
+        return {name: 1 if unit == "components" else extent.cost for name, extent in self._extents.items()}
 
     def keep(self, masks: Mapping[str, Tensor], soft: bool = False) -> None:
         """Keep the components that `masks` names, layer by layer, in place; see :meth:`Gate.keep`.
@@ -133,10 +181,15 @@ class RankBudget(Mapping[str, Site]):
         """Ranks per layer as text, with the totals in the last row."""
         ranks = self.ranks()
         rows = [
-            (name, type(site.adapter).__name__, f"{ranks[name]}/{len(site.gate)}", f"{ranks[name] * site.gate.cost:,}")
-            for name, site in self.items()
+            (name, extent.adapter, f"{ranks[name]}/{extent.components}", f"{ranks[name] * extent.cost:,}")
+            for name, extent in self._extents.items()
         ]
-        total = (f"{len(self)} layers", "", f"{sum(ranks.values())}/{self.capacity}", f"{self.spent_parameters:,}")
+        total = (
+            f"{len(self._extents)} layers",
+            "",
+            f"{sum(ranks.values())}/{self.capacity}",
+            f"{self.spent_parameters:,}",
+        )
         header = ("layer", "adapter", "rank", "parameters")
         widths = [max(len(row[i]) for row in (header, *rows, total)) for i in range(4)]
 
@@ -206,9 +259,9 @@ class Budget:
             ValueError: it is below the floor, above the capacity, or leaves no component open.
         """
         sizes = budget.sizes(self.unit)
-        capacity = sum(sizes[name] * len(site.gate) for name, site in budget.items())
+        capacity = sum(sizes[name] * extent.components for name, extent in budget.extents.items())
         if self.rank is not None:
-            amount = floor(len(budget) * self.rank + 1e-9)
+            amount = floor(len(sizes) * self.rank + 1e-9)
         elif self.parameters is not None:
             amount = int(self.parameters)
         elif self.share is not None:
@@ -216,13 +269,13 @@ class Budget:
         else:
             assert self.megabytes is not None
             # Two tensors a layer; an entry in a safetensors header is its name and some 120 bytes of JSON.
-            header = sum(2 * (len(name) + 120) for name in budget)
+            header = sum(2 * (len(name) + 120) for name in sizes)
             amount = max(0, floor((self.megabytes * 1e6 - header) / 4))
         # Components are closed whole, so a cut may go over by one: with less than the dearest, all might be closed.
         least = max(minimum * sum(sizes.values()), max(sizes.values(), default=1))
         if amount < least:
             raise ValueError(
-                f"{self} is {amount:,} {self.unit} for {len(budget)} layers, below the floor of {least:,} "
+                f"{self} is {amount:,} {self.unit} for {len(sizes)} layers, below the floor of {least:,} "
                 f"({minimum} components kept in every layer, in all at least the dearest). Raise it or lower `minimum`."
             )
         if amount > capacity:

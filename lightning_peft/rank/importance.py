@@ -61,6 +61,18 @@ class Importance(ABC):
         ]
         self._odd = [torch.zeros(len(worth), dtype=torch.bool, device=worth.device) for worth in self._worth]
 
+    def cut(self, budget: RankBudget, kept: Mapping[str, Tensor]) -> None:
+        """Go on with the running average of the components that are left after others were cut away.
+
+        Args:
+            budget: the adapters as they are now.
+            kept: layer -> (n,) bool, True for the components that are still there, in their old numbering.
+        """
+        before = self.scores()
+        self.track(budget)
+        for name, row in self.scores().items():
+            row.copy_(before[name][kept[name].to(row.device)])
+
     def release(self) -> None:  # noqa: B027  # most have nothing to undo
         """Undo what :meth:`track` did to the adapters; the running average stays."""
 

@@ -61,6 +61,12 @@ class RankPolicy:
         self._cut = 0
         self._gone: dict[str, Tensor] = {}
         self._lost = 0
+        self._away = 0
+
+    @property
+    def budget(self) -> RankBudget:
+        """The adapters that are tracked, as they are now."""
+        return self._budget
 
     def track(self, budget: RankBudget) -> None:
         """Take on the adapters of `budget`; importance starts at zero.
@@ -78,14 +84,38 @@ class RankPolicy:
         self._budget = budget
         self._sizes = budget.sizes(self.final.unit)
         self._final = self.final.amount(budget, self.minimum)
+        self._away = self._cut_away()
         self._exclude({name: site.gate.mask.detach() == 0 for name, site in budget.items()})
         self.importance.track(budget)
 
-    def _exclude(self, gone: Mapping[str, Tensor]) -> None:
-        """Leave components out for good, and count what the others may lose."""
+    def follow(self, budget: RankBudget, kept: Mapping[str, Tensor]) -> None:
+        """Go on with adapters that were cut since they were tracked: what was cut away counts as closed for good.
+
+        Args:
+            budget: the adapters as they are now.
+            kept: layer -> (n,) bool, True for the components that are still there, in their old numbering.
+        """
+        self._budget = budget
+        self._away = self._cut_away()
+        self._gone = {name: self._gone[name][kept[name].cpu()] for name in budget}
+        self.importance.cut(budget, kept)
+
+    def _cut_away(self) -> int:
+        """What all components cost that the adapters no longer have."""
+        whole = sum(self._sizes[name] * extent.components for name, extent in self._budget.extents.items())
+        return whole - sum(self._sizes[name] * len(site.gate) for name, site in self._budget.items())
+
+    def _exclude(self, gone: Mapping[str, Tensor], lost: int | None = None) -> None:
+        """Leave components out for good, and count what the others may lose.
+
+        Args:
+            gone: layer -> (n,) bool, the components that are there and that an earlier fit has closed.
+            lost: what all cost that earlier fits have closed; ``None`` if what was cut away was cut away by them.
+        """
         self._gone = {name: mask.cpu() for name, mask in gone.items()}
-        self._lost = sum(self._sizes[name] * int(mask.sum()) for name, mask in self._gone.items())
-        whole = sum(self._sizes[name] * len(site.gate) for name, site in self._budget.items())
+        closed = sum(self._sizes[name] * int(mask.sum()) for name, mask in self._gone.items())
+        self._lost = closed + self._away if lost is None else lost
+        whole = sum(self._sizes[name] * extent.components for name, extent in self._budget.extents.items())
         self._capacity = whole - self._lost
         self._cut = max(0, self._capacity - self._final)
 
@@ -123,11 +153,13 @@ class RankPolicy:
         scores = self.importance.scores()
         ordered = {name: scores[name] for name in self._budget}  # module order, which is the order of ties
         amount = self.schedule.cut(step, total, self._cut)
-        if not self._lost:
+        # What was cut away is closed already; that may be more than is asked for, by less than one component.
+        amount = max(0, self._lost + amount - self._away)
+        if not any(bool(mask.any()) for mask in self._gone.values()):
             return close_lowest(ordered, self._sizes, amount, self.minimum)
         # Worth is never negative, so what is gone goes first; unless other worth is not finite, hence the second look.
         ordered = {name: row.cpu().masked_fill(self._gone[name], -1.0) for name, row in ordered.items()}
-        masks = close_lowest(ordered, self._sizes, self._lost + amount, self.minimum)
+        masks = close_lowest(ordered, self._sizes, amount, self.minimum)
         return {name: mask & ~self._gone[name] for name, mask in masks.items()}
 
     def apply(self, masks: Mapping[str, Tensor], step: int, total: int) -> None:
@@ -139,9 +171,10 @@ class RankPolicy:
 
     def state_dict(self) -> dict[str, Any]:
         """The running importance, and what the schedule leaves out. Masks are the model's state."""
-        return {"importance": self.importance.state_dict(), "gone": dict(self._gone)}
+        state = {"importance": self.importance.state_dict(), "gone": dict(self._gone)}
+        return state | {"lost": self._lost} if self._away else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave, after :meth:`track`."""
         self.importance.load_state_dict(state["importance"])
-        self._exclude(state["gone"])
+        self._exclude(state["gone"], state.get("lost"))

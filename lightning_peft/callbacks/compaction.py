@@ -1,0 +1,90 @@
+"""Compaction under a Trainer: where it may happen, and what the strategy has to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_peft.callbacks.injection import COPIERS
+from lightning_peft.callbacks.order import callbacks_of
+from lightning_peft.compaction import compact_training
+from lightning_peft.rank.budget import RankBudget
+from lightning_peft.resizing import resized
+
+
+def require_compactable(trainer: Trainer) -> None:
+    """Check that nothing in the Trainer holds on to the shapes of parameters.
+
+    Raises:
+        MisconfigurationException: the strategy shards or wraps parameters in a way of its own, a callback keeps a copy
+            of the weights, or checkpoints would be written that nobody can load.
+    """
+    from lightning_peft.callbacks.checkpoint import AdapterCheckpoint  # which needs `fitting`
+
+    strategy = trainer.strategy
+    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
+        raise MisconfigurationException(
+            f"RankPruning(compact=...) cuts parameters while training, and {type(strategy).__name__} has them sharded "
+            "or wrapped in a way that does not allow it. Use compact='never': compaction happens at export there "
+            "(lightning_peft.compact, to_hf_peft)."
+        )
+    others = callbacks_of(trainer)
+    for other in others:
+        if isinstance(other, COPIERS):
+            raise MisconfigurationException(
+                f"RankPruning(compact=...) changes the shapes of parameters, and {type(other).__name__} keeps a copy "
+                "of the weights in their old shapes. Use compact='never', or remove the callback."
+            )
+    if trainer.checkpoint_callbacks and not any(isinstance(other, AdapterCheckpoint) for other in others):
+        raise MisconfigurationException(
+            "RankPruning(compact=...) changes the shapes of parameters, and without AdapterCheckpoint a checkpoint "
+            "does not say so: it could not be loaded again. Add AdapterCheckpoint() to the callbacks, or give the "
+            "Trainer enable_checkpointing=False."
+        )
+
+
+def compact_in_training(trainer: Trainer) -> bool:
+    """Cut closed components out of the module and its optimizers, right after an optimizer step.
+
+    Under DDP every rank does it at the same step with the same masks. The module is taken out of its wrapper and
+    wrapped anew: a reducer knows the parameters that it was made for.
+
+    Returns:
+        Whether there was anything to cut.
+    """
+    strategy, module = trainer.strategy, trainer.lightning_module
+    budget = RankBudget.of(module)
+    size = _parameters(module)
+    if bool(torch.stack([site.gate.mask.detach().all() for site in budget.values()]).all()):
+        return False
+    if not isinstance(strategy, DDPStrategy):
+        compact_training(module, trainer.optimizers)
+    else:
+        strategy.model = module  # the old reducer goes, and with it its hooks on the parameters that stay
+        try:
+            compact_training(module, trainer.optimizers)
+        finally:
+            strategy.configure_ddp()
+            strategy._pl_static_graph_delay_done = False  # manual optimization tells the new reducer as it did the old
+    rank_zero_info(
+        f"Compacted at step {trainer.global_step}: {size:,} adapter parameters are {_parameters(module):,} now."
+    )
+    return True
+
+
+def fitting(module: LightningModule, checkpoint: Mapping[str, Any], source: str) -> AbstractContextManager[None]:
+    """Bring the adapters to the sizes in a checkpoint, where the strategy loads it while shapes can still change."""
+    if module.trainer.strategy.restore_checkpoint_after_setup:
+        return nullcontext()  # sharded by now: sizes that differ are told by what checks the checkpoint
+    return resized(module, checkpoint, source)
+
+
+def _parameters(module: LightningModule) -> int:
+    return sum(p.numel() for site in RankBudget.of(module).values() for _, p in site.adapter.own_parameters())
