@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from lightning_peft.accumulation import partial_gradients, restore_gradients
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.callbacks.injection import AdapterInjection
 from lightning_peft.callbacks.order import require_before
@@ -29,7 +30,10 @@ from lightning_peft.distributed import gather_objects, rank
 from lightning_peft.resume import ResumableLoader, make_plain, make_resumable, rng_state, set_rng_state
 from lightning_peft.seams import when_built, wrap_method
 from lightning_peft.strategies import is_sharded, whole_checkpoints
-from lightning_peft.surgery import is_flattened
+from lightning_peft.surgery import adapters, is_flattened
+
+_GRADIENTS = "lightning_peft_gradients"
+"""The key of the gradients so far, in a checkpoint from between the micro-batches of one optimizer step."""
 
 
 class AdapterCheckpoint(Callback):
@@ -39,9 +43,14 @@ class AdapterCheckpoint(Callback):
     adapters, masks, terms, the trained head and buffers; and beside Lightning's own entries a recipe to inject again, a
     digest of the tensors and a fingerprint of the base. All are checked when a checkpoint is loaded.
 
-    For resuming, the global generators' state and the place in the training data are saved too. Lightning resumes in
+    For resuming, the global generators' state and the place in the training data are saved too; validation during a fit
+    draws its random numbers apart, so that training does not depend on how often it is validated. Lightning resumes in
     the middle of an epoch with the first batches of a new one; with this callback a plain DataLoader goes on with the
-    batch that would have come next, whether it shuffles or not. Other loaders are left to their own means.
+    batch that would have come next, whether it shuffles or not. Other loaders are left to their own means. A checkpoint
+    from between two accumulated micro-batches holds the gradients so far as well.
+
+    With several processes, and whether the base is sharded or not, a checkpoint is one file that any strategy and any
+    number of processes can load.
 
     Args:
         full: keep the base in the checkpoint as well.
@@ -58,6 +67,8 @@ class AdapterCheckpoint(Callback):
         self._adopted: list[ResumableLoader] = []
         self._loaders: list[ResumableLoader] = []
         self._restored: Mapping[str, Any] | None = None
+        self._gradients: Mapping[str, Any] | None = None  # restored, and not yet in place
+        self._outside: Mapping[str, Any] | None = None  # the training's random numbers, during a validation
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         require_before(trainer, self, AdapterInjection)
@@ -77,12 +88,15 @@ class AdapterCheckpoint(Callback):
                     f"AdapterCheckpoint(full=True) would gather the base that {type(trainer.strategy).__name__} shards "
                     "into one file. Leave full=False: the base is frozen, and its own files hold it."
                 )
-            self._undo_after += whole_checkpoints(trainer.strategy)
+            self._undo += whole_checkpoints(trainer.strategy)
         if isinstance(trainer.strategy, FSDPStrategy):
             when_built(pl_module, self._print_base)
         self._undo_after.append(wrap_method(trainer.strategy, "load_checkpoint", _read))
         if stage == "fit":
             self._watch_loaders(trainer)
+            validation = trainer.fit_loop.epoch_loop.val_loop
+            for name in ("run", "increment_progress_to_evaluation_end"):
+                self._undo_after.append(wrap_method(validation, name, self._apart))
 
     def _print_base(self, module: LightningModule) -> None:
         if not any(map(is_flattened, module.parameters())):
@@ -95,6 +109,17 @@ class AdapterCheckpoint(Callback):
             self._undo_after.append(wrap_method(source, "train_dataloader", self._adopt))
         else:
             self._adopt(lambda: source, source)
+
+    def _apart(self, call: Callable[..., Any], loop: Any, *args: Any, **kwargs: Any) -> Any:
+        # Lightning skips the validation that was due where a checkpoint was written, and prepares for one that was not:
+        # training goes on alike only if validation draws nothing from its random numbers. Lightning keeps its sanity
+        # check apart in the same way.
+        self._outside = rng_state()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            set_rng_state(self._outside)
+            self._outside = None
 
     def _adopt(self, call: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
         loaders = call(*args, **kwargs)
@@ -122,6 +147,12 @@ class AdapterCheckpoint(Callback):
         elif ENTRY in checkpoint:
             check_entry(checkpoint, source)
             check(module, checkpoint, source, self._base)
+        elif adapters(module) and is_sharded(module.trainer.strategy):
+            raise AdapterFileError(
+                f"{source} was not written by AdapterCheckpoint, and a model with adapters that "
+                f"{type(module.trainer.strategy).__name__} shards loads no other. Load it into the model before "
+                "adapters are injected."
+            )
         else:  # written without us: as strict as Lightning itself
             odd = sorted(checkpoint["state_dict"].keys() ^ module.state_dict().keys())
             if odd:
@@ -149,10 +180,27 @@ class AdapterCheckpoint(Callback):
             return
         state = states["ranks"][rank()]
         progress = trainer.fit_loop.epoch_loop.batch_progress.current
-        mid_epoch = 0 < progress.ready < trainer.num_training_batches
+        mid_epoch = 0 < progress.processed < trainer.num_training_batches
         for loader, position in zip(self._loaders, state["loaders"], strict=False):
+            if position and progress.ready > progress.processed:
+                # Written inside a batch, after an error say: Lightning takes that batch again, and so do we.
+                position = {**position, "taken": position["taken"] - 1}
             loader.load_state_dict(position if mid_epoch else {})
         set_rng_state(state["rng"])
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Not in on_train_start, where RankPruning begins anew with the masks' gradients. Lightning sets gradients to
+        # zero before the first micro-batch of a step only, and this is a later one.
+        if self._gradients is None:
+            return
+        state, self._gradients = self._gradients, None
+        if state:
+            restore_gradients(pl_module, state)
+        else:
+            rank_zero_warn(
+                "This checkpoint was written inside a batch, amid an optimizer step: the gradients of the step's "
+                "earlier micro-batches are lost, and the step goes on without them."
+            )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._detach()
@@ -162,13 +210,27 @@ class AdapterCheckpoint(Callback):
 
     def _detach(self) -> None:
         _call_all(self._undo_after)
-        self._restored = None  # validation of a checkpoint loads it as well; a later fit is not its continuation
+        # Validation of a checkpoint loads it as well; a later fit is not its continuation.
+        self._restored = self._gradients = None
         for loader in [*self._adopted, *self._loaders]:
             make_plain(loader)
         self._adopted, self._loaders = [], []
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        progress = trainer.fit_loop.epoch_loop.batch_progress.current
+        if self._gradients is not None:
+            checkpoint[_GRADIENTS] = self._gradients
+        elif progress.ready == progress.processed:
+            if progress.ready and trainer.fit_loop._should_accumulate():
+                checkpoint[_GRADIENTS] = partial_gradients(pl_module)
+        elif progress.processed % trainer.accumulate_grad_batches:
+            checkpoint[_GRADIENTS] = {}  # backward may have added this batch to some of them
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._gradients = checkpoint.get(_GRADIENTS)
+
     def state_dict(self) -> dict[str, Any]:
-        here = {"rng": rng_state(), "loaders": [loader.state_dict() for loader in self._loaders]}
+        here = {"rng": self._outside or rng_state(), "loaders": [loader.state_dict() for loader in self._loaders]}
         return {"ranks": gather_objects(here)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
