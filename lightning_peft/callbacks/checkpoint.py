@@ -69,10 +69,12 @@ class AdapterCheckpoint(Callback):
         self._restored: Mapping[str, Any] | None = None
         self._gradients: Mapping[str, Any] | None = None  # restored, and not yet in place
         self._outside: Mapping[str, Any] | None = None  # the training's random numbers, during a validation
+        self._stopped: Mapping[str, Any] | None = None  # where an exception ended the run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         require_before(trainer, self, AdapterInjection)
         self._detach()
+        self._stopped = None
         _call_all(self._undo)
         strict = pl_module.strict_loading
         pl_module.strict_loading = False  # the base is not in the file; `check` is stricter than strict about the rest
@@ -181,11 +183,13 @@ class AdapterCheckpoint(Callback):
         state = states["ranks"][rank()]
         progress = trainer.fit_loop.epoch_loop.batch_progress.current
         mid_epoch = 0 < progress.processed < trainer.num_training_batches
-        for loader, position in zip(self._loaders, state["loaders"], strict=False):
+        # Between epochs all loaders begin anew, also where there was none yet: a finder saves before training starts.
+        positions = state["loaders"] if mid_epoch else [{} for _ in self._loaders]
+        for loader, position in zip(self._loaders, positions, strict=False):
             if position and progress.ready > progress.processed:
                 # Written inside a batch, after an error say: Lightning takes that batch again, and so do we.
                 position = {**position, "taken": position["taken"] - 1}
-            loader.load_state_dict(position if mid_epoch else {})
+            loader.load_state_dict(position)
         set_rng_state(state["rng"])
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -206,6 +210,7 @@ class AdapterCheckpoint(Callback):
         self._detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stopped = self._here()  # for those who save after us
         self._detach()
 
     def _detach(self) -> None:
@@ -230,8 +235,10 @@ class AdapterCheckpoint(Callback):
         self._gradients = checkpoint.get(_GRADIENTS)
 
     def state_dict(self) -> dict[str, Any]:
-        here = {"rng": self._outside or rng_state(), "loaders": [loader.state_dict() for loader in self._loaders]}
-        return {"ranks": gather_objects(here)}
+        return {"ranks": gather_objects(self._stopped or self._here())}
+
+    def _here(self) -> dict[str, Any]:
+        return {"rng": self._outside or rng_state(), "loaders": [loader.state_dict() for loader in self._loaders]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None

@@ -9,6 +9,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -27,6 +28,7 @@ from lightning_peft import (
     Taylor,
     presets,
 )
+from lightning_peft.testing.processes import run_processes
 
 
 class Net(L.LightningModule):
@@ -108,13 +110,13 @@ class Forget(L.Callback):
 @every_method
 @pytest.mark.parametrize("place", ["before", "after"])
 def test_learning_rate_finder_in_the_callbacks_leaves_no_trace(method: str, place: str) -> None:
-    finder = LearningRateFinder(num_training_steps=9, early_stop_threshold=None)
+    finder = LearningRateFinder(num_training_steps=20, early_stop_threshold=None)
     torch.manual_seed(3)
     net = Net()
     trainer = make(method, [finder] if place == "before" else [], [*([finder] if place == "after" else []), Forget()])
     trainer.fit(net)
     assert finder.optimal_lr is not None
-    assert len(finder.optimal_lr.results["lr"]) == 9
+    assert len(finder.optimal_lr.results["lr"]) == 20
     assert net.lr != 1e-2
     assert_same(left(net, trainer), plain(method, net.lr))
 
@@ -124,10 +126,10 @@ def test_tuner_finds_a_learning_rate_and_leaves_the_module_as_it_was(method: str
     torch.manual_seed(3)
     net, trainer = Net(), make(method, [], [])
     tuner = Tuner(trainer)
-    found = tuner.lr_find(net, num_training=9, early_stop_threshold=None)
+    found = tuner.lr_find(net, num_training=20, early_stop_threshold=None)
     assert found is not None
-    assert len(net.seen) == 9
-    assert all(site.gate.open().all() for site in RankBudget.of(net).values())
+    assert len(net.seen) == 20
+    assert all(site.gate.mask.all() for site in RankBudget.of(net).values())
     net.seen.clear()
     # The finder has injected, and so drawn the adapters' start: draw it the same for the comparison.
     torch.manual_seed(4)
@@ -160,7 +162,7 @@ def test_tuner_scales_the_batch_size_and_leaves_the_module_as_it_was(method: str
     torch.manual_seed(3)
     net, trainer = Net(), make(method, [], [])
     assert Tuner(trainer).scale_batch_size(net, steps_per_trial=3, init_val=4, max_trials=3, margin=0.0) == 16
-    assert all(site.gate.open().all() for site in RankBudget.of(net).values())
+    assert all(site.gate.mask.all() for site in RankBudget.of(net).values())
     net.seen.clear()
     torch.manual_seed(4)
     trainer.fit(net)
@@ -168,3 +170,23 @@ def test_tuner_scales_the_batch_size_and_leaves_the_module_as_it_was(method: str
     other, alone = Net(net.lr, 16), make(method, [], [SeedAgain()])
     alone.fit(other)
     assert_same(left(net, trainer), left(other, alone))
+
+
+def _find_and_train() -> tuple[list[str], float]:
+    finder = LearningRateFinder(num_training_steps=20, early_stop_threshold=None)
+    options: dict[str, Any] = {"devices": 2, "strategy": DDPStrategy(), "max_epochs": 5}
+    torch.manual_seed(3)
+    net = Net()
+    trainer = make("dynamic-dora", [finder], [Forget()], **options)
+    trainer.fit(net)
+    found = left(net, trainer)
+    alone = plain("dynamic-dora", net.lr, **(options | {"strategy": DDPStrategy()}))
+    return [name for name in alone if not torch.equal(alone[name], found[name])], net.lr
+
+
+@pytest.mark.dist
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork")
+def test_learning_rate_finder_leaves_no_trace_under_ddp() -> None:
+    (first, lr), (second, other) = run_processes(2, _find_and_train)
+    assert first == second == []
+    assert lr == other != 1e-2
