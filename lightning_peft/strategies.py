@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft import distributed
-from lightning_peft.checkpoint import ENTRY, adapter_state_dict
+from lightning_peft.checkpoint import adapter_state_dict
 from lightning_peft.distributed import is_shard, like, whole
 from lightning_peft.rank.budget import RankBudget, clean_name
 from lightning_peft.seams import Link, wrap_method
@@ -160,6 +161,8 @@ def clip_by_norm(call: Callable[..., Any], plugin: Any, optimizer: Optimizer, cl
 def whole_checkpoints(strategy: Strategy) -> list[Undo]:
     """Make a sharded strategy write and read one ordinary file of what is trained, whole.
 
+    A module without adapters is left to the strategy's own ways.
+
     Returns:
         Functions that undo it.
     """
@@ -170,7 +173,12 @@ def whole_checkpoints(strategy: Strategy) -> list[Undo]:
         "load_checkpoint": _load,
         "load_model_state_dict": _load_state,
     }
-    return [wrap_method(strategy, name, link) for name, link in links.items()]
+    return [wrap_method(strategy, name, partial(_if_adapted, link)) for name, link in links.items()]
+
+
+def _if_adapted(link: Link, call: Callable[..., Any], strategy: Strategy, *args: Any, **kwargs: Any) -> Any:
+    assert strategy.lightning_module is not None
+    return link(call, strategy, *args, **kwargs) if adapters(strategy.lightning_module) else call(*args, **kwargs)
 
 
 def _state_dict(call: Callable[..., Any], strategy: Strategy) -> dict[str, Any]:
@@ -189,26 +197,33 @@ def _optimizer_state(call: Callable[..., Any], strategy: Strategy, optimizer: An
 
 
 def _save(call: Callable[..., Any], strategy: Any, checkpoint: dict[str, Any], filepath: Any, **kwargs: Any) -> None:
-    path = Path(strategy.broadcast(os.fspath(filepath)))
-    if path.is_dir():
+    path, is_folder = _common(strategy, filepath)
+    if is_folder:
         raise IsADirectoryError(
-            f"{path} is a folder, perhaps an older sharded checkpoint; remove it or choose another."
+            f"{path} is a folder, perhaps an older sharded checkpoint, and a checkpoint of adapters is one file. "
+            "Remove the folder or choose another path."
         )
     Strategy.save_checkpoint(strategy, checkpoint, path, **kwargs)
 
 
 def _load(call: Callable[..., Any], strategy: Any, path: Any, weights_only: bool | None = None) -> Any:
-    path = Path(strategy.broadcast(os.fspath(path)))
-    if path.is_dir():
+    path, is_folder = _common(strategy, path)
+    if is_folder:
         return call(path, weights_only=weights_only)  # a sharded checkpoint that Lightning itself has written
     return strategy.checkpoint_io.load_checkpoint(path, map_location="cpu", weights_only=weights_only)
 
 
+def _common(strategy: Any, path: Any) -> tuple[str, bool]:
+    """Process 0's path, and whether it finds a folder there; no process goes another way than the others."""
+    common: tuple[str, bool] = strategy.broadcast((os.fspath(path), Path(path).is_dir()))
+    return common
+
+
 def _load_state(call: Callable[..., Any], strategy: Any, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-    module: LightningModule = strategy.lightning_module
-    if ENTRY not in checkpoint or "state_dict" not in checkpoint:
-        call(checkpoint, strict=strict)
+    if "state_dict" not in checkpoint:
+        call(checkpoint, strict=strict)  # loaded by now, from a folder
         return
+    module: LightningModule = strategy.lightning_module
     state = checkpoint["state_dict"]
     own = adapter_state_dict(module)
     with torch.no_grad():

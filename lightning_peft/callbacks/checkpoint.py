@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from lightning_peft.accumulation import partial_gradients, restore_gradients
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.archive import check_archive, reading
 from lightning_peft.callbacks.checkpoint_io import write_checkpoints_whole
@@ -33,7 +34,10 @@ from lightning_peft.fingerprint import fingerprint
 from lightning_peft.resume import ResumableLoader, make_plain, make_resumable, rng_state, set_rng_state
 from lightning_peft.seams import when_built, wrap_method
 from lightning_peft.strategies import is_sharded, whole_checkpoints
-from lightning_peft.surgery import is_flattened
+from lightning_peft.surgery import adapters, is_flattened
+
+_GRADIENTS = "lightning_peft_gradients"
+"""The key of the gradients so far, in a checkpoint from between the micro-batches of one optimizer step."""
 
 
 class AdapterCheckpoint(Callback):
@@ -43,9 +47,14 @@ class AdapterCheckpoint(Callback):
     adapters, masks, terms, the trained head and buffers; and beside Lightning's own entries a recipe to inject again, a
     digest of the tensors and a fingerprint of the base. All are checked when a checkpoint is loaded.
 
-    For resuming, the global generators' state and the place in the training data are saved too. Lightning resumes in
+    For resuming, the global generators' state and the place in the training data are saved too; validation during a fit
+    draws its random numbers apart, so that training does not depend on how often it is validated. Lightning resumes in
     the middle of an epoch with the first batches of a new one; with this callback a plain DataLoader goes on with the
-    batch that would have come next, whether it shuffles or not. Other loaders are left to their own means.
+    batch that would have come next, whether it shuffles or not. Other loaders are left to their own means. A checkpoint
+    from between two accumulated micro-batches holds the gradients so far as well.
+
+    With several processes, and whether the base is sharded or not, a checkpoint is one file that any strategy and any
+    number of processes can load.
 
     A checkpoint file is written whole or not at all: killed in the middle, or on a full disk, what was there before
     stays as it was.
@@ -65,12 +74,15 @@ class AdapterCheckpoint(Callback):
         self._adopted: list[ResumableLoader] = []
         self._loaders: list[ResumableLoader] = []
         self._left: list[dict[str, Any]] = []  # where the loaders stood when the run ended
-        self._progress: Any = None  # of the batches of this epoch
         self._restored: Mapping[str, Any] | None = None
+        self._gradients: Mapping[str, Any] | None = None  # restored, and not yet in place
+        self._outside: Mapping[str, Any] | None = None  # the training's random numbers, during a validation
+        self._stopped: Mapping[str, Any] | None = None  # where an exception ended the run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         require_before(trainer, self, AdapterInjection)
         self._detach()
+        self._stopped = None
         _call_all(self._undo)
         strict = pl_module.strict_loading
         pl_module.strict_loading = False  # the base is not in the file; `check` is stricter than strict about the rest
@@ -94,6 +106,9 @@ class AdapterCheckpoint(Callback):
         if stage == "fit":
             self._left = []
             self._watch_loaders(trainer)
+            validation = trainer.fit_loop.epoch_loop.val_loop
+            for name in ("run", "increment_progress_to_evaluation_end"):
+                self._undo_after.append(wrap_method(validation, name, self._apart))
 
     def _print_base(self, module: LightningModule) -> None:
         if not any(map(is_flattened, module.parameters())):
@@ -106,6 +121,17 @@ class AdapterCheckpoint(Callback):
             self._undo_after.append(wrap_method(source, "train_dataloader", self._adopt))
         else:
             self._adopt(lambda: source, source)
+
+    def _apart(self, call: Callable[..., Any], loop: Any, *args: Any, **kwargs: Any) -> Any:
+        # Lightning skips the validation that was due where a checkpoint was written, and prepares for one that was not:
+        # training goes on alike only if validation draws nothing from its random numbers. Lightning keeps its sanity
+        # check apart in the same way.
+        self._outside = rng_state()
+        try:
+            return call(*args, **kwargs)
+        finally:
+            set_rng_state(self._outside)
+            self._outside = None
 
     def _adopt(self, call: Callable[..., Any], owner: Any, *args: Any, **kwargs: Any) -> Any:
         loaders = call(*args, **kwargs)
@@ -132,6 +158,12 @@ class AdapterCheckpoint(Callback):
             check_entry(checkpoint, source)
             with fitting(module, checkpoint, source):
                 check(module, checkpoint, source, self._base)
+        elif adapters(module) and is_sharded(module.trainer.strategy):
+            raise AdapterFileError(
+                f"{source} was not written by AdapterCheckpoint, and a model with adapters that "
+                f"{type(module.trainer.strategy).__name__} shards loads no other. Load it into the model before "
+                "adapters are injected."
+            )
         else:  # written without us: as strict as Lightning itself
             odd = sorted(checkpoint["state_dict"].keys() ^ module.state_dict().keys())
             if odd:
@@ -146,7 +178,6 @@ class AdapterCheckpoint(Callback):
         combined = trainer.fit_loop._combined_loader
         leaves = [] if combined is None else combined.flattened
         self._loaders = [loader for loader in leaves if isinstance(loader, ResumableLoader)]
-        self._progress = trainer.fit_loop.epoch_loop.batch_progress.current
         # The last thing before the first batch: sanity checks and dataloaders have drawn what they wanted.
         states, self._restored = self._restored, None
         if states is None:
@@ -159,41 +190,71 @@ class AdapterCheckpoint(Callback):
             )
             return
         state = states["ranks"][rank()]
-        progress = trainer.fit_loop.epoch_loop.batch_progress.current
-        mid_epoch = 0 < progress.ready < trainer.num_training_batches
-        for loader, position in zip(self._loaders, state["loaders"], strict=False):
-            loader.load_state_dict(position if mid_epoch else {})
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        mid_epoch = 0 < progress.processed < trainer.num_training_batches
+        # Between epochs all loaders begin anew, also where there was none yet: a finder saves before training starts.
+        positions = state["loaders"] if mid_epoch else [{} for _ in self._loaders]
+        for loader, position in zip(self._loaders, positions, strict=False):
+            if position and progress.ready > progress.processed:
+                # Written inside a batch, after an error say: Lightning takes that batch again, and so do we.
+                position = {**position, "taken": position["taken"] - 1}
+            loader.load_state_dict(position)
         set_rng_state(state["rng"])
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Not in on_train_start, where RankPruning begins anew with the masks' gradients. Lightning sets gradients to
+        # zero before the first micro-batch of a step only, and this is a later one.
+        if self._gradients is None:
+            return
+        state, self._gradients = self._gradients, None
+        if state:
+            restore_gradients(pl_module, state)
+        else:
+            rank_zero_warn(
+                "This checkpoint was written inside a batch, amid an optimizer step: the gradients of the step's "
+                "earlier micro-batches are lost, and the step goes on without them."
+            )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stopped = self._here()  # for those who save after us
         self._detach()
 
     def _detach(self) -> None:
         _call_all(self._undo_after)
-        self._restored = None  # validation of a checkpoint loads it as well; a later fit is not its continuation
-        # For checkpoints that are written later: by another callback's on_exception, or when fit has returned.
-        self._left = self._positions()
+        # Validation of a checkpoint loads it as well; a later fit is not its continuation.
+        self._restored = self._gradients = None
+        self._left = self._places()  # for checkpoints that are written later, by other callbacks or after fit
         for loader in [*self._adopted, *self._loaders]:
             make_plain(loader)
         self._adopted, self._loaders = [], []
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        if self._gradients is not None:
+            checkpoint[_GRADIENTS] = self._gradients
+        elif progress.ready == progress.processed:
+            if progress.ready and trainer.fit_loop._should_accumulate():
+                checkpoint[_GRADIENTS] = partial_gradients(pl_module)
+        elif progress.processed % trainer.accumulate_grad_batches:
+            checkpoint[_GRADIENTS] = {}  # backward may have added this batch to some of them
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._gradients = checkpoint.get(_GRADIENTS)
+
     def state_dict(self) -> dict[str, Any]:
-        here = {"rng": rng_state(), "loaders": self._positions()}
-        return {"ranks": gather_objects(here)}
+        return {"ranks": gather_objects(self._stopped or self._here())}
+
+    def _here(self) -> dict[str, Any]:
+        return {"rng": self._outside or rng_state(), "loaders": self._places()}
+
+    def _places(self) -> list[dict[str, Any]]:
+        return [loader.state_dict() for loader in self._loaders] or self._left
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None
-
-    def _positions(self) -> list[dict[str, Any]]:
-        if not self._loaders:
-            return self._left
-        # In the middle of a batch, in a signal handler or after an exception: Lightning takes it again when it resumes.
-        again = int(self._progress.ready > self._progress.processed)
-        places = [loader.state_dict() for loader in self._loaders]
-        return [place | {"taken": max(0, place["taken"] - again)} if place else place for place in places]
 
 
 def _call_all(undo: list[Callable[[], object]]) -> None:

@@ -97,6 +97,15 @@ class RankPruning(Callback):
                 "RankPruning found no adapter to prune. Put AdapterInjection before it in the Trainer's callbacks, or "
                 "call inject() on the module first."
             )
+        self._count_steps(trainer, pl_module)
+        self._steps = TakenSteps()
+        self._seen = self._event_at = 0
+        self._settled = False
+        self.event_step = self._events = 0
+        self.event_scores = {}
+        self.policy.track(budget)
+
+    def _count_steps(self, trainer: Trainer, pl_module: LightningModule) -> None:
         total = trainer.estimated_stepping_batches
         if not pl_module.automatic_optimization and trainer.max_steps == -1:
             raise MisconfigurationException(
@@ -109,20 +118,18 @@ class RankPruning(Callback):
                 "max_epochs together with a data loader whose length is known."
             )
         self.total_steps = int(total)
-        self._steps = TakenSteps()
-        self._seen = self._event_at = 0
-        self._settled = False
-        self.event_step = self._events = 0
-        self.event_scores = {}
-        self.policy.track(budget)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Learning-rate and batch-size finders train, and change the number of batches, after or before on_fit_start.
+        self._count_steps(trainer, pl_module)
+        for site in RankBudget.of(pl_module).values():
+            site.gate.mask.grad = None
         # Loops are restored after on_fit_start, and global_step with them; under sharded strategies callbacks too.
         self._seen = trainer.global_step
         self._steps.watch(trainer, self._stepped)
         if self._restored is not None:
             state, self._restored = self._restored, None
-            if state["total_steps"] != self.total_steps:
+            if state["step"] and state["total_steps"] != self.total_steps:
                 rank_zero_warn(
                     f"This checkpoint's rank schedule was made for {state['total_steps']} optimizer steps and the "
                     f"Trainer now plans {self.total_steps}: the schedule follows the Trainer. Keep max_epochs, "
@@ -182,7 +189,6 @@ class RankPruning(Callback):
         if self._due(step, ends):
             step -= self._steps.settle()
         due = self._due(step, ends)
-        self._seen = step
         events = self._events_until(step)
         self._seen = step
         if due:

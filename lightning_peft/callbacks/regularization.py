@@ -50,7 +50,7 @@ class Regularization(Callback):
                 raise TypeError(f"the term {name!r} must be a Regularizer. Got {type(term).__name__}.")
         self.terms = nn.ModuleDict(terms)
         self._remove: Callable[[], None] | None = None
-        self._total_steps = 0
+        self._total_steps: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         require_before(trainer, self, AdapterInjection)
@@ -91,7 +91,10 @@ class Regularization(Callback):
                 f"the weight of {scheduled[0]!r} follows a schedule, and the Trainer does not know its number of "
                 "steps. Set max_steps or max_epochs."
             )
-        self._total_steps = 0 if total == float("inf") else int(total)
+        self._total_steps = _steps(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._total_steps = _steps(trainer)  # a batch-size finder changes it after our on_fit_start
 
     def _add_terms(self, call: Callable[..., Any], module: LightningModule, *args: Any, **kwargs: Any) -> Any:
         outputs = call(*args, **kwargs)
@@ -105,6 +108,8 @@ class Regularization(Callback):
                 f"'loss', for terms to be added. Got a {kind}."
             )
         step = module.trainer.global_step + 1
+        if self._total_steps is None:
+            self._total_steps = _steps(module.trainer)  # a learning-rate finder trains before our on_fit_start
         terms: dict[str, Regularizer] = dict(self.terms.items())  # type: ignore[arg-type]
         weights = {name: term.weight_at(step, self._total_steps) for name, term in terms.items()}
         batch = args[0] if args else next(iter(kwargs.values()), None)
@@ -128,6 +133,12 @@ class Regularization(Callback):
         if self._remove is not None:
             self._remove()
             self._remove = None
+
+
+def _steps(trainer: Trainer) -> int:
+    """How many optimizer steps the Trainer plans; 0 if it does not know."""
+    total = trainer.estimated_stepping_batches
+    return 0 if total == float("inf") else int(total)
 
 
 def _kind(value: object) -> str:

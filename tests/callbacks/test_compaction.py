@@ -385,7 +385,7 @@ def test_adapters_that_were_others_from_the_start_are_refused(both: tuple[Path, 
 @pytest.mark.parametrize(("change", "says"), [
     (lambda e: e.update({CUT: 3}), "says that compacted is 3; it must be a dictionary"),
     (lambda e: e[CUT]["net.3"].update(components=-1), r"compacted\['net.3'\] is -1; it must be components, at least 1"),
-    (lambda e: e["recipe"]["adapters"][0]["arguments"].update(rank=10**6), "asks for an adapter that cannot be: layer 'net.0': rank=100"),
+    (lambda e: e["recipe"]["adapters"][0]["arguments"].update(rank=10**6), "that cannot be: layer 'net.0': rank=100"),
     (lambda e: e[CUT].update({"net.9": e[CUT]["net.3"]}), "holds other adapters than this model has"),
 ])  # fmt: skip
 def test_a_wrong_record_is_refused(both: tuple[Path, Net], tmp_path: Path, change: Any, says: str) -> None:
