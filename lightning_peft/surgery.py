@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.attention import AdaptedAttention, expose_in_proj, has_in_proj, hide_in_proj
@@ -84,10 +85,17 @@ def inject(
         ValueError: a pattern matches nothing or is no regular expression, or the module has adapters already.
         TypeError: a target cannot be adapted.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"inject takes a module, such as a LightningModule. Got a {type(module).__name__}.")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("inject is called under torch.inference_mode, where adapters could never be trained.")
+    require_factory(factory)
     for name, patterns in (("targets", targets), ("train", train)):
         if isinstance(patterns, str):
             raise TypeError(f"{name} must be a list of patterns, not one string. Write {name}=[{patterns!r}].")
         for pattern in patterns or ():
+            if not isinstance(pattern, str):
+                raise TypeError(f"{name} must be a list of patterns, which are strings. Got {pattern!r}.")
             try:
                 re.compile(pattern)
             except re.error as error:
@@ -104,10 +112,27 @@ def inject(
             f"{type(module).__name__} has adapters already, the first at {clean_name(first)!r}: call eject first, or "
             "inject all layers in one call. Parts of a model can have adapters of their own: call inject on each part."
         )
+    for name, child in module.named_modules():
+        if name.rpartition(".")[2] == "_orig_mod" and why_not(child) is None:
+            raise ValueError(
+                f"the layer {clean_name(name)!r} is compiled, and what was compiled knows no adapter: inject first, "
+                "call torch.compile afterwards, or compile the whole module."
+            )
     head = find_head(module)
     chosen = _choose(module, targets, head)
     kept = _kept(module, train, head, chosen)
     return install(module, {name: (layer, factory) for name, layer in chosen.items()}, kept)
+
+
+def require_factory(factory: object) -> None:
+    """Check that `factory` can build adapters.
+
+    Raises:
+        TypeError: it is an adapter already, or nothing that can be called.
+    """
+    if isinstance(factory, nn.Module) or not callable(factory):
+        name = f"a {type(factory).__name__} that is built already" if isinstance(factory, nn.Module) else f"{factory!r}"
+        raise TypeError(f"adapters are built around each layer by a factory: partial(LoRA, rank=8). Got {name}.")
 
 
 def install(

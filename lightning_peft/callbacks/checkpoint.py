@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.callbacks.injection import AdapterInjection
 from lightning_peft.callbacks.order import require_before
+from lightning_peft.callbacks.preflight import Preflight
 from lightning_peft.checkpoint import (
     ENTRY,
     AdapterFileError,
@@ -32,7 +33,7 @@ from lightning_peft.strategies import is_sharded, whole_checkpoints
 from lightning_peft.surgery import is_flattened
 
 
-class AdapterCheckpoint(Callback):
+class AdapterCheckpoint(Preflight):
     """Keep the frozen base out of every checkpoint, and make `fit(ckpt_path=...)` continue as if never interrupted.
 
     Whatever writes checkpoints (ModelCheckpoint, also with `save_weights_only`, or `trainer.save_checkpoint`) writes
@@ -60,6 +61,7 @@ class AdapterCheckpoint(Callback):
         self._restored: Mapping[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         require_before(trainer, self, AdapterInjection)
         self._detach()
         _call_all(self._undo)
@@ -132,6 +134,7 @@ class AdapterCheckpoint(Callback):
         call(checkpoint)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         # The loaders that are iterated: with several processes Lightning has made others of what the user gave.
         combined = trainer.fit_loop._combined_loader
         leaves = [] if combined is None else combined.flattened

@@ -6,20 +6,23 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_peft.arguments import require_instance
 from lightning_peft.callbacks.injection import AdapterInjection
-from lightning_peft.callbacks.order import callbacks_of, require_before
+from lightning_peft.callbacks.order import require_before
+from lightning_peft.callbacks.preflight import Preflight
+from lightning_peft.distributed import gather_objects
 from lightning_peft.rank.budget import RankBudget
 from lightning_peft.rank.policy import RankPolicy
-from lightning_peft.strategies import averaged, require_equal
+from lightning_peft.strategies import require_equal
 
 
-class RankPruning(Callback):
+class RankPruning(Preflight):
     """Close components on schedule; the number of steps comes from the Trainer.
 
     Importance is updated once per optimizer step, gradients before the step and weights after it; components are chosen
@@ -38,6 +41,7 @@ class RankPruning(Callback):
     """
 
     def __init__(self, policy: RankPolicy) -> None:
+        require_instance("policy", policy, RankPolicy, "RankPolicy(Cubic(), Taylor(), Budget(rank=8))")
         self.policy = policy
         self.total_steps = 0
         self.event_step = 0
@@ -47,16 +51,11 @@ class RankPruning(Callback):
         self._restored: Mapping[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         require_before(trainer, self, AdapterInjection)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if averaged(trainer.strategy, pl_module) and not any(
-            isinstance(callback, AdapterInjection) for callback in callbacks_of(trainer)
-        ):
-            raise MisconfigurationException(
-                f"under {type(trainer.strategy).__name__} nobody averages the adapters' gradients. Put "
-                "AdapterInjection before RankPruning in the Trainer's callbacks; adapters that are there it leaves."
-            )
+        super().on_fit_start(trainer, pl_module)
         budget = RankBudget.of(pl_module)
         if not budget:
             raise MisconfigurationException(
@@ -69,10 +68,22 @@ class RankPruning(Callback):
                 f"{type(pl_module).__name__} optimizes by hand, so only it knows how many optimizer steps an epoch "
                 "has, and the rank schedule would run at the wrong pace. Set max_steps, counted over all optimizers."
             )
+        if trainer.num_training_batches == 0:
+            raise MisconfigurationException(
+                "RankPruning has nothing to follow: the Trainer is to take no optimizer step. Look at "
+                "limit_train_batches, max_epochs and max_steps."
+            )
         if total == float("inf") or total < 1:
             raise MisconfigurationException(
                 f"RankPruning needs the number of optimizer steps, and the Trainer expects {total}. Set max_steps, or "
                 "max_epochs together with a data loader whose length is known."
+            )
+        totals = gather_objects(int(total))
+        if len(set(totals)) > 1:
+            raise MisconfigurationException(
+                f"the processes expect different numbers of optimizer steps, {', '.join(map(str, totals))}, so their "
+                "rank schedules would part. Give each as many batches as the others: leave use_distributed_sampler on, "
+                "or set max_steps."
             )
         self.total_steps = int(total)
         self._seen = 0
@@ -81,6 +92,7 @@ class RankPruning(Callback):
         self.policy.track(budget)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         # Loops are restored after on_fit_start, and global_step with them; under sharded strategies callbacks too.
         self._seen = trainer.global_step
         if self._restored is not None:
@@ -116,6 +128,7 @@ class RankPruning(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._look(trainer, pl_module)
 
     def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -130,11 +143,11 @@ class RankPruning(Callback):
         if self.policy.importance.reads == "weights" and taken and self._observes(taken[0]):
             self.policy.importance.update()
         if missed or any(self.policy.is_event(each, self.total_steps) for each in taken):
+            # Before masks are written: what has come apart must not be sealed.
+            require_equal(pl_module, f"at the pruning event of step {step}")
             # Every rank decides alike; rank 0's word is final all the same.
             masks: dict[str, Tensor] = trainer.strategy.broadcast(self.policy.decide(step, self.total_steps))
             self.policy.apply(masks, step, self.total_steps)
-            if trainer.world_size > 1:
-                require_equal(pl_module, f"after the pruning event of step {step}")
             self.event_step = step
             self._settled = self.policy.is_final(step, self.total_steps)
             if self._settled:
