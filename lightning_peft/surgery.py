@@ -88,11 +88,16 @@ def inject(
     if not isinstance(module, nn.Module):
         raise TypeError(f"inject takes a module, such as a LightningModule. Got a {type(module).__name__}.")
     if torch.is_inference_mode_enabled():
-        raise RuntimeError("inject is called under torch.inference_mode, where adapters could never be trained.")
+        raise RuntimeError(
+            "inject is called under torch.inference_mode, where adapters could never be trained. Call it outside."
+        )
     require_factory(factory)
     for name, patterns in (("targets", targets), ("train", train)):
         if isinstance(patterns, str):
-            raise TypeError(f"{name} must be a list of patterns, not one string. Write {name}=[{patterns!r}].")
+            advice = f"Write {name}=[{patterns!r}]."
+            if patterns == "all-linear":
+                advice = "Leave it out to adapt all linear layers except the head."
+            raise TypeError(f"{name} must be a list of patterns, not one string. {advice}")
         for pattern in patterns or ():
             if not isinstance(pattern, str):
                 raise TypeError(f"{name} must be a list of patterns, which are strings. Got {pattern!r}.")
@@ -252,6 +257,8 @@ def small_parameters(module: nn.Module) -> list[nn.Parameter]:
 
         fully_shard(block, mesh=mesh, ignored_params=set(small_parameters(self)))
 
+    Have AdapterInjection among the Trainer's callbacks all the same: it averages the gradients of what is whole.
+
     Raises:
         ValueError: there is no adapter yet.
     """
@@ -318,7 +325,7 @@ def _no_match(pattern: str, module: nn.Module, layers: Mapping[str, nn.Module]) 
             reason = why_not(child)
             return f"targets={[pattern]!r} matches {name!r}, which cannot be adapted: {reason}."
     ends = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
-    near = difflib.get_close_matches(pattern, [*ends, *layers], n=5, cutoff=0.4) or ends[:8]
+    near = difflib.get_close_matches(pattern, dict.fromkeys([*ends, *layers]), n=5, cutoff=0.4) or ends[:8]
     return f"targets={[pattern]!r} matches no layer; the nearest names are {', '.join(map(repr, near)) or 'none'}."
 
 

@@ -72,7 +72,6 @@ class AdapterInjection(Preflight):
         self.injection: Injection | None = None
         self._unchecked = False
         self._averaged: list[nn.Parameter] = []
-        self._unaveraged = False  # there was a backward since
         self._undo: Callable[[], object] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -113,18 +112,10 @@ class AdapterInjection(Preflight):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Before gradients are unscaled and looked at: an overflow on one process is then one on all.
-        if self._averaged:
-            self._unaveraged = True
-            if not (pl_module.automatic_optimization and trainer.fit_loop._should_accumulate()):
-                self._average()
-
-    def _average(self) -> None:
-        average_gradients(self._averaged)
-        self._unaveraged = False
+        if self._averaged and not (pl_module.automatic_optimization and trainer.fit_loop._should_accumulate()):
+            average_gradients(self._averaged)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._unaveraged:
-            self._average()  # the last of the accumulated batches had no loss, so no backward
         # Once: an adapter that took no part in the first loss stands where nobody calls it or reads its weight.
         if not self._unchecked or all(p.grad is None for p in pl_module.parameters()):
             return  # done, or there was no loss yet: training_step may return None
@@ -149,7 +140,7 @@ class AdapterInjection(Preflight):
         self._release()
 
     def _release(self) -> None:
-        self._averaged, self._unaveraged = [], False
+        self._averaged = []
         if self._undo is not None:
             self._undo()
             self._undo = None

@@ -68,10 +68,10 @@ class RankPruning(Preflight):
                 f"{type(pl_module).__name__} optimizes by hand, so only it knows how many optimizer steps an epoch "
                 "has, and the rank schedule would run at the wrong pace. Set max_steps, counted over all optimizers."
             )
-        if trainer.num_training_batches == 0:
+        if trainer.limit_train_batches == 0:
             raise MisconfigurationException(
-                "RankPruning has nothing to follow: the Trainer is to take no optimizer step. Look at "
-                "limit_train_batches, max_epochs and max_steps."
+                "RankPruning has nothing to follow: limit_train_batches=0 leaves no optimizer step. "
+                "Raise it, or take RankPruning out."
             )
         if total == float("inf") or total < 1:
             raise MisconfigurationException(

@@ -1,4 +1,4 @@
-"""Steps that are not plain, under FSDP2: by hand, with several optimizers, without a loss, with an adapter left out."""
+"""Steps that are not plain, under FSDP2: by hand, with several optimizers, with an adapter left out."""
 
 from __future__ import annotations
 
@@ -84,13 +84,6 @@ class TwoOptimizers(Net):
         return [torch.optim.AdamW(parameters[::2], lr=0.01), torch.optim.SGD(parameters[1::2], lr=0.1)]
 
 
-class Skips(Net):
-    """No loss for one batch, the last of those that are accumulated."""
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Any:
-        return None if batch_idx in (3, 8) else self.loss(batch)
-
-
 class Sometimes(Net):
     """One adapter is used for a few batches only, and one never."""
 
@@ -121,12 +114,10 @@ def train(module: type[Net], world: int, **options: Any) -> dict[str, Any]:
     [
         (ByHand, {}),
         (TwoOptimizers, {}),
-        (Skips, {}),
-        (Skips, {"accumulate_grad_batches": 4}),
         (Sometimes, {}),
         (Sometimes, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.05}),
     ],
-    ids=["by_hand", "two_optimizers", "no_loss", "no_loss_accumulated", "unused", "unused_accumulated_clipped"],
+    ids=["by_hand", "two_optimizers", "unused", "unused_accumulated_clipped"],
 )
 def test_two_processes_give_what_one_gives(module: type[Net], options: dict[str, Any]) -> None:
     (alone,) = run_processes(1, lambda: train(module, 1, **options))

@@ -94,6 +94,11 @@ class BackwardByHand(InjectsByHand):
         optimizer.zero_grad()  # type: ignore[union-attr]
 
 
+class Skips(ShardsItself):
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        return None if batch_idx == 3 else super().training_step(batch, batch_idx)
+
+
 class WrapsByHand(Net):
     """FSDP1, wrapped in configure_model before adapters are there."""
 
@@ -289,6 +294,11 @@ ROWS: dict[str, tuple[Callable[[], None], str]] = {
         lambda: fit(BackwardByHand, fsdp2, injection),
         apart("net.0.B", "after step 1"),
     ),
+    "`training_step` returns None to skip a batch": (
+        lambda: fit(Skips, fsdp2, injection),
+        "Skipping the `training_step` by returning None in distributed training is not supported. It is recommended "
+        "that you rewrite your training logic to avoid having to skip the step in the first place.",
+    ),
     "FSDP2: layers are split by tensor parallelism, which is the default": (
         lambda: fit(ShardsItself, ModelParallelStrategy, injection),
         "ModelParallelStrategy splits layers over 2 processes (tensor parallelism), and adapters need whole ones. "
@@ -321,3 +331,8 @@ ROWS: dict[str, tuple[Callable[[], None], str]] = {
         "parameters of these modules as ignored_states.",
     ),
 }
+
+
+def kind(sentence: str) -> str:
+    """The class of what says it."""
+    return "RuntimeError" if "on all processes" in sentence or "Skipping" in sentence else "MisconfigurationException"
