@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,25 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def together(check: Callable[[], object]) -> None:
+    """Run a check on every process; where it fails on one it fails on all, so that none is left waiting.
+
+    Raises:
+        RuntimeError: it has passed here and failed elsewhere. Where it fails, its own error is raised.
+    """
+    error: Exception | None = None
+    try:
+        check()
+    except Exception as caught:
+        error = caught
+    told = gather_objects(None if error is None else str(error))
+    if error is not None:
+        raise error
+    for number, sentence in enumerate(told):
+        if sentence is not None:
+            raise RuntimeError(f"process {number} stops: {sentence}")
 
 
 def rank() -> int:
@@ -81,14 +100,22 @@ def agreed(masks: Mapping[str, Tensor], device: torch.device) -> dict[str, Tenso
 
 @torch.no_grad()
 def first_difference(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor whose bits are not the same on all processes; ``None`` if all are."""
-    if world_size() == 1 or not tensors:
+    """The name of the first tensor whose bits are not the same on all processes; ``None`` if all are.
+
+    A tensor that only some processes have differs as well.
+    """
+    if world_size() == 1:
         return None
-    mine = torch.stack([fingerprint(t) for t in tensors.values()])
-    every = [torch.empty_like(mine) for _ in range(world_size())]
-    dist.all_gather(every, mine)
-    differs = (torch.stack(every) != every[0]).any(0).tolist()
-    return next((name for name, odd in zip(tensors, differs, strict=True) if odd), None)
+    prints = torch.stack([fingerprint(t) for t in tensors.values()]).tolist() if tensors else []
+    return first_odd(dict(zip(tensors, prints, strict=True)))
+
+
+def first_odd(values: Mapping[str, Any]) -> str | None:
+    """The first name whose value is not the same on all processes; every process gets the same answer."""
+    every = gather_objects(dict(values))
+    names = dict.fromkeys(name for each in every for name in each)
+    missing = object()
+    return next((n for n in names if any(each.get(n, missing) != every[0].get(n, missing) for each in every)), None)
 
 
 def fingerprint(tensor: Tensor) -> Tensor:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_peft.adapters import dynamic_dora as dora
 from lightning_peft.adapters.dynamic_dora import DynamicDoRA
 from lightning_peft.adapters.lora import LoRA
+from lightning_peft.arguments import require_instance
 from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, RankMonitor, RankPruning, Regularization
 from lightning_peft.rank.budget import Budget
 from lightning_peft.regularizers import DEM, UntilTail
@@ -23,6 +25,15 @@ class Preset(list[Callback]):
     A type of its own, so that the command line can tell a function that returns one from any other: the `peft` of a job
     takes whatever returns a Preset, yours too.
     """
+
+    def __getattr__(self, name: str) -> Any:
+        # A Trainer takes anything for a callback, and would say that a list has no attribute 'setup'.
+        if hasattr(Callback, name):
+            raise MisconfigurationException(
+                "a preset is a list of callbacks, and was given to the Trainer as one callback. Unpack it: "
+                "callbacks=[*preset, ...]."
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
 def lora(
@@ -92,6 +103,10 @@ def dynamic_dora(
     Reference:
         Mao et al., DoRA, ACL 2024, arXiv 2405.17357.
     """
+    if budget is not None:
+        require_instance("budget", budget, Budget, "Budget(share=0.5)")
+    if dem_weight < 0:
+        raise ValueError(f"dem_weight is the weight of a penalty, at least 0. Got {dem_weight}.")
     if final_rank is not None and budget is not None:
         raise ValueError(f"give final_rank or budget, not both. Got final_rank={final_rank}, budget={budget}.")
     final = budget or Budget(rank=8 if final_rank is None else final_rank)

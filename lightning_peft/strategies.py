@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import (
     DDPStrategy,
     FSDPStrategy,
@@ -107,9 +107,16 @@ def require_synchronised(strategy: Strategy, module: LightningModule) -> None:
     """
     own = {id(p) for adapter in adapters(module).values() for _, p in adapter.own_parameters()}
     known: set[int] | None = None
+    ignored: set[str] = set()
     if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, nn.parallel.DistributedDataParallel):
         known = {id(p) for p in strategy.model._module_parameters}
+        ignored = strategy.model.parameters_to_ignore
     for name, parameter in trained(module).items():
+        if parameter.requires_grad and name in ignored:
+            raise MisconfigurationException(
+                f"{clean_name(name)!r} is trained and among the parameters that DDP is told to ignore "
+                "(_ddp_params_and_buffers_to_ignore), so processes would drift apart. Take it out of that list."
+            )
         if known is not None and parameter.requires_grad and id(parameter) not in known:
             raise MisconfigurationException(
                 f"{clean_name(name)!r} came into the module after DDP had wrapped it, so its gradients would not be "
@@ -127,6 +134,20 @@ def require_synchronised(strategy: Strategy, module: LightningModule) -> None:
                 f"{clean_name(name)!r} is part of a flat parameter of FSDP1, and what is trained is to stay whole. "
                 "Pass ignored_states=small_parameters(self) where you wrap, or leave the wrapping to FSDPStrategy."
             )
+
+
+def require_alike(module: nn.Module) -> None:
+    """Check that all processes train the same parameters, of the same shapes.
+
+    Raises:
+        RuntimeError: on all processes, if one of them does not.
+    """
+    name = distributed.first_odd({clean_name(n): (tuple(p.shape), p.requires_grad) for n, p in trained(module).items()})
+    if name is not None:
+        raise RuntimeError(
+            f"{name!r} is not trained in the same way on all processes: they have other adapters, or froze other "
+            "parameters. Call inject and requires_grad_ on every process alike, whatever its rank."
+        )
 
 
 def require_equal(module: nn.Module, when: str) -> None:
@@ -253,16 +274,3 @@ def _sharded(saved: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
 
 def _masks(module: nn.Module) -> dict[str, Tensor]:
     return {f"{name}.gate.mask": site.gate.mask for name, site in RankBudget.of(module).items()}
-
-
-def refuse_other_trainer(trainer: object) -> None:
-    """Refuse a Trainer of the package `pytorch_lightning`, which knows our callbacks only by half.
-
-    Raises:
-        MisconfigurationException: it is none of `lightning.pytorch`.
-    """
-    if not isinstance(trainer, Trainer):
-        raise MisconfigurationException(
-            f"this Trainer is {type(trainer).__module__.partition('.')[0]}'s, and lightning_peft works with "
-            "`lightning.pytorch`: write `from lightning.pytorch import Trainer, LightningModule` everywhere."
-        )

@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.attention import AdaptedAttention, expose_in_proj, has_in_proj, hide_in_proj
@@ -84,10 +85,22 @@ def inject(
         ValueError: a pattern matches nothing or is no regular expression, or the module has adapters already.
         TypeError: a target cannot be adapted.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"inject takes a module, such as a LightningModule. Got a {type(module).__name__}.")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "inject is called under torch.inference_mode, where adapters could never be trained. Call it outside."
+        )
+    require_factory(factory)
     for name, patterns in (("targets", targets), ("train", train)):
         if isinstance(patterns, str):
-            raise TypeError(f"{name} must be a list of patterns, not one string. Write {name}=[{patterns!r}].")
+            advice = f"Write {name}=[{patterns!r}]."
+            if patterns == "all-linear":
+                advice = "Leave it out to adapt all linear layers except the head."
+            raise TypeError(f"{name} must be a list of patterns, not one string. {advice}")
         for pattern in patterns or ():
+            if not isinstance(pattern, str):
+                raise TypeError(f"{name} must be a list of patterns, which are strings. Got {pattern!r}.")
             try:
                 re.compile(pattern)
             except re.error as error:
@@ -104,10 +117,27 @@ def inject(
             f"{type(module).__name__} has adapters already, the first at {clean_name(first)!r}: call eject first, or "
             "inject all layers in one call. Parts of a model can have adapters of their own: call inject on each part."
         )
+    for name, child in module.named_modules():
+        if name.rpartition(".")[2] == "_orig_mod" and why_not(child) is None:
+            raise ValueError(
+                f"the layer {clean_name(name)!r} is compiled, and what was compiled knows no adapter: inject first, "
+                "call torch.compile afterwards, or compile the whole module."
+            )
     head = find_head(module)
     chosen = _choose(module, targets, head)
     kept = _kept(module, train, head, chosen)
     return install(module, {name: (layer, factory) for name, layer in chosen.items()}, kept)
+
+
+def require_factory(factory: object) -> None:
+    """Check that `factory` can build adapters.
+
+    Raises:
+        TypeError: it is an adapter already, or nothing that can be called.
+    """
+    if isinstance(factory, nn.Module) or not callable(factory):
+        name = f"a {type(factory).__name__} that is built already" if isinstance(factory, nn.Module) else f"{factory!r}"
+        raise TypeError(f"adapters are built around each layer by a factory: partial(LoRA, rank=8). Got {name}.")
 
 
 def install(
@@ -228,6 +258,8 @@ def small_parameters(module: nn.Module) -> list[nn.Parameter]:
 
         fully_shard(block, mesh=mesh, ignored_params=set(small_parameters(self)))
 
+    Have AdapterInjection among the Trainer's callbacks all the same: it averages the gradients of what is whole.
+
     Raises:
         ValueError: there is no adapter yet.
     """
@@ -294,7 +326,7 @@ def _no_match(pattern: str, module: nn.Module, layers: Mapping[str, nn.Module]) 
             reason = why_not(child)
             return f"targets={[pattern]!r} matches {name!r}, which cannot be adapted: {reason}."
     ends = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
-    near = difflib.get_close_matches(pattern, [*ends, *layers], n=5, cutoff=0.4) or ends[:8]
+    near = difflib.get_close_matches(pattern, dict.fromkeys([*ends, *layers]), n=5, cutoff=0.4) or ends[:8]
     return f"targets={[pattern]!r} matches no layer; the nearest names are {', '.join(map(repr, near)) or 'none'}."
 
 

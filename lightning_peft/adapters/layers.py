@@ -28,7 +28,9 @@ def why_not(layer: nn.Module) -> str | None:
     elif is_conv1d(layer):
         known = kind.__name__ == "Conv1D"
     else:
-        return f"{kind.__name__} is not a Linear, Conv1D or Embedding layer"
+        # A quantized layer is called Linear as well, and is none.
+        name = f"{kind.__module__}.{kind.__name__}" if kind.__name__ in ("Linear", "Embedding") else kind.__name__
+        return f"{name} is not a Linear, Conv1D or Embedding layer"
     if not known:
         # Its forward is not y = W x + b, so an update of W would not be what merging writes.
         return f"{kind.__name__} computes something else than its base class does"

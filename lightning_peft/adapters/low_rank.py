@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.layers import is_conv1d, matrix, why_not
+from lightning_peft.arguments import require_integer, require_number
 from lightning_peft.functional.low_rank import low_rank_linear, low_rank_update
 from lightning_peft.rank.gate import Gate
 
@@ -47,6 +48,9 @@ class LowRank(Adapter):
             raise TypeError(f"{type(self).__name__} cannot adapt this layer: {reason}.")
         weight = matrix(base)
         d_out, d_in = weight.shape
+        require_integer("rank", rank)
+        require_number("alpha", alpha)
+        require_number("dropout", dropout)
         if not 1 <= rank <= min(d_in, d_out):
             raise ValueError(
                 f"rank={rank} is not possible on a layer of {d_in} inputs and {d_out} outputs: "

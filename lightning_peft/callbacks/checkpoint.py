@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -20,6 +20,7 @@ from lightning_peft.callbacks.checkpoint_io import write_checkpoints_whole
 from lightning_peft.callbacks.compaction import fitting
 from lightning_peft.callbacks.injection import AdapterInjection
 from lightning_peft.callbacks.order import require_before
+from lightning_peft.callbacks.preflight import Preflight
 from lightning_peft.checkpoint import (
     ENTRY,
     AdapterFileError,
@@ -40,7 +41,7 @@ _GRADIENTS = "lightning_peft_gradients"
 """The key of the gradients so far, in a checkpoint from between the micro-batches of one optimizer step."""
 
 
-class AdapterCheckpoint(Callback):
+class AdapterCheckpoint(Preflight):
     """Keep the frozen base out of every checkpoint, and make `fit(ckpt_path=...)` continue as if never interrupted.
 
     Whatever writes checkpoints (ModelCheckpoint, also with `save_weights_only`, or `trainer.save_checkpoint`) writes
@@ -80,6 +81,7 @@ class AdapterCheckpoint(Callback):
         self._stopped: Mapping[str, Any] | None = None  # where an exception ended the run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         require_before(trainer, self, AdapterInjection)
         self._detach()
         self._stopped = None
@@ -174,6 +176,7 @@ class AdapterCheckpoint(Callback):
         call(checkpoint)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         # The loaders that are iterated: with several processes Lightning has made others of what the user gave.
         combined = trainer.fit_loop._combined_loader
         leaves = [] if combined is None else combined.flattened

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
+from lightning.pytorch import LightningModule, Trainer, callbacks
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_peft.adapters.base import Adapter, AdapterFactory
-from lightning_peft.callbacks.order import callbacks_of, require_before
+from lightning_peft.callbacks.order import callbacks_of, require_before, require_one
+from lightning_peft.callbacks.preflight import Preflight
 from lightning_peft.distributed import average_gradients, broadcast
 from lightning_peft.rank.budget import RankBudget
 from lightning_peft.seams import when_built, wrap_method
@@ -21,13 +21,9 @@ from lightning_peft.strategies import (
     clip_by_norm,
     is_sharded,
     keep_whole,
-    refuse_other_trainer,
-    require_equal,
-    require_supported,
-    require_synchronised,
     small,
 )
-from lightning_peft.surgery import Injection, inject
+from lightning_peft.surgery import Injection, inject, is_flattened, require_factory
 
 # They copy the module in their setup and later meet it parameter by parameter. The second is not in every release.
 COPIERS = tuple(
@@ -35,7 +31,7 @@ COPIERS = tuple(
 )
 
 
-class AdapterInjection(Callback):
+class AdapterInjection(Preflight):
     """Inject adapters into any LightningModule, at the one safe moment, and say what was done.
 
     In `setup` if the module's layers exist by then, else right after its `setup` or `configure_model`: always before
@@ -44,7 +40,7 @@ class AdapterInjection(Callback):
 
     Under FSDP1 and FSDP2 adapters, and what is trained beside them, stay whole on every process: the strategy is told
     so, their start is process 0's, and their gradients are averaged once per optimizer step. When training starts, and
-    once more after the first step, it is checked that all of them are trained and the same everywhere.
+    after the first step of every epoch, it is checked that all of them are trained and the same everywhere.
 
     Args:
         adapter: builds an adapter around a layer: `partial(LoRA, rank=8)`.
@@ -53,10 +49,13 @@ class AdapterInjection(Callback):
         verbose: print what was adapted.
 
     Raises:
+        TypeError: `adapter` builds nothing.
         MisconfigurationException: the strategy is not supported; a callback that copies the module's weights comes
-            before this one; or, at the start of fit, an adapter's parameter is in no optimizer or not synchronised.
-        RuntimeError: after the first step, adapters are not the same on all processes.
+            before this one; or, when training starts, an adapter's parameter is in no optimizer or not synchronised.
+        RuntimeError: after a step, adapters are not the same on all processes.
     """
+
+    averages_gradients = True
 
     def __init__(
         self,
@@ -65,22 +64,27 @@ class AdapterInjection(Callback):
         train: Sequence[str] | None = None,
         verbose: bool = True,
     ) -> None:
+        require_factory(adapter)
         self.adapter = adapter
         self.targets = targets
         self.train = train
         self.verbose = verbose
         self.injection: Injection | None = None
         self._unchecked = False
-        self._uncompared = False
         self._averaged: list[nn.Parameter] = []
         self._undo: Callable[[], object] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        refuse_other_trainer(trainer)
-        require_supported(trainer.strategy)
+        super().setup(trainer, pl_module, stage)
+        require_one(trainer, AdapterInjection, "name all layers in one: AdapterInjection(adapter, targets=[...])")
         for other in callbacks_of(trainer):
             if isinstance(other, COPIERS):
                 require_before(trainer, other, AdapterInjection)
+            if isinstance(other, callbacks.ModelPruning):
+                raise MisconfigurationException(
+                    "ModelPruning puts masked weights in place of those that adapters stand on, and the two cannot be "
+                    "combined. Prune ranks with RankPruning, or call merge() after training and prune then."
+                )
         when_built(pl_module, self._inject)
         when_built(pl_module, lambda module: keep_whole(trainer.strategy, module))
         if is_sharded(trainer.strategy) and self._undo is None:
@@ -89,37 +93,27 @@ class AdapterInjection(Callback):
     def _inject(self, module: LightningModule) -> None:
         if any(isinstance(child, Adapter) for child in module.modules()):
             return
+        if any(map(is_flattened, module.parameters())):
+            raise MisconfigurationException(
+                f"configure_model of {type(module).__name__} has wrapped its layers in FSDP1, and adapters must be in "
+                "before that. Leave the wrapping to FSDPStrategy, or call inject there first and wrap with "
+                "ignored_states=small_parameters(self)."
+            )
         self.injection = inject(module, self.adapter, self.targets, self.train)
         if self.verbose:
             rank_zero_info(str(self.injection))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
-        for name, site in RankBudget.of(pl_module).items():
-            for part, parameter in site.adapter.own_parameters():
-                if parameter.requires_grad and id(parameter) not in held:
-                    raise MisconfigurationException(
-                        f"{part!r} of the adapter at {name!r} is in no optimizer, so it would not be trained. Let "
-                        "configure_optimizers take every parameter that requires grad, or add the adapters' to a group."
-                    )
+        super().on_fit_start(trainer, pl_module)
         self._averaged = averaged(trainer.strategy, pl_module)
         if self._averaged:
             broadcast(list(small(pl_module).values()))
         self._unchecked = True
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        require_synchronised(trainer.strategy, pl_module)
-        self._uncompared = trainer.world_size > 1
-
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Before gradients are unscaled and looked at: an overflow on one process is then one on all.
         if self._averaged and not (pl_module.automatic_optimization and trainer.fit_loop._should_accumulate()):
             average_gradients(self._averaged)
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if self._uncompared and trainer.global_step:
-            self._uncompared = False
-            require_equal(pl_module, "after the first step")
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         # Once: an adapter that took no part in the first loss stands where nobody calls it or reads its weight.
@@ -135,7 +129,8 @@ class AdapterInjection(Callback):
             rank_zero_warn(
                 f"{len(idle)} adapters took no part in the first loss: {', '.join(idle[:5])}"
                 f"{', ...' if len(idle) > 5 else ''}. The model neither calls these layers nor reads their weight "
-                "from them (it may hold the old layers elsewhere, or skip them): leave them out of the targets."
+                "from them (it may hold the old layers elsewhere, or skip them): leave them out of the targets. Or it "
+                "recomputes them by re-entrant checkpointing, which gives no gradient: set use_reentrant=False."
             )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -6,20 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_peft.callbacks.board import Hyperparameters, Pictures, boards, lay_out
 from lightning_peft.callbacks.injection import AdapterInjection
 from lightning_peft.callbacks.order import callbacks_of, require_before
+from lightning_peft.callbacks.preflight import Preflight
 from lightning_peft.callbacks.pruning import RankPruning
 from lightning_peft.rank.budget import RankBudget, Unit, whole
 
 _PICTURES = 500  # at most about so many per fit: as many histograms as TensorBoard keeps
 
 
-class RankMonitor(Callback):
+class RankMonitor(Preflight):
     """Show the ranks before the first batch, at every pruning event, and at the end.
 
     Every logger gets the scalars, at the number of optimizer steps taken: `rank/<layer>`, `rank/open` (components), and
@@ -54,9 +55,11 @@ class RankMonitor(Callback):
         self._restored: dict[str, int] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         require_before(trainer, self, AdapterInjection, RankPruning)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
         self._found = RankBudget.of(pl_module)
         if not self._found:
             raise MisconfigurationException(
@@ -72,6 +75,7 @@ class RankMonitor(Callback):
             self._hyperparameters = Hyperparameters(boards(trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         # Weights and loops are restored by now, under every strategy.
         if not trainer.is_global_zero:
             self._pruning = None  # no event for this rank
@@ -91,6 +95,7 @@ class RankMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         pruning = self._pruning
         if pruning is None:
             return

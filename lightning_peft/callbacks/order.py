@@ -25,3 +25,19 @@ def require_before(trainer: Trainer, callback: Callback, *earlier: type[Callback
                 f"{name} comes before {before} in the Trainer's callbacks; put {before} first: "
                 f"callbacks=[{before}(...), {name}(...)]."
             )
+
+
+def require_one(trainer: Trainer, kind: type[Callback], instead: str) -> None:
+    """Check that the Trainer has one callback of this kind.
+
+    Args:
+        trainer: the Trainer.
+        kind: the class.
+        instead: what to do instead.
+
+    Raises:
+        MisconfigurationException: it has several.
+    """
+    count = sum(isinstance(callback, kind) for callback in callbacks_of(trainer))
+    if count > 1:
+        raise MisconfigurationException(f"there are {count} {kind.__name__} callbacks; {instead}.")

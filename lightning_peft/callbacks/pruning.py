@@ -6,26 +6,28 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_peft.arguments import require_instance
 from lightning_peft.callbacks.compaction import compact_in_training, require_compactable
 from lightning_peft.callbacks.injection import AdapterInjection
-from lightning_peft.callbacks.order import callbacks_of, require_before
+from lightning_peft.callbacks.order import require_before
+from lightning_peft.callbacks.preflight import Preflight
 from lightning_peft.callbacks.steps import TakenSteps, scaler_of
-from lightning_peft.distributed import agreed
+from lightning_peft.distributed import agreed, gather_objects
 from lightning_peft.rank.budget import RankBudget
 from lightning_peft.rank.policy import RankPolicy
-from lightning_peft.strategies import averaged, require_equal
+from lightning_peft.strategies import require_equal
 
 Compact = Literal["never", "final"] | int
 """When closed components are cut out of the tensors: never, at the final mask, or there and at every k-th event."""
 
 
-class RankPruning(Callback):
+class RankPruning(Preflight):
     """Close components on schedule; the number of steps comes from the Trainer.
 
     Importance is updated once per optimizer step, gradients before the step and weights after it; components are chosen
@@ -52,6 +54,7 @@ class RankPruning(Callback):
     """
 
     def __init__(self, policy: RankPolicy, compact: Compact = "never") -> None:
+        require_instance("policy", policy, RankPolicy, "RankPolicy(Cubic(), Taylor(), Budget(rank=8))")
         known = compact in ("never", "final") if isinstance(compact, str) else type(compact) is int and compact >= 1
         if not known:
             raise ValueError(
@@ -79,18 +82,13 @@ class RankPruning(Callback):
         self._restored: Mapping[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         require_before(trainer, self, AdapterInjection)
         if stage == "fit" and self.compact != "never":
             require_compactable(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if averaged(trainer.strategy, pl_module) and not any(
-            isinstance(callback, AdapterInjection) for callback in callbacks_of(trainer)
-        ):
-            raise MisconfigurationException(
-                f"under {type(trainer.strategy).__name__} nobody averages the adapters' gradients. Put "
-                "AdapterInjection before RankPruning in the Trainer's callbacks; adapters that are there it leaves."
-            )
+        super().on_fit_start(trainer, pl_module)
         budget = RankBudget.of(pl_module)
         if not budget:
             raise MisconfigurationException(
@@ -112,14 +110,27 @@ class RankPruning(Callback):
                 f"{type(pl_module).__name__} optimizes by hand, so only it knows how many optimizer steps an epoch "
                 "has, and the rank schedule would run at the wrong pace. Set max_steps, counted over all optimizers."
             )
+        if trainer.limit_train_batches == 0:
+            raise MisconfigurationException(
+                "RankPruning has nothing to follow: limit_train_batches=0 leaves no optimizer step. "
+                "Raise it, or take RankPruning out."
+            )
         if total == float("inf") or total < 1:
             raise MisconfigurationException(
                 f"RankPruning needs the number of optimizer steps, and the Trainer expects {total}. Set max_steps, or "
                 "max_epochs together with a data loader whose length is known."
             )
+        totals = gather_objects(int(total))
+        if len(set(totals)) > 1:
+            raise MisconfigurationException(
+                f"the processes expect different numbers of optimizer steps, {', '.join(map(str, totals))}, so their "
+                "rank schedules would part. Give each as many batches as the others: leave use_distributed_sampler on, "
+                "or set max_steps."
+            )
         self.total_steps = int(total)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         # Learning-rate and batch-size finders train, and change the number of batches, after or before on_fit_start.
         self._count_steps(trainer, pl_module)
         for site in RankBudget.of(pl_module).values():
@@ -176,6 +187,7 @@ class RankPruning(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._look(trainer, pl_module)
 
     def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -192,12 +204,12 @@ class RankPruning(Callback):
         events = self._events_until(step)
         self._seen = step
         if due:
+            # Before masks are written: what has come apart must not be sealed.
+            require_equal(pl_module, f"at the pruning event of step {trainer.global_step}")
             at = self.total_steps if ends else step
             # Every rank decides alike; rank 0's word is final all the same.
             masks = agreed(self.policy.decide(at, self.total_steps), trainer.strategy.root_device)
             self.policy.apply(masks, at, self.total_steps)
-            if trainer.world_size > 1:
-                require_equal(pl_module, f"after the pruning event of step {trainer.global_step}")
             self.event_step, self._event_at = trainer.global_step, at
             self.event_scores = self.policy.importance.scores()
             before, self._events = self._events, self._events + max(1, events)

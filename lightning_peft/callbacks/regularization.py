@@ -6,18 +6,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_peft.callbacks.injection import AdapterInjection
-from lightning_peft.callbacks.order import callbacks_of, require_before
+from lightning_peft.callbacks.order import require_before, require_one
+from lightning_peft.callbacks.preflight import Preflight
 from lightning_peft.regularizers.base import Regularizer, regularized
 from lightning_peft.seams import when_built, wrap_method
 from lightning_peft.strategies import keep_whole
 
 
-class Regularization(Callback):
+class Regularization(Preflight):
     """Add terms to what `training_step` returns.
 
         loss = task + sum_i weight_i term_i
@@ -40,6 +41,9 @@ class Regularization(Callback):
     """
 
     def __init__(self, terms: Mapping[str, Regularizer]) -> None:
+        given: object = terms
+        if not isinstance(given, Mapping) or not terms:
+            raise TypeError(f"terms are given by name, at least one: {{'dem': DEM()}}. Got {terms!r}.")
         for name in terms:
             if not name.isidentifier() or name == "task":
                 raise ValueError(
@@ -47,19 +51,15 @@ class Regularization(Callback):
                 )
         for name, term in terms.items():
             if not isinstance(term, Regularizer):
-                raise TypeError(f"the term {name!r} must be a Regularizer. Got {type(term).__name__}.")
+                raise TypeError(f"the term {name!r} must be a Regularizer. Got {_name_of(term)}.")
         self.terms = nn.ModuleDict(terms)
         self._remove: Callable[[], None] | None = None
         self._total_steps: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         require_before(trainer, self, AdapterInjection)
-        count = sum(isinstance(callback, Regularization) for callback in callbacks_of(trainer))
-        if count > 1:
-            raise MisconfigurationException(
-                f"there are {count} Regularization callbacks; give all terms to one: "
-                "Regularization({'first': ..., 'second': ...})."
-            )
+        require_one(trainer, Regularization, "give all terms to one: Regularization({'first': ..., 'second': ...})")
         when_built(pl_module, self._register)
         when_built(pl_module, lambda module: keep_whole(trainer.strategy, module))
         if stage == "fit" and self._remove is None:
@@ -71,6 +71,7 @@ class Regularization(Callback):
         module.add_module("peft_terms", self.terms)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 f"{type(pl_module).__name__} optimizes by hand (automatic_optimization=False), where the loss is its "
@@ -139,6 +140,10 @@ def _steps(trainer: Trainer) -> int:
     """How many optimizer steps the Trainer plans; 0 if it does not know."""
     total = trainer.estimated_stepping_batches
     return 0 if total == float("inf") else int(total)
+
+
+def _name_of(term: object) -> str:
+    return f"the class {term.__name__}: write {term.__name__}()" if isinstance(term, type) else type(term).__name__
 
 
 def _kind(value: object) -> str:

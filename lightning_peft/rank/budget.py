@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_peft.arguments import require_number
 from lightning_peft.rank.gate import Gate
 
 if TYPE_CHECKING:
@@ -233,6 +234,7 @@ class Budget:
                 f"Got {', '.join(f'{k}={v}' for k, v in given.items()) or 'none'}."
             )
         name, value = next(iter(given.items()))
+        require_number(f"a budget's {name}", value)
         if not (value > 0 and isfinite(value)) or (name == "share" and value > 1):
             bounds = "in (0, 1]" if name == "share" else "positive and finite"
             raise ValueError(f"a budget's {name} must be {bounds}. Got {value}.")

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_peft.arguments import require_instance, require_integer
 from lightning_peft.rank.allocation import close_lowest
 from lightning_peft.rank.budget import Budget, RankBudget
 from lightning_peft.rank.importance import Importance
@@ -32,6 +33,7 @@ class RankPolicy:
         minimum: components that every layer keeps.
 
     Raises:
+        TypeError: an argument is of another class.
         ValueError: interval is below 1, or minimum is negative.
     """
 
@@ -44,6 +46,11 @@ class RankPolicy:
         soft: bool = False,
         minimum: int = 0,
     ) -> None:
+        require_instance("schedule", schedule, Schedule, "Cubic()")
+        require_instance("importance", importance, Importance, "Taylor()")
+        require_instance("final", final, Budget, "Budget(rank=8)")
+        require_integer("interval", interval)
+        require_integer("minimum", minimum)
         if interval < 1:
             raise ValueError(f"interval is a number of optimizer steps, at least 1. Got {interval}.")
         if minimum < 0:

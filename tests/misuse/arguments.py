@@ -1,0 +1,141 @@
+"""Mistakes in arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from misuse.setups import LORA, Encoder, Rows, adapted, fit, pruning
+from torch import nn
+
+from lightning_peft import (
+    DEM,
+    AdapterInjection,
+    Budget,
+    Cubic,
+    DynamicDoRA,
+    LoRA,
+    RankPolicy,
+    RankPruning,
+    Regularization,
+    Taylor,
+    inject,
+    merge,
+    presets,
+    small_parameters,
+)
+
+
+class NoLinear(Encoder):
+    """Nothing that is adapted by default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = self.value = self.classifier = None  # type: ignore[assignment]
+        self.conv = nn.Conv1d(8, 8, 1)
+
+
+def quantized() -> nn.Module:
+    """A stand-in with the name and the place of torch's own: that one is gone from some builds."""
+    kind = type("Linear", (nn.Module,), {"__module__": "torch.ao.nn.quantized"})
+    return nn.Sequential(kind(), nn.Linear(8, 8))
+
+
+def compiled_layer() -> Encoder:
+    module = Encoder()
+    module.query = torch.compile(module.query, backend="eager")  # type: ignore[assignment]
+    return module
+
+
+def merge_one_of_two_tied() -> None:
+    module = Encoder()
+    module.value = nn.Linear(8, 8)
+    module.value.weight = module.query.weight
+    inject(module, LORA, ["query"])
+    merge(module)
+
+
+def under_inference_mode() -> None:
+    with torch.inference_mode():
+        inject(Encoder(), LORA)
+
+
+def lora(**arguments: Any) -> object:
+    return fit(Encoder(), *presets.lora(**{"rank": 4, **arguments}))
+
+
+ROWS: Rows = {
+    "a rank that is no whole number": (lambda: lora(rank=4.0), TypeError),
+    "a rank as text, from a sweep or a file": (lambda: lora(rank="4"), TypeError),
+    "a rank of 0": (lambda: lora(rank=0), ValueError),
+    "a rank above the layer's limit": (lambda: fit(Encoder(), *presets.dynamic_dora(final_rank=8)), ValueError),
+    "a negative alpha": (lambda: lora(alpha=-1), ValueError),
+    "dropout in per cent": (lambda: lora(dropout=10), ValueError),
+    "one pattern as text": (lambda: lora(targets="query"), TypeError),
+    "PEFT's `all-linear`": (lambda: lora(targets="all-linear"), TypeError),
+    "a target that is a number": (lambda: lora(targets=[0]), TypeError),
+    "a target that is a shell pattern": (lambda: lora(targets=["*query"]), ValueError),
+    "targets that match nothing": (lambda: lora(targets=["q_proj"]), ValueError),
+    "a target that is misspelt": (lambda: lora(targets=["querry"]), ValueError),
+    "no target": (lambda: lora(targets=[]), ValueError),
+    "a target of another kind": (lambda: lora(targets=["norm"]), ValueError),
+    "a target that is quantized": (lambda: inject(quantized(), LORA, ["0"]), ValueError),
+    "a target that is compiled by itself": (lambda: fit(compiled_layer(), *presets.lora(rank=4)), ValueError),
+    "a head that is not there": (lambda: lora(train=["clasifier"]), ValueError),
+    "a head that is adapted and trained": (lambda: lora(targets=["classifier"], train=["classifier"]), ValueError),
+    "nothing to adapt": (lambda: fit(NoLinear(), *presets.lora()), ValueError),
+    "an adapter in place of a factory": (lambda: AdapterInjection(LoRA(nn.Linear(8, 8))), TypeError),
+    "the name of a method in place of a factory": (lambda: AdapterInjection("lora"), TypeError),  # type: ignore[arg-type]
+    "a factory that builds something else": (lambda: inject(Encoder(), lambda layer: nn.Identity()), TypeError),  # type: ignore[arg-type, return-value]
+    "a list of layers in place of a module": (lambda: inject([nn.Linear(8, 8)], LORA), TypeError),  # type: ignore[arg-type]
+    "one layer in place of a module": (lambda: inject(nn.Linear(8, 8), LORA), TypeError),
+    "an adapter's class on a layer that it cannot adapt": (lambda: DynamicDoRA(nn.Conv1d(4, 4, 1)), TypeError),
+    "a second injection": (lambda: inject(adapted("query"), LORA, ["value"]), ValueError),
+    "injection under `torch.inference_mode`": (under_inference_mode, RuntimeError),
+    "one of two tied layers is adapted and merged": (merge_one_of_two_tied, UserWarning),
+    "small_parameters before injection": (lambda: small_parameters(Encoder()), ValueError),
+    "a budget of nothing": (lambda: Budget(), ValueError),
+    "a budget in two units": (lambda: Budget(rank=2, share=0.5), ValueError),
+    "a budget's share in per cent": (lambda: Budget(share=50), ValueError),
+    "a budget as text": (lambda: Budget(rank="2"), TypeError),  # type: ignore[arg-type]
+    "a number in place of a Budget": (lambda: presets.dynamic_dora(budget=0.5), TypeError),  # type: ignore[arg-type]
+    "a final rank and a budget": (lambda: presets.dynamic_dora(final_rank=4, budget=Budget(share=0.5)), ValueError),
+    "a budget that leaves the start open": (lambda: presets.dynamic_dora(budget=Budget(share=0.5)), ValueError),
+    "a budget above the start": (
+        lambda: fit(Encoder(), *presets.dynamic_dora(final_rank=5, initial_rank=4)),
+        ValueError,
+    ),
+    "a budget below the floor": (
+        lambda: fit(Encoder(), *presets.dynamic_dora(final_rank=1, initial_rank=4, minimum=2)),
+        ValueError,
+    ),
+    "a budget of nearly nothing": (
+        lambda: fit(Encoder(), *presets.dynamic_dora(budget=Budget(megabytes=1e-5), initial_rank=4)),
+        ValueError,
+    ),
+    "warmup and tail that leave no window": (
+        lambda: presets.dynamic_dora(final_rank=4, warmup=0.5, tail=0.5),
+        ValueError,
+    ),
+    "warmup in steps": (lambda: presets.dynamic_dora(final_rank=4, warmup=100), ValueError),
+    "an interval of 0": (lambda: pruning(interval=0, rank=2), ValueError),
+    "an interval that is a share": (lambda: pruning(interval=0.1, rank=2), TypeError),
+    "beta of 1": (lambda: presets.dynamic_dora(final_rank=4, beta=1.0), ValueError),
+    "a negative weight of DEM": (lambda: presets.dynamic_dora(final_rank=4, dem_weight=-0.3), ValueError),
+    "a schedule's class in place of a schedule": (
+        lambda: RankPolicy(Cubic, Taylor(), Budget(rank=2)),  # type: ignore[arg-type]
+        TypeError,
+    ),
+    "RankPruning with a Budget": (lambda: RankPruning(Budget(rank=2)), TypeError),  # type: ignore[arg-type]
+    "soft removal without a gain": (
+        lambda: fit(
+            Encoder(), AdapterInjection(LORA), RankPruning(RankPolicy(Cubic(), Taylor(), Budget(rank=2), soft=True))
+        ),
+        ValueError,
+    ),
+    "a list of terms": (lambda: Regularization([DEM()]), TypeError),  # type: ignore[arg-type]
+    "no term": (lambda: Regularization({}), TypeError),
+    "a term's class in place of a term": (lambda: Regularization({"dem": DEM}), TypeError),  # type: ignore[dict-item]
+    "a term's name that no log can hold": (lambda: Regularization({"loss/dem": DEM()}), ValueError),
+    "a misspelt normalizer": (lambda: presets.dynamic_dora(dem_normalizer="paper"), ValueError),  # type: ignore[arg-type]
+}

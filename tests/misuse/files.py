@@ -1,0 +1,73 @@
+"""Mistakes with checkpoints, exports and the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from misuse.setups import LORA, Encoder, Rows, Told, adapted, cli, fit, saved
+from torch import nn
+
+from lightning_peft import AdapterFileError, compact, eject, load, merge, presets, to_hf_peft
+
+
+def a_list() -> str:
+    torch.save([1, 2], "list.ckpt")
+    return "list.ckpt"
+
+
+def into_other_files() -> None:
+    Path("out").mkdir()
+    Path("out", "thesis.txt").write_text("")
+    to_hf_peft(adapted("query"), "out")
+
+
+def tampered() -> None:
+    path = saved()
+    content = torch.load(path, weights_only=True)
+    content["state_dict"]["query.A"][0, 0] += 1
+    torch.save(content, path)
+    load(Encoder(), path)
+
+
+def plain() -> str:
+    """A checkpoint of an adapted module, written without AdapterCheckpoint."""
+    trainer = fit(Encoder(), presets.lora(rank=4)[0], max_steps=1)
+    trainer.save_checkpoint("plain.ckpt")
+    return "plain.ckpt"
+
+
+def after_injection() -> None:
+    torch.save({"state_dict": Encoder().state_dict(), "pytorch-lightning_version": "2.6.6"}, "base.ckpt")
+    fit(Encoder(), *presets.lora(rank=4), ckpt_path="base.ckpt")
+
+
+ROWS: Rows = {
+    "`fit(ckpt_path=...)` on another base model": (
+        lambda: fit(Encoder(seed=1), *presets.dynamic_dora(final_rank=2), ckpt_path=saved()),
+        AdapterFileError,
+    ),
+    "`fit(ckpt_path=...)` with other adapters": (
+        lambda: fit(Encoder(), *presets.dynamic_dora(final_rank=3), ckpt_path=saved()),
+        AdapterFileError,
+    ),
+    "`fit(ckpt_path=...)` with a checkpoint of the base": (after_injection, AdapterFileError),
+    "`load` on another model": (lambda: load(nn.Sequential(nn.Linear(8, 8)), saved()), AdapterFileError),
+    "`load` of a file that is not there": (lambda: load(Encoder(), "none.ckpt"), FileNotFoundError),
+    "`load` of a checkpoint that was written without AdapterCheckpoint": (
+        lambda: load(Encoder(), plain()),
+        AdapterFileError,
+    ),
+    "`load` of a file that holds something else": (lambda: load(Encoder(), a_list()), AdapterFileError),
+    "`load` of a file that was changed": (tampered, AdapterFileError),
+    "`merge` without adapters": (lambda: merge(Encoder()), ValueError),
+    "`eject` without adapters": (lambda: eject(Encoder()), ValueError),
+    "`compact` of one adapter": (lambda: compact(LORA(nn.Linear(8, 8))), ValueError),
+    "`to_hf_peft` into a folder that holds other files": (into_other_files, FileExistsError),
+    "`to_hf_peft` without adapters": (lambda: to_hf_peft(Encoder(), "out"), ValueError),
+    "command line: a checkpoint that is not there": (lambda: cli("inspect", "none.ckpt"), Told),
+    "command line: an option of the other format": (
+        lambda: cli("export", saved(), "out", "--format", "merged", "--no-head"),
+        Told,
+    ),
+}

@@ -1,0 +1,252 @@
+"""Mistakes in how a Trainer and a module are set up."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning
+import torch
+from lightning.pytorch import Trainer, callbacks
+from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.warnings import PossibleUserWarning
+from misuse.setups import LORA, Encoder, Once, Rows, adapted, fit, pruning
+from pytorch_lightning.callbacks import EarlyStopping
+from pytorch_lightning.loggers import CSVLogger
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lightning_peft import (
+    DEM,
+    AdapterCheckpoint,
+    AdapterInjection,
+    RankMonitor,
+    Regularization,
+    eject,
+    presets,
+)
+
+
+class Manual(Encoder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class HeadOnly(Encoder):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.classifier.parameters(), lr=1e-3)
+
+
+class AdaptersOnly(Encoder):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for n, p in self.named_parameters() if n.endswith((".A", ".B"))], lr=1e-3)
+
+
+class BuiltTooEarly(Encoder):
+    def __init__(self) -> None:
+        super().__init__()
+        self.optimizer = torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer
+
+
+class NoLoss(Encoder):
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        return {"logits": self.classifier(self.value(batch))}
+
+
+class Reentrant(Encoder):
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        h = checkpoint(lambda x: self.value(self.query(x)), batch, use_reentrant=True)
+        return self.classifier(self.norm(h)).square().mean()
+
+
+class Unused(Encoder):
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        return self.classifier(self.norm(self.value(batch))).square().mean()
+
+
+class Diverges(Encoder):
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) * float("nan")
+
+
+class OtherModule(pytorch_lightning.LightningModule):
+    """Of the package that our Trainer does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Linear(8, 8)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        return self.net(batch).square().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=1e-3)
+
+
+class Own(Strategy):
+    """A strategy of somebody's own, on one device."""
+
+    root_device = SingleDeviceStrategy.root_device
+    reduce = SingleDeviceStrategy.reduce
+    all_gather = SingleDeviceStrategy.all_gather
+    broadcast = SingleDeviceStrategy.broadcast
+    barrier = SingleDeviceStrategy.barrier
+    is_global_zero = SingleDeviceStrategy.is_global_zero
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._root_device = torch.device("cpu")
+
+    def model_to_device(self) -> None:
+        pass
+
+
+class FreezesAll(callbacks.BaseFinetuning):
+    """As a user's own: the backbone is frozen, whatever is in it."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze([pl_module.query, pl_module.value])
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        pass
+
+
+def other(callback: Any, module: Any = OtherModule) -> object:
+    """A Trainer of `pytorch_lightning` with one callback of ours."""
+    return fit(module(), callback, kind=pytorch_lightning.Trainer)
+
+
+def stop(trainer: Trainer, module: Any) -> None:
+    trainer.should_stop = True
+
+
+ROWS: Rows = {
+    "a preset that is not unpacked": (lambda: fit(Encoder(), presets.lora(rank=4)), MisconfigurationException),
+    "a Trainer from `pytorch_lightning`": (lambda: other(AdapterInjection(LORA)), MisconfigurationException),
+    "a Trainer from `pytorch_lightning`, with `RankPruning` alone": (
+        lambda: other(pruning(rank=2)),
+        MisconfigurationException,
+    ),
+    "a Trainer from `pytorch_lightning`, with `Regularization` alone": (
+        lambda: other(Regularization({"dem": DEM()})),
+        MisconfigurationException,
+    ),
+    "a Trainer from `pytorch_lightning`, with `RankMonitor` alone": (
+        lambda: other(RankMonitor()),
+        MisconfigurationException,
+    ),
+    "a Trainer from `pytorch_lightning`, with `AdapterCheckpoint` alone": (
+        lambda: other(AdapterCheckpoint()),
+        MisconfigurationException,
+    ),
+    "a module from `pytorch_lightning`": (lambda: fit(OtherModule(), *presets.lora(rank=4)), TypeError),
+    "a Trainer from `pytorch_lightning` and a module that is not": (
+        lambda: other(AdapterInjection(LORA), Encoder),
+        TypeError,
+    ),
+    "another callback from `pytorch_lightning`": (
+        lambda: fit(Encoder(), *presets.lora(rank=4), EarlyStopping("loss")),
+        MisconfigurationException,
+    ),
+    "a logger from `pytorch_lightning`": (
+        lambda: fit(Encoder(), *presets.lora(rank=4), logger=CSVLogger(".")),
+        MisconfigurationException,
+    ),
+    "a strategy that is not tested": (
+        lambda: fit(Encoder(), *presets.lora(rank=4), strategy=Own()),
+        MisconfigurationException,
+    ),
+    "two `AdapterInjection`": (
+        lambda: fit(Encoder(), AdapterInjection(LORA, ["query"]), AdapterInjection(LORA, ["value"])),
+        MisconfigurationException,
+    ),
+    "two presets": (
+        lambda: fit(Encoder(), *presets.lora(rank=4), *presets.dynamic_dora(final_rank=2)),
+        RuntimeError,
+    ),
+    "two `RankPruning`": (
+        lambda: fit(Encoder(), AdapterInjection(LORA), pruning(rank=2), pruning(rank=3)),
+        RuntimeError,
+    ),
+    "two `Regularization`": (
+        lambda: fit(adapted(), Regularization({"one": DEM()}), Regularization({"two": DEM()})),
+        MisconfigurationException,
+    ),
+    "`RankPruning` before `AdapterInjection`": (
+        lambda: fit(Encoder(), pruning(rank=2), AdapterInjection(LORA)),
+        MisconfigurationException,
+    ),
+    "`Regularization` before `AdapterInjection`": (
+        lambda: fit(Encoder(), Regularization({"dem": DEM()}), AdapterInjection(LORA)),
+        MisconfigurationException,
+    ),
+    "`RankMonitor` before `RankPruning`": (
+        lambda: fit(Encoder(), AdapterInjection(LORA), RankMonitor(), pruning(rank=2)),
+        MisconfigurationException,
+    ),
+    "`AdapterCheckpoint` before `AdapterInjection`": (
+        lambda: fit(Encoder(), AdapterCheckpoint(), AdapterInjection(LORA)),
+        MisconfigurationException,
+    ),
+    "`StochasticWeightAveraging` before `AdapterInjection`": (
+        lambda: fit(Encoder(), callbacks.StochasticWeightAveraging(1e-2), *presets.lora(rank=4)),
+        MisconfigurationException,
+    ),
+    "`ModelPruning` beside adapters": (
+        lambda: fit(Encoder(), *presets.lora(rank=4), callbacks.ModelPruning("l1_unstructured", amount=0.5)),
+        MisconfigurationException,
+    ),
+    "`RankPruning` without adapters": (lambda: fit(Encoder(), pruning(rank=2)), MisconfigurationException),
+    "`RankMonitor` without adapters": (lambda: fit(Encoder(), RankMonitor()), MisconfigurationException),
+    "`Regularization` without adapters": (lambda: fit(Encoder(), Regularization({"dem": DEM()})), RuntimeError),
+    "an optimizer of the head alone": (lambda: fit(HeadOnly(), *presets.lora(rank=4)), MisconfigurationException),
+    "an optimizer of the adapters alone": (lambda: fit(AdaptersOnly(), *presets.lora(rank=4)), UserWarning),
+    "an optimizer that is built in `__init__`": (
+        lambda: fit(BuiltTooEarly(), *presets.lora(rank=4)),
+        MisconfigurationException,
+    ),
+    "a freezing callback that freezes the adapters": (
+        lambda: fit(Encoder(), *presets.lora(rank=4), FreezesAll()),
+        MisconfigurationException,
+    ),
+    "`requires_grad_(False)` after injection": (
+        lambda: fit(Encoder(), *presets.lora(rank=4), Once("on_fit_start", lambda t, m: m.requires_grad_(False))),
+        MisconfigurationException,
+    ),
+    "`model.eval()` before `fit`": (lambda: fit(Encoder().eval(), *presets.lora(rank=4)), PossibleUserWarning),
+    "adapters that are taken out while training": (
+        lambda: fit(Encoder(), *presets.dynamic_dora(final_rank=2), Once("on_train_start", lambda t, m: eject(m))),
+        RuntimeError,
+    ),
+    "a layer that the model does not use": (lambda: fit(Unused(), *presets.lora(rank=4)), UserWarning),
+    "re-entrant checkpointing of frozen layers": (lambda: fit(Reentrant(), *presets.lora(rank=4)), UserWarning),
+    "a step that returns no loss": (
+        lambda: fit(NoLoss(), AdapterInjection(LORA), Regularization({"dem": DEM()})),
+        MisconfigurationException,
+    ),
+    "manual optimization with terms": (
+        lambda: fit(Manual(), AdapterInjection(LORA), Regularization({"dem": DEM()})),
+        MisconfigurationException,
+    ),
+    "manual optimization with a rank schedule and no max_steps": (
+        lambda: fit(Manual(), AdapterInjection(LORA), pruning(rank=2)),
+        MisconfigurationException,
+    ),
+    "a run without end": (
+        lambda: fit(Encoder(), *presets.dynamic_dora(final_rank=2), max_epochs=-1),
+        MisconfigurationException,
+    ),
+    "a run without a batch": (
+        lambda: fit(Encoder(), *presets.dynamic_dora(final_rank=2), limit_train_batches=0),
+        MisconfigurationException,
+    ),
+    "training stops before the last cut": (
+        lambda: fit(Encoder(), *presets.dynamic_dora(final_rank=2), Once("on_train_batch_end", stop)),
+        UserWarning,
+    ),
+    "training diverges": (lambda: fit(Diverges(), *presets.dynamic_dora(final_rank=2)), UserWarning),
+}
