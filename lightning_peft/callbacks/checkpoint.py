@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -28,7 +27,7 @@ from lightning_peft.checkpoint import (
 from lightning_peft.distributed import gather_objects, rank
 from lightning_peft.resume import ResumableLoader, make_plain, make_resumable, rng_state, set_rng_state
 from lightning_peft.seams import when_built, wrap_method
-from lightning_peft.strategies import is_sharded, whole_checkpoints
+from lightning_peft.strategies import flattens, is_sharded, whole_checkpoints
 from lightning_peft.surgery import is_flattened
 
 
@@ -78,7 +77,7 @@ class AdapterCheckpoint(Callback):
                     "into one file. Leave full=False: the base is frozen, and its own files hold it."
                 )
             self._undo_after += whole_checkpoints(trainer.strategy)
-        if isinstance(trainer.strategy, FSDPStrategy):
+        if flattens(trainer.strategy):
             when_built(pl_module, self._print_base)
         self._undo_after.append(wrap_method(trainer.strategy, "load_checkpoint", _read))
         if stage == "fit":

@@ -20,6 +20,7 @@ from lightning_peft.strategies import (
     averaged,
     clip_by_norm,
     is_sharded,
+    keep_masks_wide,
     keep_whole,
     refuse_other_trainer,
     require_equal,
@@ -73,7 +74,7 @@ class AdapterInjection(Callback):
         self._unchecked = False
         self._uncompared = False
         self._averaged: list[nn.Parameter] = []
-        self._undo: Callable[[], object] | None = None
+        self._undo: list[Callable[[], object]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         refuse_other_trainer(trainer)
@@ -83,8 +84,11 @@ class AdapterInjection(Callback):
                 require_before(trainer, other, AdapterInjection)
         when_built(pl_module, self._inject)
         when_built(pl_module, lambda module: keep_whole(trainer.strategy, module))
-        if is_sharded(trainer.strategy) and self._undo is None:
-            self._undo = wrap_method(trainer.precision_plugin, "clip_grad_by_norm", clip_by_norm)
+        if is_sharded(trainer.strategy) and not self._undo:
+            self._undo = [
+                wrap_method(trainer.precision_plugin, "clip_grad_by_norm", clip_by_norm),
+                wrap_method(trainer.strategy, "setup", keep_masks_wide),
+            ]
 
     def _inject(self, module: LightningModule) -> None:
         if any(isinstance(child, Adapter) for child in module.modules()):
@@ -146,6 +150,5 @@ class AdapterInjection(Callback):
 
     def _release(self) -> None:
         self._averaged = []
-        if self._undo is not None:
-            self._undo()
-            self._undo = None
+        while self._undo:
+            self._undo.pop()()
