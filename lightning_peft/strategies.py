@@ -186,6 +186,14 @@ def clip_by_norm(call: Callable[..., Any], plugin: Any, optimizer: Optimizer, cl
         gradient.detach().mul_(scale)
 
 
+def clip_by_value(call: Callable[..., Any], plugin: Any, optimizer: Optimizer, clip_val: float) -> None:
+    """Clip whole gradients, then sharded ones: torch takes no mix."""
+    parameters = [p for p in plugin.main_params(optimizer) if p.grad is not None]
+    kinds = [[p for p in parameters if is_shard(p) == sharded] for sharded in (False, True)]
+    for kind in filter(None, kinds):
+        torch.nn.utils.clip_grad_value_(kind, clip_val)
+
+
 def whole_checkpoints(strategy: Strategy) -> list[Undo]:
     """Make a sharded strategy write and read one ordinary file of what is trained, whole.
 

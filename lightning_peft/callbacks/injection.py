@@ -19,6 +19,7 @@ from lightning_peft.seams import when_built, wrap_method
 from lightning_peft.strategies import (
     averaged,
     clip_by_norm,
+    clip_by_value,
     is_sharded,
     keep_masks_wide,
     keep_whole,
@@ -55,7 +56,8 @@ class AdapterInjection(Callback):
 
     Raises:
         MisconfigurationException: the strategy is not supported; a callback that copies the module's weights comes
-            before this one; or, at the start of fit, an adapter's parameter is in no optimizer or not synchronised.
+            before this one, or the strategy shards them; or, at the start of fit, an adapter's parameter is in no
+            optimizer or not synchronised.
         RuntimeError: after the first step, adapters are not the same on all processes.
     """
 
@@ -82,11 +84,17 @@ class AdapterInjection(Callback):
         for other in callbacks_of(trainer):
             if isinstance(other, _COPIERS):
                 require_before(trainer, other, AdapterInjection)
+                if stage == "fit" and is_sharded(trainer.strategy):
+                    raise MisconfigurationException(
+                        f"{type(other).__name__} averages a copy of the whole module, and "
+                        f"{type(trainer.strategy).__name__} shards it. Average on one device or under DDP."
+                    )
         when_built(pl_module, self._inject)
         when_built(pl_module, lambda module: keep_whole(trainer.strategy, module))
         if is_sharded(trainer.strategy) and not self._undo:
             self._undo = [
                 wrap_method(trainer.precision_plugin, "clip_grad_by_norm", clip_by_norm),
+                wrap_method(trainer.precision_plugin, "clip_grad_by_value", clip_by_value),
                 wrap_method(trainer.strategy, "setup", keep_masks_wide),
             ]
 
