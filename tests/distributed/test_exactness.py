@@ -18,6 +18,7 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 from hosts import GLOBAL_BATCH, Job, change, train_all
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_peft import presets
 from lightning_peft.testing.nodes import NodesUnavailable, two_nodes
@@ -182,6 +183,13 @@ def test_page_shows_this_table(request: pytest.FixtureRequest) -> None:
             difference, masks = said.split(", ")
             assert float(difference) <= bound(column), (name, column)
             assert masks == "equal", (name, column)
+
+
+def test_lightning_says_of_16_mixed_what_the_page_says() -> None:
+    with pytest.warns(UserWarning, match="AMP with fp16 is not supported on CPU. Using `precision='bf16-mixed'`"):
+        L.Trainer(accelerator="cpu", devices=1, precision="16-mixed", logger=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match="`ModelParallelStrategy` does not support"):
+        L.Trainer(accelerator="cpu", devices=2, strategy=ModelParallelStrategy(), precision="16-mixed", logger=False)
 
 
 def test_batches_are_shared_evenly() -> None:
