@@ -28,6 +28,8 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp._common_utils import clean_tensor_name
 from torch.optim import Optimizer
 
 from lightning_peft import distributed
@@ -43,6 +45,11 @@ Undo = Callable[[], object]
 def is_sharded(strategy: Strategy) -> bool:
     """Whether the strategy splits parameters over processes."""
     return isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
+
+
+def flattens(strategy: Strategy) -> bool:
+    """Whether the strategy makes flat slices of parameters, in which no single value can be found (FSDP1)."""
+    return isinstance(strategy, FSDPStrategy)
 
 
 def require_supported(strategy: Strategy) -> None:
@@ -87,6 +94,20 @@ def keep_whole(strategy: Strategy, module: nn.Module) -> None:
         tensor.data = tensor.data.to(strategy.root_device)  # FSDP1 does not move what it ignores
 
 
+def keep_masks_wide(call: Callable[..., Any], strategy: Strategy, *args: Any, **kwargs: Any) -> None:
+    """Have FSDP1 leave the masks in float32, after it has wrapped: under mixed precision it casts every other buffer.
+
+    A mask is 0 or 1 in any dtype, but what multiplies it and what adds up in its gradient is not.
+    """
+    call(*args, **kwargs)
+    assert strategy.model is not None
+    masks = {id(mask) for mask in _masks(strategy.model).values()}
+    for unit in FullyShardedDataParallel.fsdp_modules(strategy.model):
+        # torch has this set for modules that it ignores whole, and no way to name a single buffer.
+        names = (name for name, buffer in unit.named_buffers() if id(buffer) in masks)
+        unit._ignored_buffer_names |= {clean_tensor_name(name) for name in names}
+
+
 def small(module: nn.Module) -> dict[str, Tensor]:
     """What is whole on every process, by clean name: the trained parameters that are not sharded, and the masks."""
     return {clean_name(n): p for n, p in trained(module).items() if not is_shard(p)} | _masks(module)
@@ -103,8 +124,16 @@ def require_synchronised(strategy: Strategy, module: LightningModule) -> None:
     """Check, when the strategy has wrapped the module, that every trained parameter will be the same everywhere.
 
     Raises:
-        MisconfigurationException: one was made too late for DDP, or is split over processes under FSDP.
+        MisconfigurationException: one was made too late for DDP, or is split over processes under FSDP; or gradients
+            are scaled and some are whole, some sharded.
     """
+    sharded = [clean_name(n) for n, p in trained(module).items() if p.requires_grad and is_shard(p)]
+    if sharded and averaged(strategy, module) and getattr(strategy.precision_plugin, "scaler", None) is not None:
+        raise MisconfigurationException(
+            "16-mixed scales gradients, and torch cannot unscale whole ones (the adapters') together with sharded ones "
+            f"({sharded[0]!r}). Use bf16-mixed, or inject in configure_model and pass "
+            "ignored_params=set(small_parameters(self)) to every call of fully_shard."
+        )
     own = {id(p) for adapter in adapters(module).values() for _, p in adapter.own_parameters()}
     known: set[int] | None = None
     ignored: set[str] = set()
@@ -177,6 +206,14 @@ def clip_by_norm(call: Callable[..., Any], plugin: Any, optimizer: Optimizer, cl
     scale = (clip_val / (total + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ has it
     for gradient in gradients:
         gradient.detach().mul_(scale)
+
+
+def clip_by_value(call: Callable[..., Any], plugin: Any, optimizer: Optimizer, clip_val: float) -> None:
+    """Clip whole gradients, then sharded ones: torch takes no mix."""
+    parameters = [p for p in plugin.main_params(optimizer) if p.grad is not None]
+    kinds = [[p for p in parameters if is_shard(p) == sharded] for sharded in (False, True)]
+    for kind in filter(None, kinds):
+        torch.nn.utils.clip_grad_value_(kind, clip_val)
 
 
 def whole_checkpoints(strategy: Strategy) -> list[Undo]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_peft.adapters.attention import AdaptedAttention, expose_in_proj, has_in_proj, hide_in_proj
 from lightning_peft.adapters.base import Adapter, AdapterFactory
 from lightning_peft.adapters.layers import why_not
+from lightning_peft.distributed import is_shard
 from lightning_peft.heads import Head, find_head
 from lightning_peft.rank.budget import WHOLE, clean_name, layer_name
 
@@ -149,17 +150,28 @@ def install(
         module: the module that is changed.
         plan: what to adapt, from :func:`adaptable`, with the factory for each layer.
         kept: names of the base's parameters that stay trainable.
+
+    Raises:
+        RuntimeError: an attention's input projection is to be adapted and is sharded already.
     """
     trainable = {clean_name(name): p.requires_grad for name, p in module.named_parameters()}
     total = sum(p.numel() for p in module.parameters())
     before = [(p, p.requires_grad) for p in module.parameters()]
-    attentions = [layer for layer, _ in plan.values() if isinstance(layer, nn.MultiheadAttention)]
+    inputs = {name: layer for name, (layer, _) in plan.items() if isinstance(layer, nn.MultiheadAttention)}
+    for name, attention in inputs.items():
+        if is_shard(attention.in_proj_weight) or is_flattened(attention.in_proj_weight):
+            # The sharding library would go on putting the whole weight where it was.
+            raise RuntimeError(
+                f"layer {name!r} is part of an attention that is sharded already, and has to be made a layer first. "
+                "Call inject before fully_shard and pass ignored_params=set(small_parameters(self)) to it, or leave "
+                "the layer out of the targets."
+            )
     layers = {n: expose_in_proj(m) if isinstance(m, nn.MultiheadAttention) else m for n, (m, _) in plan.items()}
     try:
         built = {name: _build(plan[name][1], name, layer) for name, layer in layers.items()}
     except Exception:
         # Nothing half done: a layer was refused, so all is put back as it was.
-        for attention in attentions:
+        for attention in inputs.values():
             hide_in_proj(attention)  # type: ignore[arg-type]
         for parameter, wanted in before:
             parameter.requires_grad_(wanted)

@@ -13,6 +13,10 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-exactness", action="store_true", help="write the table of docs/exactness.md anew")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     """Two torch threads on two shared cores can be several times slower than one."""

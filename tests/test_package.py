@@ -229,13 +229,27 @@ def test_imports_point_one_way(path: Path) -> None:
 
 
 @each_file("functional", "rank", "adapters", "regularizers")
-def test_lower_layers_do_not_know_lightning(path: Path) -> None:
+def test_lower_layers_know_neither_lightning_nor_processes(path: Path) -> None:
     users = {
         file.relative_to(PACKAGE).as_posix()
         for file in reached(path)
         if any(name.partition(".")[0] in ("lightning", "pytorch_lightning") for name in imports(file))
+        or any(f"{name}.".startswith("torch.distributed.") for name in imports(file))
     }
     assert users == set()
+
+
+def test_strategies_are_known_in_one_place() -> None:
+    """`strategies.py` knows which strategy does what, `distributed.py` sends; `testing` starts processes for tests."""
+    known = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in FILES
+        for name in imports(path)
+        if f"{name}.".startswith(("torch.distributed.", "lightning.pytorch.strategies."))
+    }
+    assert known == {"distributed.py", "strategies.py", "testing/processes.py"}
+    lines = [len((PACKAGE / name).read_text(encoding="utf-8").splitlines()) for name in sorted(known)[:2]]
+    assert sum(lines) < 500  # what docs/exactness.md says
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())

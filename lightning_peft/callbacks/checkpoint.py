@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -34,7 +33,7 @@ from lightning_peft.distributed import gather_objects, rank
 from lightning_peft.fingerprint import fingerprint
 from lightning_peft.resume import ResumableLoader, make_plain, make_resumable, rng_state, set_rng_state
 from lightning_peft.seams import when_built, wrap_method
-from lightning_peft.strategies import is_sharded, whole_checkpoints
+from lightning_peft.strategies import flattens, is_sharded, whole_checkpoints
 from lightning_peft.surgery import adapters, is_flattened
 
 _GRADIENTS = "lightning_peft_gradients"
@@ -102,7 +101,7 @@ class AdapterCheckpoint(Preflight):
                     "into one file. Leave full=False: the base is frozen, and its own files hold it."
                 )
             self._undo += whole_checkpoints(trainer.strategy)
-        if isinstance(trainer.strategy, FSDPStrategy):
+        if flattens(trainer.strategy):
             when_built(pl_module, self._print_base)
         self._undo_after.append(wrap_method(trainer.strategy, "load_checkpoint", _read))
         if stage == "fit":

@@ -19,7 +19,9 @@ from lightning_peft.seams import when_built, wrap_method
 from lightning_peft.strategies import (
     averaged,
     clip_by_norm,
+    clip_by_value,
     is_sharded,
+    keep_masks_wide,
     keep_whole,
     small,
 )
@@ -51,7 +53,8 @@ class AdapterInjection(Preflight):
     Raises:
         TypeError: `adapter` builds nothing.
         MisconfigurationException: the strategy is not supported; a callback that copies the module's weights comes
-            before this one; or, when training starts, an adapter's parameter is in no optimizer or not synchronised.
+            before this one, or the strategy shards them; or, when training starts, an adapter's parameter is in no
+            optimizer or not synchronised.
         RuntimeError: after a step, adapters are not the same on all processes.
     """
 
@@ -72,7 +75,7 @@ class AdapterInjection(Preflight):
         self.injection: Injection | None = None
         self._unchecked = False
         self._averaged: list[nn.Parameter] = []
-        self._undo: Callable[[], object] | None = None
+        self._undo: list[Callable[[], object]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -80,6 +83,11 @@ class AdapterInjection(Preflight):
         for other in callbacks_of(trainer):
             if isinstance(other, COPIERS):
                 require_before(trainer, other, AdapterInjection)
+                if stage == "fit" and is_sharded(trainer.strategy):
+                    raise MisconfigurationException(
+                        f"{type(other).__name__} averages a copy of the whole module, and "
+                        f"{type(trainer.strategy).__name__} shards it. Average on one device or under DDP."
+                    )
             if isinstance(other, callbacks.ModelPruning):
                 raise MisconfigurationException(
                     "ModelPruning puts masked weights in place of those that adapters stand on, and the two cannot be "
@@ -87,8 +95,12 @@ class AdapterInjection(Preflight):
                 )
         when_built(pl_module, self._inject)
         when_built(pl_module, lambda module: keep_whole(trainer.strategy, module))
-        if is_sharded(trainer.strategy) and self._undo is None:
-            self._undo = wrap_method(trainer.precision_plugin, "clip_grad_by_norm", clip_by_norm)
+        if is_sharded(trainer.strategy) and not self._undo:
+            self._undo = [
+                wrap_method(trainer.precision_plugin, "clip_grad_by_norm", clip_by_norm),
+                wrap_method(trainer.precision_plugin, "clip_grad_by_value", clip_by_value),
+                wrap_method(trainer.strategy, "setup", keep_masks_wide),
+            ]
 
     def _inject(self, module: LightningModule) -> None:
         if any(isinstance(child, Adapter) for child in module.modules()):
@@ -141,6 +153,5 @@ class AdapterInjection(Preflight):
 
     def _release(self) -> None:
         self._averaged = []
-        if self._undo is not None:
-            self._undo()
-            self._undo = None
+        while self._undo:
+            self._undo.pop()()
