@@ -97,7 +97,10 @@ def recipe(module: nn.Module) -> dict[str, Any]:
         else:
             group["layers"].append(name)
     own = {id(p) for adapter in adapters(module).values() for _, p in adapter.own_parameters()}
-    return {"adapters": groups, "trained": sorted(n for n, p in trained(module).items() if id(p) not in own)}
+    return {
+        "adapters": groups,
+        "trained": sorted(clean_name(n) for n, p in trained(module).items() if id(p) not in own),
+    }
 
 
 def digest(state: Mapping[str, Tensor], entry: Mapping[str, Any]) -> str:

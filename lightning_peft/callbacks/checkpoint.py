@@ -192,7 +192,7 @@ class AdapterCheckpoint(Preflight):
             )
             return
         state = states["ranks"][rank()]
-        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current  # Lightning types it as its base class
         mid_epoch = 0 < progress.processed < trainer.num_training_batches
         # Between epochs all loaders begin anew, also where there was none yet: a finder saves before training starts.
         positions = state["loaders"] if mid_epoch else [{} for _ in self._loaders]
@@ -234,7 +234,7 @@ class AdapterCheckpoint(Preflight):
         self._adopted, self._loaders = [], []
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current  # Lightning types it as its base class
         if self._gradients is not None:
             checkpoint[_GRADIENTS] = self._gradients
         elif progress.ready == progress.processed:

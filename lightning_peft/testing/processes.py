@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable, Sequence
@@ -130,7 +131,7 @@ def _child(
         answer = ("", function(*args))
     except BaseException:
         answer = (traceback.format_exc(), None)
-    sender.send(answer)
+    sender.send_bytes(pickle.dumps(answer))  # not `send`, which would share tensors' memory with a process that ends
     if dist.is_initialized() and not answer[0]:
         dist.destroy_process_group()
 
@@ -139,7 +140,7 @@ def _receive(receiver: Any, rank: int, timeout: float) -> tuple[str, Any]:
     try:
         if not receiver.poll(timeout):
             return f"process {rank} did not answer within {timeout} seconds", None
-        answer: tuple[str, Any] = receiver.recv()
+        answer: tuple[str, Any] = pickle.loads(receiver.recv_bytes())
         return answer
     except EOFError:
         return f"process {rank} died without a word", None

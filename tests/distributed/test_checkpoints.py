@@ -41,7 +41,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
 ]
 
-BATCHES, WIDTH = 6, 256
+BATCHES, WIDTH = 6, 512
 
 
 class Net(L.LightningModule):
@@ -167,7 +167,8 @@ def work(kind: str, folder: Path) -> dict[str, Any]:
             bare = load(Net(), folder / "after.ckpt")
             batches = [batch[0] for batch in trainer.predict_loop._combined_loader.flattened[0]]  # type: ignore[union-attr]
             with torch.no_grad():
-                seen["outputs"] = all(map(torch.equal, result, [bare.eval().net(x) for x in batches]))  # type: ignore[operator]
+                expected = torch.cat([bare.eval().net(x) for x in batches])
+            seen["apart"] = float((torch.cat(result) - expected).abs().max() / expected.abs().max())
     foreign = ""
     torch.save({"state_dict": Net().state_dict(), "pytorch-lightning_version": L.__version__}, folder / "foreign.ckpt")
     fresh, trainer = make(kind, 2)
@@ -182,7 +183,8 @@ def work(kind: str, folder: Path) -> dict[str, Any]:
 def test_every_strategy_writes_and_reads_one_plain_file(tmp_path: Path, kind: str) -> None:
     for result in run_processes(2, work, kind, tmp_path):
         assert result["validate"] == result["test"] == result["predict"] == result["resumed"] == []
-        assert result["outputs"], "a model in a bare script predicts the same"
+        # FSDP1 computes with views into one long tensor, which other kernels of the same product may be chosen for.
+        assert result["apart"] <= (1e-6 if kind.startswith("fsdp1") else 0), "predictions of a model in a bare script"
         assert "older sharded checkpoint" in result["refused"] or kind == "ddp"
         assert "was not written by AdapterCheckpoint" in result["foreign"]
     names = {path.name for path in tmp_path.glob("*.ckpt") if path.is_file()}
