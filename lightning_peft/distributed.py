@@ -23,22 +23,25 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def together(check: Callable[[], object]) -> None:
-    """Run a check on every process; where it fails on one it fails on all, so that none is left waiting.
+    """Run something on every process; where it fails on one it fails on all, so that none is left waiting.
 
     Raises:
         RuntimeError: it has passed here and failed elsewhere. Where it fails, its own error is raised.
+        OSError: likewise, where it failed elsewhere with one, of the same number.
     """
     error: Exception | None = None
     try:
         check()
     except Exception as caught:
         error = caught
-    told = gather_objects(None if error is None else str(error))
+    told = gather_objects(None if error is None else (getattr(error, "errno", None), str(error)))
     if error is not None:
         raise error
-    for number, sentence in enumerate(told):
-        if sentence is not None:
-            raise RuntimeError(f"process {number} stops: {sentence}")
+    for number, failure in enumerate(told):
+        if failure is not None:
+            code, sentence = failure
+            text = f"process {number} stops: {sentence}"
+            raise RuntimeError(text) if code is None else OSError(code, text)
 
 
 def rank() -> int:

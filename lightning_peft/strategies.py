@@ -11,7 +11,8 @@ trained is whole, a checkpoint is one ordinary file that any strategy and any nu
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import (
     DDPStrategy,
+    DeepSpeedStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
     SingleDeviceStrategy,
@@ -45,6 +47,25 @@ Undo = Callable[[], object]
 def is_sharded(strategy: Strategy) -> bool:
     """Whether the strategy splits parameters over processes."""
     return isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
+
+
+def can_resize(strategy: Strategy) -> bool:
+    """Whether parameters may change their shapes while training; see :func:`unwrapped`."""
+    return isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
+
+
+@contextmanager
+def unwrapped(strategy: Strategy) -> Iterator[None]:
+    """Take the module out of DDP's wrapper and wrap it anew: a reducer knows the parameters that it was made for."""
+    if not isinstance(strategy, DDPStrategy):
+        yield
+        return
+    strategy.model = strategy.lightning_module  # the old reducer goes, and with it its hooks on what stays
+    try:
+        yield
+    finally:
+        strategy.configure_ddp()
+        strategy._pl_static_graph_delay_done = False  # manual optimization tells the new reducer as it did the old
 
 
 def flattens(strategy: Strategy) -> bool:

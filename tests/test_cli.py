@@ -417,14 +417,22 @@ def test_a_damaged_checkpoint_is_not_exported(
         assert "changed.ckpt was changed after it was written" in capsys.readouterr().err
 
 
-def test_a_fault_of_ours_keeps_its_traceback(trained: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_fault_of_ours_keeps_its_traceback(trained: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody raised it on purpose, so there is no sentence for the user."""
+    monkeypatch.setattr(cli, "report", lambda path: {}["costs"])
+    with pytest.raises(KeyError, match="costs"):
+        cli.main(["inspect", trained.checkpoint])
+
+
+def test_an_entry_that_no_release_wrote_is_told(
+    trained: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     checkpoint = torch.load(trained.checkpoint, weights_only=True)
-    del checkpoint[ENTRY]["costs"]  # which no release ever wrote
+    del checkpoint[ENTRY]["costs"]
     checkpoint[ENTRY]["digest"] = digest(checkpoint["state_dict"], checkpoint[ENTRY])
     torch.save(checkpoint, tmp_path / "odd.ckpt")
-    with pytest.raises(KeyError, match="costs"):
-        cli.main(["inspect", str(tmp_path / "odd.ckpt")])
+    assert cli.main(["inspect", str(tmp_path / "odd.ckpt")]) == 2
+    assert "says that costs is None; it must be a dictionary" in capsys.readouterr().err
 
 
 def test_a_missing_package_names_the_extra(

@@ -29,7 +29,7 @@ from lightning_peft.checkpoint import (
     dense,
     describe,
 )
-from lightning_peft.distributed import gather_objects, rank
+from lightning_peft.distributed import gather_objects, rank, together
 from lightning_peft.fingerprint import fingerprint
 from lightning_peft.resume import ResumableLoader, make_plain, make_resumable, rng_state, set_rng_state
 from lightning_peft.seams import when_built, wrap_method
@@ -104,6 +104,7 @@ class AdapterCheckpoint(Preflight):
         if flattens(trainer.strategy):
             when_built(pl_module, self._print_base)
         self._undo_after.append(wrap_method(trainer.strategy, "load_checkpoint", _read))
+        self._undo.append(wrap_method(trainer.strategy, "save_checkpoint", _write))
         if stage == "fit":
             self._left = []
             self._watch_loaders(trainer)
@@ -262,6 +263,11 @@ class AdapterCheckpoint(Preflight):
 def _call_all(undo: list[Callable[[], object]]) -> None:
     while undo:
         undo.pop()()
+
+
+def _write(call: Callable[..., Any], strategy: Any, *args: Any, **kwargs: Any) -> None:
+    """One process writes; where it cannot, all of them stop, and none waits for it."""
+    together(lambda: call(*args, **kwargs))
 
 
 def _read(call: Callable[..., Any], strategy: Any, path: Any, weights_only: bool | None = None) -> Any:

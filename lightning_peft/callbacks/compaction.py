@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -17,6 +16,7 @@ from lightning_peft.callbacks.order import callbacks_of
 from lightning_peft.compaction import compact_training
 from lightning_peft.rank.budget import RankBudget
 from lightning_peft.resizing import resized
+from lightning_peft.strategies import can_resize, unwrapped
 
 
 def require_compactable(trainer: Trainer) -> None:
@@ -29,7 +29,7 @@ def require_compactable(trainer: Trainer) -> None:
     from lightning_peft.callbacks.checkpoint import AdapterCheckpoint  # which needs `fitting`
 
     strategy = trainer.strategy
-    if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy) or isinstance(strategy, DeepSpeedStrategy):
+    if not can_resize(strategy):
         raise MisconfigurationException(
             f"RankPruning(compact=...) cuts parameters while training, and {type(strategy).__name__} has them sharded "
             "or wrapped in a way that does not allow it. Use compact='never': compaction happens at export there "
@@ -53,8 +53,7 @@ def require_compactable(trainer: Trainer) -> None:
 def compact_in_training(trainer: Trainer) -> bool:
     """Cut closed components out of the module and its optimizers, right after an optimizer step.
 
-    Under DDP every rank does it at the same step with the same masks. The module is taken out of its wrapper and
-    wrapped anew: a reducer knows the parameters that it was made for.
+    Under DDP every rank does it at the same step with the same masks.
 
     Returns:
         Whether there was anything to cut.
@@ -64,15 +63,8 @@ def compact_in_training(trainer: Trainer) -> bool:
     size = _parameters(module)
     if bool(torch.stack([site.gate.mask.detach().all() for site in budget.values()]).all()):
         return False
-    if not isinstance(strategy, DDPStrategy):
+    with unwrapped(strategy):
         compact_training(module, trainer.optimizers)
-    else:
-        strategy.model = module  # the old reducer goes, and with it its hooks on the parameters that stay
-        try:
-            compact_training(module, trainer.optimizers)
-        finally:
-            strategy.configure_ddp()
-            strategy._pl_static_graph_delay_done = False  # manual optimization tells the new reducer as it did the old
     rank_zero_info(
         f"Compacted at step {trainer.global_step}: {size:,} adapter parameters are {_parameters(module):,} now."
     )

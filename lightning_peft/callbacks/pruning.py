@@ -82,10 +82,10 @@ class RankPruning(Preflight):
         self._restored: Mapping[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        require_before(trainer, self, AdapterInjection)
         if stage == "fit" and self.compact != "never":
             require_compactable(trainer)
+        super().setup(trainer, pl_module, stage)
+        require_before(trainer, self, AdapterInjection)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)

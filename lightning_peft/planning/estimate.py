@@ -72,6 +72,7 @@ def plan(
         TypeError: a final budget is given and an adapter's components cannot be cut out.
 
     Example:
+        >>> import torch
         >>> from lightning_peft import LoRA, inject
         >>> with torch.device("meta"):
         ...     net = nn.Sequential(nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 2))

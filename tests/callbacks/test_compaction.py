@@ -510,7 +510,8 @@ def test_sharding_is_refused_with_a_sentence(strategy: Any) -> None:
         MisconfigurationException, match=f"{name} has them sharded or .* compaction happens at export there"
     ):
         callbacks[1].setup(run, Net(), "fit")
-    callbacks[1].setup(run, Net(), "validate")
+    if not isinstance(strategy, ModelParallelStrategy):  # which has no mesh before its processes are there
+        callbacks[1].setup(run, Net(), "validate")
 
 
 @pytest.mark.parametrize("copier", [WeightAveraging(), StochasticWeightAveraging(swa_lrs=0.1)])

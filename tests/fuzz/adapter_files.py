@@ -478,7 +478,8 @@ class Folder:
         load(net, subject.path)
         to_hf_peft(net, folder, check="files")
         self.folder, self.targets = folder, find_targets(net)
-        self.head = whole_modules(net, trained_beside(net))[0]
+        kept, _ = whole_modules(net, trained_beside(net))
+        self.head = {name: dict(module.state_dict()) for name, module in kept.items()}
         self.files = {name: (folder / name).read_bytes() for name in (CONFIG, WEIGHTS)}
         self.tensors = load_file(folder / WEIGHTS)
 
