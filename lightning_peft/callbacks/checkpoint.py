@@ -185,14 +185,14 @@ class AdapterCheckpoint(Preflight):
         states, self._restored = self._restored, None
         if states is None:
             return
-        if len(states["ranks"]) != trainer.world_size:
+        as_many = len(states["ranks"]) == trainer.world_size
+        if not as_many:
             rank_zero_warn(
                 f"This checkpoint was written by {len(states['ranks'])} processes and goes on with "
-                f"{trainer.world_size}: random numbers and the order of the data start anew. Weights, masks, optimizer "
-                "and schedules go on where they stood."
+                f"{trainer.world_size}: random numbers start anew, and each process goes on after as many batches as "
+                "one had taken. Weights, masks, optimizer and schedules go on where they stood."
             )
-            return
-        state = states["ranks"][rank()]
+        state = states["ranks"][rank() if as_many else 0]
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current  # Lightning types it as its base class
         mid_epoch = 0 < progress.processed < trainer.num_training_batches
         # Between epochs all loaders begin anew, also where there was none yet: a finder saves before training starts.
@@ -202,7 +202,8 @@ class AdapterCheckpoint(Preflight):
                 # Written inside a batch, after an error say: Lightning takes that batch again, and so do we.
                 position = {**position, "taken": position["taken"] - 1}
             loader.load_state_dict(position)
-        set_rng_state(state["rng"])
+        if as_many:
+            set_rng_state(state["rng"])
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Not in on_train_start, where RankPruning begins anew with the masks' gradients. Lightning sets gradients to

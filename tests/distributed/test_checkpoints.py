@@ -310,6 +310,7 @@ def test_strategy_and_world_size_may_change(
             assert sum(ranks.values()) == 4
             old = int(source.split()[1])
             assert said == ([] if old == world or rank else [
-                f"This checkpoint was written by {old} processes and goes on with {world}: random numbers and the "
-                "order of the data start anew. Weights, masks, optimizer and schedules go on where they stood."
+                f"This checkpoint was written by {old} processes and goes on with {world}: random numbers start anew, "
+                "and each process goes on after as many batches as one had taken. Weights, masks, optimizer and "
+                "schedules go on where they stood."
             ])  # fmt: skip
