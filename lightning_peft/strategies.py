@@ -30,7 +30,7 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._common_utils import clean_tensor_name
 from torch.optim import Optimizer
 
@@ -127,6 +127,16 @@ def keep_masks_wide(call: Callable[..., Any], strategy: Strategy, *args: Any, **
         # torch has this set for modules that it ignores whole, and no way to name a single buffer.
         names = (name for name, buffer in unit.named_buffers() if id(buffer) in masks)
         unit._ignored_buffer_names |= {clean_tensor_name(name) for name in names}
+
+
+def reshard(module: nn.Module) -> None:
+    """Have FSDP2 put the sharded parameters back, which a forward without a backward leaves gathered.
+
+    The gathered ones are other tensors, in no optimizer and without a gradient.
+    """
+    for child in module.modules():
+        if isinstance(child, FSDPModule):
+            child.reshard()
 
 
 def small(module: nn.Module) -> dict[str, Tensor]:

@@ -112,6 +112,7 @@ class RankMonitor(Preflight):
             self._pictures.weigh(boards(trainer), pruning.event_scores, step)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
         # The names of the metrics are known now. Not later: whoever watches a run, or kills it, sees the row as well.
         if self._hyperparameters and not trainer.sanity_checking:
             self._write_hyperparameters(trainer.logged_metrics)

@@ -17,6 +17,7 @@ from lightning_peft.strategies import (
     require_equal,
     require_supported,
     require_synchronised,
+    reshard,
 )
 from lightning_peft.surgery import adapters, trained
 
@@ -51,6 +52,12 @@ class Preflight(Callback):
             together(lambda: require_synchronised(trainer.strategy, pl_module))
             _warn_of_untrained(trainer, pl_module)
             self._compared = trainer.global_step  # a run that goes on within an epoch has no start of one
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        reshard(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        reshard(pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._goes_first(trainer):
