@@ -64,11 +64,10 @@ def _resize(module: nn.Module, checkpoint: Mapping[str, Any], source: str) -> Ca
         with own_random(module):  # the start of an adapter is overwritten at once
             for name in changed:
                 old = found.get(name)
-                base = _plain(module, name, source) if old is None else old.base
+                base, path = _plain(module, name, paths, source) if old is None else (old.base, paths[id(old)])
                 module_here = base if old is None else old
                 module_then = base
                 if name in saved:
-                    path = paths.get(id(module_here), name)
                     module_then = _build(saved[name], base, old, path, checkpoint["state_dict"], source)
                 new[id(module_here)], back[id(module_then)] = module_then, module_here
                 if old is not None and name not in saved and id(old) in holders:
@@ -98,13 +97,14 @@ def _layers(of: Mapping[str, Any]) -> dict[str, _Kind]:
     return {name: (group["class"], group["arguments"]) for group in of["adapters"] for name in group["layers"]}
 
 
-def _plain(module: nn.Module, name: str, source: str) -> nn.Module:
-    """The layer whose adapter was cut away; an attention's input projection is made a layer again."""
+def _plain(module: nn.Module, name: str, paths: Mapping[int, str], source: str) -> tuple[nn.Module, str]:
+    """The layer whose adapter was cut away, and its path; an attention's input projection is made a layer again."""
     layers = adaptable(module)
     if name not in layers:
         raise AdapterFileError(f"{source} has an adapter for {name!r}, a layer that this model does not have.")
     layer = layers[name]
-    return expose_in_proj(layer) if isinstance(layer, nn.MultiheadAttention) else layer
+    path = paths[id(layer)]
+    return (expose_in_proj(layer), f"{path}.in_proj") if isinstance(layer, nn.MultiheadAttention) else (layer, path)
 
 
 def _build(

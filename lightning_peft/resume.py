@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -88,7 +89,7 @@ class _Position(Iterator[Any]):
 
     def _go(self, target: State) -> None:
         self.taken, self.made, self.first = 0, rng_state(), None
-        if not target or not target["taken"]:
+        if not target or target["first"] is None:
             # The generators now are what they were when the interrupted run would have made its next iterator.
             self.batches = DataLoader.__iter__(self.loader)
             return
@@ -100,6 +101,8 @@ class _Position(Iterator[Any]):
         set_rng_state(self.first)
         for _ in range(self.taken):
             next(self.batches)
+        if not self.taken:  # the sampler draws when it is first asked
+            self.batches = chain([next(self.batches)], self.batches)
         set_rng_state(here)
 
 

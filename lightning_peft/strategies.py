@@ -14,7 +14,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -304,7 +303,7 @@ def _load(call: Callable[..., Any], strategy: Any, path: Any, weights_only: bool
 
 def _common(strategy: Any, path: Any) -> tuple[str, bool]:
     """Process 0's path, and whether it finds a folder there; no process goes another way than the others."""
-    common: tuple[str, bool] = strategy.broadcast((os.fspath(path), Path(path).is_dir()))
+    common: tuple[str, bool] = strategy.broadcast((os.fspath(path), os.path.isdir(path)))
     return common
 
 

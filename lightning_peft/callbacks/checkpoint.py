@@ -83,7 +83,9 @@ class AdapterCheckpoint(Preflight):
         super().setup(trainer, pl_module, stage)
         require_before(trainer, self, AdapterInjection)
         self._detach()
-        self._stopped = None
+        self._restored = self._gradients = self._stopped = None
+        if not flattens(trainer.strategy):
+            self._base = None  # of another module
         _call_all(self._undo)
         strict = pl_module.strict_loading
         pl_module.strict_loading = False  # the base is not in the file; `check` is stricter than strict about the rest
@@ -194,7 +196,7 @@ class AdapterCheckpoint(Preflight):
             )
         state = states["ranks"][rank() if as_many else 0]
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current  # Lightning types it as its base class
-        mid_epoch = 0 < progress.processed < trainer.num_training_batches
+        mid_epoch = progress.ready > 0 and progress.processed < trainer.num_training_batches
         # Between epochs all loaders begin anew, also where there was none yet: a finder saves before training starts.
         positions = state["loaders"] if mid_epoch else [{} for _ in self._loaders]
         for loader, position in zip(self._loaders, positions, strict=False):
@@ -221,6 +223,8 @@ class AdapterCheckpoint(Preflight):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._detach()
+        # Validation of a checkpoint loads it as well; a later fit is not its continuation.
+        self._restored = self._gradients = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._stopped = self._here()  # for those who save after us
@@ -228,8 +232,6 @@ class AdapterCheckpoint(Preflight):
 
     def _detach(self) -> None:
         _call_all(self._undo_after)
-        # Validation of a checkpoint loads it as well; a later fit is not its continuation.
-        self._restored = self._gradients = None
         self._left = self._places()  # for checkpoints that are written later, by other callbacks or after fit
         for loader in [*self._adopted, *self._loaders]:
             make_plain(loader)
@@ -249,6 +251,8 @@ class AdapterCheckpoint(Preflight):
         self._gradients = checkpoint.get(_GRADIENTS)
 
     def state_dict(self) -> dict[str, Any]:
+        if self._restored is not None:
+            return dict(self._restored)  # training has not started: others may save in on_exception
         return {"ranks": gather_objects(self._stopped or self._here())}
 
     def _here(self) -> dict[str, Any]:

@@ -49,15 +49,18 @@ class Preflight(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._goes_first(trainer):
             together(lambda: require_trained(trainer, pl_module))
+            together(lambda: _require_thawed(pl_module))
             together(lambda: require_synchronised(trainer.strategy, pl_module))
             _warn_of_untrained(trainer, pl_module)
             self._compared = trainer.global_step  # a run that goes on within an epoch has no start of one
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        reshard(pl_module)
+        if self._goes_first(trainer):
+            reshard(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        reshard(pl_module)
+        if self._goes_first(trainer):
+            reshard(pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._goes_first(trainer):
@@ -92,20 +95,24 @@ def refuse_other_package(trainer: Trainer) -> None:
 
 
 def require_trained(trainer: Trainer, module: LightningModule) -> None:
-    """Check that what adapters train is in an optimizer, and that something is.
+    """Check that what adapters train is in an optimizer.
 
     Raises:
         MisconfigurationException: it is not.
     """
-    found = adapters(module)
     held = _held(trainer)
-    for name, adapter in found.items():
+    for name, adapter in adapters(module).items():
         for part, parameter in adapter.own_parameters():
             if parameter.requires_grad and id(parameter) not in held:
                 raise MisconfigurationException(
                     f"{part!r} of the adapter at {name!r} is in no optimizer, so it would not be trained. Let "
                     "configure_optimizers take every parameter that requires grad, or add the adapters' to a group."
                 )
+
+
+def _require_thawed(module: LightningModule) -> None:
+    # Only when training starts: later a user may rest the adapters for a while.
+    found = adapters(module)
     if found and not any(p.requires_grad for adapter in found.values() for _, p in adapter.own_parameters()):
         raise MisconfigurationException(
             f"the adapters of {type(module).__name__} are all frozen, so they would not be trained. Something froze "

@@ -78,10 +78,12 @@ class RankPruning(Preflight):
         self._event_at = 0  # the same at the last event
         self._events = 0
         self._settled = False  # the mask is final
+        self._uncut = False  # what is closed is to be cut out after the next step
         self._now: list[Tensor] | None = None  # worth of a step that a gradient scaler may yet skip
         self._restored: Mapping[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._restored = None  # of a run that failed before it started
         if stage == "fit" and self.compact != "never":
             require_compactable(trainer)
         super().setup(trainer, pl_module, stage)
@@ -153,8 +155,8 @@ class RankPruning(Preflight):
             # The file may be from between the optimizer's step and our look at it, or of a plan that was longer.
             self._seen = min(int(state["step"]), self._steps.taken(trainer.global_step))
             self._look(trainer, pl_module)
-            if self._settled and self.compact != "never":
-                self._cut(trainer)  # the file may be of a run that did not compact
+            # The file may be of a run that did not compact. Not at once: gradients of an open step are still to come.
+            self._uncut = self._settled and self.compact != "never"
         if not self._observes(self._seen + 1):
             self._release()
 
@@ -203,6 +205,9 @@ class RankPruning(Preflight):
         due = self._due(step, ends)
         events = self._events_until(step)
         self._seen = step
+        if fresh and self._uncut:
+            self._uncut = False
+            self._cut(trainer)
         if due:
             # Before masks are written: what has come apart must not be sealed.
             require_equal(pl_module, f"at the pruning event of step {trainer.global_step}")
@@ -255,7 +260,6 @@ class RankPruning(Preflight):
         self._steps.release()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._restored = None
         self._release()
         self._steps.release()
 
@@ -279,6 +283,8 @@ class RankPruning(Preflight):
         return self._settled
 
     def state_dict(self) -> dict[str, Any]:
+        if self._restored is not None:
+            return dict(self._restored)  # training has not started: others may save in on_exception
         if not self.total_steps:
             return {}
         self._seen -= self._steps.settle()

@@ -95,6 +95,7 @@ class Regularization(Preflight):
         self._total_steps = _steps(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         self._total_steps = _steps(trainer)  # a batch-size finder changes it after our on_fit_start
 
     def _add_terms(self, call: Callable[..., Any], module: LightningModule, *args: Any, **kwargs: Any) -> Any:

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -38,11 +39,18 @@ class Stack(nn.Sequential):
     """Layers one after the other; with `checkpointing` their activations are computed again in the backward."""
 
     checkpointing = False
+    computed = 0  # how often a layer was
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self:
-            x = checkpoint(layer, x, use_reentrant=False) if self.checkpointing else layer(x)  # type: ignore[assignment]
+            compute = partial(self._compute, layer)
+            x = checkpoint(compute, x, use_reentrant=False) if self.checkpointing else compute(x)  # type: ignore[assignment]
         return x
+
+    def _compute(self, layer: nn.Module, x: Tensor) -> Tensor:
+        self.computed += 1
+        y: Tensor = layer(x)
+        return y
 
 
 def mlp() -> nn.Module:
@@ -187,6 +195,8 @@ def train(kind: str, job: Job, world: int, nodes: int = 1) -> dict[str, Any]:
     elif job.precision == "16-mixed":
         precision = {"plugins": [MixedPrecision("16-mixed", "cpu")]}  # by name Lightning makes it bf16 on a CPU
     diary = Diary()
+    torch._dynamo.reset()  # what an earlier run has compiled would serve this one
+    graphs = counters["stats"]["unique_graphs"]
     trainer = L.Trainer(
         accelerator="cpu", num_nodes=nodes, devices=world // nodes, strategy=STRATEGIES[kind](world),
         use_distributed_sampler=False, logger=False, enable_progress_bar=False, enable_model_summary=False,
@@ -196,6 +206,8 @@ def train(kind: str, job: Job, world: int, nodes: int = 1) -> dict[str, Any]:
     trainer.fit(model)
     return {
         "steps": trainer.global_step,
+        "computed": getattr(model.net, "computed", 0),
+        "graphs": counters["stats"]["unique_graphs"] - graphs,
         "events": diary.events,
         "masks": {name: site.gate.mask.tolist() for name, site in RankBudget.of(model).items()},
         "weights": {clean_name(name): whole(p.detach()).float().numpy() for name, p in trained(model).items()},

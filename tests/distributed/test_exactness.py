@@ -73,6 +73,8 @@ ROWS: dict[str, Row] = {
 }
 CONTROL = "for scale: one process, half of every batch lost"
 
+# Forwards of a layer, beside the fp32 column's: 48 batches for 24, and each computed twice.
+FORWARDS = {"accumulation 4": 2, "activation checkpointing": 2}
 REFUSED = {
     ("FSDP2 × 2, everything sharded by the module", "16-mixed"): (
         "refused: torch cannot unscale whole and sharded gradients together",
@@ -141,6 +143,9 @@ def test_result_is_that_of_one_process(name: str, column: str) -> None:
         assert isinstance(result, dict), result
         assert result["steps"] == alone["steps"]
         assert result["mask dtypes"] == {"torch.float32"}
+        # Every layer twice where activations are computed again; graphs only where something is compiled.
+        assert result["computed"] == reference("fp32")["computed"] * FORWARDS.get(column, 1)
+        assert (result["graphs"] > 0) == (column == "torch.compile")
         assert result["events"] == alone["events"]  # after every event, not only at the end
         assert change(result, every[0]) == 0.0  # among themselves not one bit
     assert change(every[0], alone) <= (0.0 if ROWS[name].world == 1 else bound(column))

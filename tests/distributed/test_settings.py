@@ -88,6 +88,22 @@ def beside(average: Callable[[], L.Callback]) -> list[L.Callback]:
     return [*dora(), average(), EarlyStopping("loss", min_delta=10.0, patience=3, check_on_train_epoch_end=True)]
 
 
+def stopped() -> list[L.Callback]:
+    return [*dora(), EarlyStopping("loss", min_delta=10.0, patience=3, check_on_train_epoch_end=True)]
+
+
+class Overflow(L.Callback):
+    """Makes the gradients of one step infinite, on the second process alone."""
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 5:
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+
+
+def overflowing() -> list[L.Callback]:
+    return [*dora(), Overflow()]
+
+
 def tokens() -> TensorDataset:
     generator = torch.Generator().manual_seed(0)
     count = GLOBAL_BATCH * BATCHES
@@ -185,6 +201,7 @@ SETTINGS: dict[str, Setting] = {
     "embedding": Setting(
         Job(partial(dora, targets=["0", "2.0"]), {"build": embedding, "data": tokens}), ("ddp", "fsdp1", "fsdp2")
     ),
+    "early stopping": Setting(Job(stopped, trainer={"max_epochs": 8}), EVERYWHERE),
     "averages": Setting(Job(partial(beside, WeightAveraging), trainer={"max_epochs": 8}), ("ddp",)),
     "moving averages": Setting(Job(partial(beside, EMAWeightAveraging), trainer={"max_epochs": 8}), ("ddp",)),
     "bf16-true": Setting(Job(dora, precision="bf16-true"), ("ddp", "fsdp1", "fsdp2"), 16 * BF16),
@@ -194,6 +211,7 @@ SETTINGS: dict[str, Setting] = {
 
 ALIKE: dict[str, tuple[Job, tuple[str, ...]]] = {
     "dropout": (Job(partial(dora, 0.3)), ("ddp", "fsdp1", "fsdp2", "fsdp2 around")),
+    "overflow": (Job(overflowing, precision="16-mixed"), ("ddp", "fsdp1", "fsdp2 around")),
     "left on meta": (Job(dora, sharded=LeftOnMeta), ("fsdp2",)),
 }
 
@@ -245,6 +263,12 @@ def test_processes_agree_where_each_draws_for_itself(name: str, kind: str) -> No
     assert first["events"] == second["events"]
     assert sum(map(sum, first["masks"].values())) == 8
     assert change(second, first) == 0.0
+
+
+@pytest.mark.parametrize("kind", ALIKE["overflow"][1])
+def test_an_overflow_on_one_process_skips_the_step_on_all(kind: str) -> None:
+    # One process alone does not overflow. That the two still agree is what the test above says.
+    assert change(together()[0][kind, "overflow"], alone()["single", "overflow"]) > 4 * 2**-11
 
 
 @pytest.mark.parametrize(("kind", "name"), REFUSED)
