@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_peft import presets
+from lightning_peft import RankBudget, presets
 
 LOST = "written inside a batch, amid an optimizer step: the gradients of the step's earlier micro-batches are lost"
 
@@ -82,7 +82,7 @@ def interrupted(at: int, path: Path, **options: Any) -> list[Tensor]:
     return net.seen
 
 
-@pytest.mark.parametrize(("at", "first"), [(3, False), (3, True), (7, False), (11, False)])
+@pytest.mark.parametrize(("at", "first"), [(0, False), (3, False), (3, True), (7, False), (8, False), (11, False)])
 def test_a_batch_that_failed_is_taken_again(tmp_path: Path, at: int, first: bool) -> None:
     whole, rest = run_through(), interrupted(at, tmp_path / "error.ckpt", first=first)
     assert len(whole) == 16
@@ -97,6 +97,57 @@ def test_gradients_lost_inside_a_batch_are_said_to_be_lost(tmp_path: Path, at: i
         warnings.simplefilter("always")
         interrupted(at, tmp_path / "error.ckpt", accumulate_grad_batches=2)
     assert any(LOST in str(warning.message) for warning in caught) == lost
+
+
+class FailsToStart(L.Callback):
+    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
+        raise ArithmeticError("a bad start")
+
+
+def test_what_a_failed_start_had_read_is_not_lost(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    with pytest.raises(ArithmeticError, match="a bad batch"):
+        trainer(SaveOnError(tmp_path / "good.ckpt")).fit(Net(fail_at=11))
+    with pytest.raises(ArithmeticError, match="a bad start"):
+        trainer(FailsToStart(), SaveOnError(tmp_path / "again.ckpt"), first=True).fit(
+            Net(), ckpt_path=tmp_path / "good.ckpt"
+        )
+    good, again = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["callbacks"] for name in ("good", "again"))
+    assert {"RankPruning", "AdapterCheckpoint"} <= good.keys()
+    for name in ("RankPruning", "AdapterCheckpoint"):
+        assert str(again[name]) == str(good[name])
+
+
+def test_compaction_waits_for_the_gradients_of_an_open_step(tmp_path: Path) -> None:
+    """The file is of a run that did not compact, from between two micro-batches of the tail."""
+    options: dict[str, Any] = {"accumulate_grad_batches": 2}
+    torch.manual_seed(3)
+    run = L.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=[*presets.dynamic_dora(final_rank=2, interval=2), SaveAt(13, tmp_path / "open.ckpt")], **options,
+    )  # fmt: skip
+    run.fit(Net())
+    assert "lightning_peft_gradients" in torch.load(tmp_path / "open.ckpt", weights_only=True)
+    net = Net()
+    L.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=[*presets.dynamic_dora(final_rank=2, interval=2, compact="final")], **options,
+    ).fit(net, ckpt_path=tmp_path / "open.ckpt")  # fmt: skip
+    assert sum(len(site.gate) for site in RankBudget.of(net).values()) == RankBudget.of(net).spent == 4
+
+
+class SaveAt(L.Callback):
+    """Saves after so many batches."""
+
+    def __init__(self, batches: int, path: Path) -> None:
+        self.batches, self.path, self.seen = batches, path, 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        self.seen += 1
+        if self.seen == self.batches:
+            trainer.save_checkpoint(self.path)
 
 
 @pytest.mark.parametrize("interval", [3, 8])

@@ -383,3 +383,19 @@ def test_a_name_that_no_log_can_have(name: str) -> None:
 def test_a_term_is_a_regularizer() -> None:
     with pytest.raises(TypeError, match="the term 'dem' must be a Regularizer. Got Linear."):
         Regularization({"dem": nn.Linear(2, 2)})  # type: ignore[dict-item]
+
+
+def test_a_mistake_is_told_before_the_first_step_also_where_this_callback_is_the_first() -> None:
+    class Forgetful(Module):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.net[0].base.parameters(), lr=0.1)  # type: ignore[operator, union-attr]
+
+    module = Forgetful()
+    inject_(module, LORA)
+    run = Trainer(
+        max_steps=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, callbacks=[Regularization({"orthogonality": Orthogonality(0.1)})],
+    )  # fmt: skip
+    with pytest.raises(MisconfigurationException, match="is in no optimizer"):
+        run.fit(module, DataLoader(torch.randn(8, 8), batch_size=4))  # type: ignore[arg-type]
+    assert run.global_step == 0
