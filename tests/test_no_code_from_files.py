@@ -19,6 +19,11 @@ REASONED = {
     ("testing/lifecycle.py", "pickle.loads"): "a law pickles a module and loads that very pickle, in memory",
     ("testing/lifecycle.py", "pickle.dumps"): "the other half of it",
     (
+        "testing/processes.py",
+        "pickle.dumps",
+    ): "the answer of a process that a test has forked, through a pipe of its own",
+    ("testing/processes.py", "pickle.loads"): "the other end of that pipe",
+    (
         "rebuild.py",
         "import_module",
     ): "the class that the user names with --model; a file's classes are looked up, not imported",
