@@ -100,7 +100,7 @@ def require_trained(trainer: Trainer, module: LightningModule) -> None:
     Raises:
         MisconfigurationException: it is not.
     """
-    held = _held(trainer)
+    held = optimized(trainer)
     for name, adapter in adapters(module).items():
         for part, parameter in adapter.own_parameters():
             if parameter.requires_grad and id(parameter) not in held:
@@ -123,7 +123,7 @@ def _require_thawed(module: LightningModule) -> None:
 
 def _warn_of_untrained(trainer: Trainer, module: LightningModule) -> None:
     """Warn of what was kept trainable beside the adapters and will not be trained."""
-    found, held = adapters(module), _held(trainer)
+    found, held = adapters(module), optimized(trainer)
     if not found:
         return
     own = {id(p) for adapter in found.values() for _, p in adapter.own_parameters()}
@@ -146,5 +146,6 @@ def _require_averaged(trainer: Trainer, module: LightningModule) -> None:
         )
 
 
-def _held(trainer: Trainer) -> set[int]:
+def optimized(trainer: Trainer) -> set[int]:
+    """Ids of the parameters that an optimizer holds."""
     return {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}

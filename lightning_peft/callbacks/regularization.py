@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_peft.callbacks.injection import AdapterInjection
 from lightning_peft.callbacks.order import require_before, require_one
-from lightning_peft.callbacks.preflight import Preflight
+from lightning_peft.callbacks.preflight import Preflight, optimized
 from lightning_peft.regularizers.base import Regularizer, regularized
 from lightning_peft.seams import when_built, wrap_method
 from lightning_peft.strategies import keep_whole
@@ -78,7 +78,7 @@ class Regularization(Preflight):
                 "own affair and terms added to what training_step returns have no effect. Remove the Regularization "
                 "callback and call lightning_peft.regularized(loss, terms, weights) before manual_backward."
             )
-        held = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+        held = optimized(trainer)
         for name, parameter in self.terms.named_parameters():
             if parameter.requires_grad and id(parameter) not in held:
                 raise MisconfigurationException(
