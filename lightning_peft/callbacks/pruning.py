@@ -169,10 +169,10 @@ class RankPruning(Preflight):
             return
         gradients = importance.gradients()
         scaler = scaler_of(trainer)
-        if scaler is not None:
+        if scaler is not None and gradients:
             # The optimizer's gradients are unscaled by now. `get_scale` would wait for the device.
             torch._foreach_div_(gradients, scaler.scale(torch.ones((), device=gradients[0].device)))
-        if trainer.world_size > 1:
+        if trainer.world_size > 1 and gradients:
             flat = trainer.strategy.reduce(torch.cat(gradients), reduce_op="mean")
             torch._foreach_copy_(gradients, list(flat.split([part.numel() for part in gradients])))
         now = importance.worth_now()

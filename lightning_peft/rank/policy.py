@@ -128,8 +128,7 @@ class RankPolicy:
 
     def is_event(self, step: int, total: int) -> bool:
         """Whether components are chosen after this step (counted from 1)."""
-        start, last = self.schedule.window(total)
-        return start <= step <= last and ((step - start) % self.interval == 0 or step == last)
+        return self.schedule.is_event(step, total, self.interval)
 
     def is_final(self, step: int, total: int) -> bool:
         """Whether the mask is final after this step."""

@@ -58,6 +58,11 @@ class Schedule(ABC):
         """First and last step at which components may be cut."""
         return share_of(self.warmup, total), total - share_of(self.tail, total)
 
+    def is_event(self, step: int, total: int, interval: int) -> bool:
+        """Whether components are chosen after this step: every `interval` steps of the window, and at its last."""
+        start, last = self.window(total)
+        return start <= step <= last and ((step - start) % interval == 0 or step == last)
+
     def cut(self, step: int, total: int, amount: int) -> int:
         """How much of the amount is cut after `step` of `total` steps: a whole number that never falls."""
         start, last = self.window(total)

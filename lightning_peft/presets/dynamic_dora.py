@@ -1,62 +1,21 @@
-"""Whole methods as lists of callbacks: `Trainer(callbacks=[*presets.dynamic_dora(final_rank=8)])` is a user's code."""
+"""Dynamic DoRA as a list of callbacks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_peft.adapters import dynamic_dora as dora
 from lightning_peft.adapters.dynamic_dora import DynamicDoRA
-from lightning_peft.adapters.lora import LoRA
 from lightning_peft.arguments import require_instance
 from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, RankMonitor, RankPruning, Regularization
+from lightning_peft.presets.base import Preset
 from lightning_peft.rank.budget import Budget
 from lightning_peft.regularizers import DEM, UntilTail
 from lightning_peft.regularizers.dem import Normalizer
-
-
-class Preset(list[Callback]):
-    """The callbacks of one method, in the order that they need: `Trainer(callbacks=[*preset])`.
-
-    A type of its own, so that the command line can tell a function that returns one from any other: the `peft` of a job
-    takes whatever returns a Preset, yours too.
-    """
-
-    def __getattr__(self, name: str) -> Any:
-        # A Trainer takes anything for a callback, and would say that a list has no attribute 'setup'.
-        if hasattr(Callback, name):
-            raise MisconfigurationException(
-                "a preset is a list of callbacks, and was given to the Trainer as one callback. Unpack it: "
-                "callbacks=[*preset, ...]."
-            )
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-
-def lora(
-    rank: int = 8,
-    alpha: float = 16.0,
-    dropout: float = 0.0,
-    targets: Sequence[str] | None = None,
-    train: Sequence[str] | None = None,
-) -> Preset:
-    """LoRA of one rank everywhere, with adapter-only checkpoints.
-
-    Args:
-        rank: components per layer.
-        alpha: update scale; the update is multiplied by alpha / rank.
-        dropout: dropout on the adapters' input.
-        targets: layers to adapt; ``None`` for all linear layers except the head. See :func:`lightning_peft.inject`.
-        train: what stays trainable beside them; ``None`` for the head.
-
-    Reference:
-        Hu et al., LoRA, 2021, arXiv 2106.09685.
-    """
-    adapter = partial(LoRA, rank=rank, alpha=alpha, dropout=dropout)
-    return Preset([AdapterInjection(adapter, targets, train), RankMonitor(), AdapterCheckpoint()])
 
 
 def dynamic_dora(
