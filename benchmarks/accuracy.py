@@ -47,7 +47,7 @@ RATES = (1e-3, 2e-3, 4e-3)
 EPOCHS = {"r8": 2, "r52": 4}
 SEARCH_EPOCHS = {"r8": 2, "r52": 2}
 SEARCHED_ON = {("r8", 8): ("r8", 8), ("r52", 2): ("r52", 2), ("r8", 2): ("r52", 2), ("r52", 8): ("r52", 2)}
-"""Where the learning rate of each table, data and rank, was searched; a table that has no search of its own is one seed."""
+"""Where each table, data and rank, takes its learning rates from; one that has no search of its own is one seed."""
 PROTOCOL = {
     "backbone": "MiniLM-L6",
     "max_length": 64,
@@ -298,7 +298,9 @@ def main() -> None:
             parser.error(f"unknown methods {unknown}; known: {', '.join(METHODS)}")
         plan(args.data, args.rank, args.methods.split(","))
     elif args.max_steps > 0:
-        print(_summary(execute(Run(args.method, args.data, args.rank, args.seed, args.lr, args.search), args.max_steps)))
+        print(
+            _summary(execute(Run(args.method, args.data, args.rank, args.seed, args.lr, args.search), args.max_steps))
+        )
     else:
         _run_once(Run(args.method, args.data, args.rank, args.seed, args.lr, args.search))
 

@@ -1,6 +1,6 @@
 """The methods that `accuracy.py` compares: each puts something trainable into the same classifier.
 
-A method is a function `build(classifier, steps, rank) -> Prepared`, where rank is the average that is left at the end. The
+A method is a function `build(classifier, steps, rank) -> Prepared`; rank is the average that is left at the end. The
 classifier, its head, the optimizer, the schedule and the order of batches are the same for all; only the adapters
 differ.
 """
@@ -64,7 +64,9 @@ def hf_lora(classifier: TextClassifier, steps: int, rank: int) -> Prepared:
     from peft import LoraConfig, TaskType, get_peft_model
 
     linears = _encoder_linears(classifier.model)
-    config = LoraConfig(task_type=TaskType.SEQ_CLS, r=rank, lora_alpha=ALPHA[rank], lora_dropout=0.0, target_modules=linears)
+    config = LoraConfig(
+        task_type=TaskType.SEQ_CLS, r=rank, lora_alpha=ALPHA[rank], lora_dropout=0.0, target_modules=linears
+    )
     classifier.model = get_peft_model(classifier.model, config)
     return Prepared(
         ranks=lambda: dict.fromkeys(linears, rank),
