@@ -1,7 +1,7 @@
 """Rank-adaptive, parameter-efficient fine-tuning for PyTorch Lightning: one callback, and the model stays as it is."""
 
 from lightning_peft import presets
-from lightning_peft.adapters import Adapter, AdapterFactory, DynamicDoRA, LoRA, LowRank, NormShare
+from lightning_peft.adapters import Adapter, AdapterFactory, DynamicDoRA, LoRA, LowRank, NormShare, WeightDecomposed
 from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, RankMonitor, RankPruning, Regularization
 from lightning_peft.checkpoint import AdapterFileError, adapter_state_dict, load
 from lightning_peft.export import Merged, compact, merge
@@ -58,6 +58,7 @@ __all__ = [
     "SlowCubic",
     "Taylor",
     "UntilTail",
+    "WeightDecomposed",
     "adapter_state_dict",
     "compact",
     "eject",

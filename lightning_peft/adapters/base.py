@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -67,6 +68,15 @@ class Adapter(nn.Module, ABC):
             keep: (n,) bool, the components to keep; ``None`` for those that are open, which leaves the output equal.
         """
         raise TypeError(f"{type(self).__name__} cannot be compacted: its components are not cut out of its tensors.")
+
+    @contextmanager
+    def constants_held(self) -> Iterator[None]:
+        """For a while, what the gradient takes for a constant keeps the value that it has at the start.
+
+        Only then are gradients what finite differences give, and only then do components add up. By default there is
+        no such constant.
+        """
+        yield
 
     def arguments(self) -> dict[str, Any]:
         """The constructor's arguments but `base`, so that `type(self)(base, **arguments)` builds the same structure."""

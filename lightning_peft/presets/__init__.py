@@ -3,5 +3,6 @@
 from lightning_peft.presets.base import Preset
 from lightning_peft.presets.dynamic_dora import dynamic_dora
 from lightning_peft.presets.lora import lora
+from lightning_peft.presets.weight_decomposed import weight_decomposed, weight_decomposed_fixed
 
-__all__ = ["Preset", "dynamic_dora", "lora"]
+__all__ = ["Preset", "dynamic_dora", "lora", "weight_decomposed", "weight_decomposed_fixed"]

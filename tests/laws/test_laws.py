@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from functools import partial
 
-from lightning_peft import DynamicDoRA, LoRA
+from lightning_peft import DynamicDoRA, LoRA, WeightDecomposed
 from lightning_peft.testing import laws
 
 test_lora = laws(partial(LoRA, rank=4))
 test_lora_with_dropout = laws(partial(LoRA, rank=3, alpha=5.0, dropout=0.2), ("linear", "conv1d", "attention_in"))
 test_dynamic_dora = laws(partial(DynamicDoRA, rank=4, dropout=0.0))
 test_dynamic_dora_with_dropout = laws(partial(DynamicDoRA, rank=3, dropout=0.2), ("linear", "conv1d", "attention_in"))
+test_weight_decomposed = laws(partial(WeightDecomposed, rank=4))
+test_weight_decomposed_with_gains = laws(partial(WeightDecomposed, rank=4, components="dynamic_dora"))
+test_weight_decomposed_with_dropout = laws(
+    partial(WeightDecomposed, rank=3, dropout=0.2, components="dynamic_dora"), ("linear", "conv1d", "attention_in")
+)
