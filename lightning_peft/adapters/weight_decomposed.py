@@ -49,6 +49,12 @@ class Magnitude(nn.Module):
         return self.weight / norms.masked_fill(norms == 0, torch.inf)
 
 
+def _whole(weight: Tensor) -> Tensor:
+    """All of a weight, also where it is split over processes: each of them must call this."""
+    whole: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return whole
+
+
 class WeightDecomposed(LowRank):
     """Weight-decomposed low-rank adaptation: the update turns the rows of the weight, their lengths are trained apart.
 
@@ -106,7 +112,7 @@ class WeightDecomposed(LowRank):
         self.components = components  # before the parts are built, which asks for it
         super().__init__(base, rank, alpha, dropout)
         self._held: Tensor | None = None
-        self.magnitude = Magnitude(self._norms(matrix(base)))
+        self.magnitude = Magnitude(self._norms(_whole(matrix(base))))
 
     def _make_gate(self, d_in: int, d_out: int) -> Gate:
         return _METHODS[self.components]._make_gate(self, d_in, d_out)
@@ -115,7 +121,7 @@ class WeightDecomposed(LowRank):
         _METHODS[self.components].reset_parameters(self)
         if "magnitude" in self._modules:
             with torch.no_grad():
-                self.magnitude.weight.copy_(self._norms(matrix(self.base)))
+                self.magnitude.weight.copy_(self._norms(_whole(matrix(self.base))))
 
     def effective_weight(self) -> Tensor:
         weight = matrix(self.base)
@@ -163,9 +169,19 @@ class WeightDecomposed(LowRank):
             handle.remove()
         return (y, *read[0])
 
+    def lengths(self) -> Tensor | None:
+        return self.magnitude.weight
+
+    def lasting_parameters(self) -> Iterator[nn.Parameter]:
+        return self.magnitude.parameters()
+
+    def kept(self, keep: Tensor) -> Tensor:
+        # Without an open component there is still the magnitude, and a gate has one component at least.
+        return keep if keep.any() else torch.arange(len(keep), device=keep.device) == 0
+
     @contextmanager
     def constants_held(self) -> Iterator[None]:
-        self._held = self._norms(matrix(self.base))
+        self._held = self._norms(_whole(matrix(self.base)))
         try:
             yield
         finally:
@@ -174,11 +190,10 @@ class WeightDecomposed(LowRank):
     @torch.no_grad()
     def compacted(self, keep: Tensor | None = None) -> Adapter | None:
         keep = self.gate.open() if keep is None else keep
-        kept = keep if keep.any() else torch.arange(len(keep), device=keep.device) == 0
-        small = super().compacted(kept)
+        small = super().compacted(self.kept(keep))
         assert isinstance(small, WeightDecomposed)
         # A new parameter, as the others are; the constructor has made one of the base's own norms.
         small.magnitude = Magnitude(self.magnitude.weight.detach().clone())
-        if kept is not keep:
+        if not keep.any():
             small.gate.mask.zero_()
         return small

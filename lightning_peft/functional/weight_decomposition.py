@@ -9,6 +9,7 @@ The norms need no matrix of W's size: it is made and reduced in pieces that stay
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -51,11 +52,12 @@ def row_norms(weight: Tensor, A: Tensor, B: Tensor, value: Tensor) -> Tensor:
         >>> row_norms(W, A, B, torch.ones(1))
         tensor([2.2361, 1.0000])
     """
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+    kind = weight.device.type
+    with torch.no_grad(), nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
         weight, A, B, value = (t.detach() for t in (weight, A, B, value))
         dtype = torch.promote_types(torch.promote_types(weight.dtype, A.dtype), torch.float32)
         A, Bv = A.to(dtype), B.to(dtype) * value.to(dtype)
-        piece = _PIECE if weight.device.type == "cpu" else _PIECE_ELSEWHERE
+        piece = _PIECE if kind == "cpu" else _PIECE_ELSEWHERE
         d_out, d_in = weight.shape
         if weight.is_contiguous() or not weight.t().is_contiguous():
             n = max(1, piece // d_in)
