@@ -62,14 +62,14 @@ def row_norms(weight: Tensor, A: Tensor, B: Tensor, value: Tensor) -> Tensor:
         d_out, d_in = weight.shape
         if weight.is_contiguous() or not weight.t().is_contiguous():
             n = max(1, size // d_in)
-            starts = range(0, d_out, n)
-            pieces = (torch.addmm(weight[i : i + n].to(dtype), Bv[i : i + n], A) for i in starts)
-            return torch.cat([torch.linalg.vector_norm(piece, dim=1) for piece in pieces])
+            rows = [slice(i, i + n) for i in range(0, d_out, n)]
+            return torch.cat([torch.addmm(weight[some].to(dtype), Bv[some], A).norm(dim=1) for some in rows])
         # Stored as (d_in, d_out): a piece is some inputs of all rows. Summed by `sum`, which adds up in a tree: a norm
         # along this dimension adds one by one, and loses digits over the tokens of a vocabulary.
-        At, vBt, n = A.t(), Bv.t(), max(1, size // d_out)
-        pieces = (torch.addmm(weight.t()[i : i + n].to(dtype), At[i : i + n], vBt) for i in range(0, d_in, n))
-        return torch.stack([piece.square_().sum(0) for piece in pieces]).sum(0).sqrt()
+        Wt, At, vBt, n = weight.t(), A.t(), Bv.t(), max(1, size // d_out)
+        inputs = [slice(i, i + n) for i in range(0, d_in, n)]
+        squares = [torch.addmm(Wt[some].to(dtype), At[some], vBt).square_().sum(0) for some in inputs]
+        return torch.stack(squares).sum(0).sqrt()
 
 
 def rescaled(y: Tensor, bias: Tensor | None, scale: Tensor, out: Tensor | None = None) -> Tensor:
