@@ -4,12 +4,12 @@
     python benchmarks/accuracy.py plan --data r52 --rank 2 [--methods lora,hf-lora]
     python benchmarks/accuracy.py table [--out docs/accuracy.md]
 
-`plan` runs what is missing: for each method a search over three learning rates on a held-out tenth of the training
-set (one seed, the test set untouched; on R52 over half the epochs, and over a fourth rate where the best is at an end
-of the three), then its seeds at the best rate on the whole training set, each looking at the test set once. R8 at rank 2 and R52 at rank 8 are one seed at the rate that was found
-on R52 at rank 2. Every run is a process of its own, whose peak memory is then its own, and one line of
-`results/accuracy.jsonl`; runs that are there are skipped: a plan can be stopped, continued, and shared by processes
-that run different methods. One thread; more processes use more cores.
+`plan` runs what is missing: for each method a search over three learning rates on a held-out tenth of the training set
+(one seed, the test set untouched; on R52 over half the epochs, and over a fourth rate where the best is at an end of
+the three), then its seeds at the best rate on the whole training set, each looking at the test set once. R8 at rank 2
+and R52 at rank 8 are one seed at the rate that was found on R52 at rank 2. Every run is a process of its own, whose
+peak memory is then its own, and one line of `results/accuracy.jsonl`; runs that are there are skipped: a plan can be
+stopped, continued, and shared by processes that run different methods. One thread; more processes use more cores.
 """
 
 from __future__ import annotations
