@@ -1,7 +1,7 @@
 """Rank-adaptive, parameter-efficient fine-tuning for PyTorch Lightning: one callback, and the model stays as it is."""
 
 from lightning_peft import presets
-from lightning_peft.adapters import Adapter, AdapterFactory, DynamicDoRA, LoRA, LowRank, NormShare
+from lightning_peft.adapters import Adapter, AdapterFactory, DynamicDoRA, LoRA, LowRank, NormShare, SoftThreshold, SoRA
 from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, RankMonitor, RankPruning, Regularization
 from lightning_peft.checkpoint import AdapterFileError, adapter_state_dict, load
 from lightning_peft.export import Merged, compact, merge
@@ -15,6 +15,7 @@ from lightning_peft.rank import (
     Cubic,
     Gate,
     Importance,
+    Policy,
     RankBudget,
     RankPolicy,
     Schedule,
@@ -47,6 +48,7 @@ __all__ = [
     "NormShare",
     "Orthogonality",
     "Plan",
+    "Policy",
     "RankBudget",
     "RankMonitor",
     "RankPolicy",
@@ -56,6 +58,8 @@ __all__ = [
     "Schedule",
     "Site",
     "SlowCubic",
+    "SoRA",
+    "SoftThreshold",
     "Taylor",
     "UntilTail",
     "adapter_state_dict",

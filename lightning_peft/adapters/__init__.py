@@ -4,5 +4,16 @@ from lightning_peft.adapters.base import Adapter, AdapterFactory
 from lightning_peft.adapters.dynamic_dora import DynamicDoRA, NormShare, component_shares
 from lightning_peft.adapters.lora import LoRA
 from lightning_peft.adapters.low_rank import LowRank
+from lightning_peft.adapters.sora import SoftThreshold, SoRA
 
-__all__ = ["Adapter", "AdapterFactory", "DynamicDoRA", "LoRA", "LowRank", "NormShare", "component_shares"]
+__all__ = [
+    "Adapter",
+    "AdapterFactory",
+    "DynamicDoRA",
+    "LoRA",
+    "LowRank",
+    "NormShare",
+    "SoRA",
+    "SoftThreshold",
+    "component_shares",
+]

@@ -3,5 +3,6 @@
 from lightning_peft.presets.base import Preset
 from lightning_peft.presets.dynamic_dora import dynamic_dora
 from lightning_peft.presets.lora import lora
+from lightning_peft.presets.sora import sora
 
-__all__ = ["Preset", "dynamic_dora", "lora"]
+__all__ = ["Preset", "dynamic_dora", "lora", "sora"]

@@ -24,7 +24,8 @@ def by_shape(sites: Iterable[Site]) -> list[list[Site]]:
 class Importance(ABC):
     """A running worth per component, updated once per optimizer step.
 
-    `reads` says when: "gradients" before the step (averaged over ranks and unscaled), "weights" after it.
+    `reads` says when: "gradients" before the step (averaged over ranks and unscaled), "weights" after it, "nothing" if
+    worth is no running average but what :meth:`scores` finds when it is asked.
     The running average is kept in one tensor per group of equally shaped layers; :meth:`scores` gives it by layer.
 
         worth <- beta worth + (1 - beta) now          (starts at 0, no bias correction: it would not change the order)
@@ -39,7 +40,7 @@ class Importance(ABC):
         ValueError: beta is not in [0, 1).
     """
 
-    reads: ClassVar[Literal["gradients", "weights"]]
+    reads: ClassVar[Literal["gradients", "weights", "nothing"]]
 
     def __init__(self, beta: float) -> None:
         if not 0 <= beta < 1:
