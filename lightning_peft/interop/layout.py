@@ -84,7 +84,7 @@ def find_targets(host: nn.Module) -> list[Target]:
     if not targets:
         raise ValueError(
             f"all {len(adapters(host))} adapted layers are of rank 0, so there is no adapter to write: the model is "
-            "its base. Train before exporting (DynamicDoRA's gains start at 0), or raise the budget."
+            "its base. Train before exporting (a gain that starts at 0 has no component yet), or raise the budget."
         )
     return targets
 
