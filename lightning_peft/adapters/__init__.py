@@ -1,8 +1,20 @@
 """Adapters: one paper, one file."""
 
+from lightning_peft.adapters.adalora import AdaLoRA, CubicBudget, TripletImportance
 from lightning_peft.adapters.base import Adapter, AdapterFactory
 from lightning_peft.adapters.dynamic_dora import DynamicDoRA, NormShare, component_shares
 from lightning_peft.adapters.lora import LoRA
 from lightning_peft.adapters.low_rank import LowRank
 
-__all__ = ["Adapter", "AdapterFactory", "DynamicDoRA", "LoRA", "LowRank", "NormShare", "component_shares"]
+__all__ = [
+    "AdaLoRA",
+    "Adapter",
+    "AdapterFactory",
+    "CubicBudget",
+    "DynamicDoRA",
+    "LoRA",
+    "LowRank",
+    "NormShare",
+    "TripletImportance",
+    "component_shares",
+]
