@@ -7,7 +7,9 @@ from functools import partial
 from lightning_peft import DynamicDoRA, LoRA
 from lightning_peft.testing import laws
 
+DROPPED = ("linear", "conv1d", "convolution_2d", "convolution_3d", "attention_in")
+
 test_lora = laws(partial(LoRA, rank=4))
-test_lora_with_dropout = laws(partial(LoRA, rank=3, alpha=5.0, dropout=0.2), ("linear", "conv1d", "attention_in"))
+test_lora_with_dropout = laws(partial(LoRA, rank=3, alpha=5.0, dropout=0.2), DROPPED)
 test_dynamic_dora = laws(partial(DynamicDoRA, rank=4, dropout=0.0))
-test_dynamic_dora_with_dropout = laws(partial(DynamicDoRA, rank=3, dropout=0.2), ("linear", "conv1d", "attention_in"))
+test_dynamic_dora_with_dropout = laws(partial(DynamicDoRA, rank=3, dropout=0.2), DROPPED)
