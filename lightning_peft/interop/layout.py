@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.attention import AdaptedAttention
 from lightning_peft.adapters.base import Adapter
-from lightning_peft.adapters.layers import is_conv1d, matrix
+from lightning_peft.adapters.layers import is_transformers_conv1d, matrix
 from lightning_peft.adapters.low_rank import LowRank
 from lightning_peft.export import widened
 from lightning_peft.functional.weight_decomposition import row_norms
@@ -223,7 +223,9 @@ def lay_out(targets: list[Target], mode: Mode) -> tuple[dict[str, Tensor], dict[
         "rank_pattern": _patterns(ranks, paths),
         "alpha_pattern": _patterns({path: _number(own) for path, own in alphas.items()}, paths),
         "use_dora": decomposed,
-        "fan_in_fan_out": any(part.adapter and is_conv1d(part.adapter.base) for t in targets for part in t.parts),
+        "fan_in_fan_out": any(
+            part.adapter and is_transformers_conv1d(part.adapter.base) for target in targets for part in target.parts
+        ),
     }
     return tensors, config
 
