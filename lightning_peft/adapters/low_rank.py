@@ -68,7 +68,7 @@ class LowRank(Adapter):
         super().__init__(base)
         # Asked here: a wrapper around the base is neither an embedding nor a convolution.
         self._indexed = isinstance(base, nn.Embedding)
-        stored_shape: torch.Size = base.weight.shape  # type: ignore[assignment, union-attr]
+        stored_shape: torch.Size = base.weight.shape  # type: ignore[assignment]
         self._kernel = stored_shape[1:] if is_convolution(base) else None
         # Plain numbers, whatever a sweep hands over: they are written into checkpoints, which hold nothing else.
         self.rank = index(rank)

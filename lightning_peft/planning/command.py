@@ -46,7 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     method.add_argument("--final-rank", type=float, metavar="R", help="dynamic-dora: average rank at the end (8)")
     method.add_argument(
-        "--targets", nargs="+", metavar="PATTERN", help="layers to adapt (all linear layers and convolutions except the head)"
+        "--targets",
+        nargs="+",
+        metavar="PATTERN",
+        help="layers to adapt (all linear and convolution layers but the head)",
     )
     method.add_argument(
         "--train", nargs="*", metavar="PATTERN", help="what trains beside them (the head, where it is new)"

@@ -141,7 +141,9 @@ class LastMean(nn.Module):
 def convolutions() -> nn.Module:
     # Narrow, and few places to sum a gradient over: Adam makes much of how a sum that nearly cancels is rounded.
     first = nn.Conv1d(5, 12, 3, stride=2, padding=1, padding_mode="reflect")
-    return Stack(Block(first, nn.Tanh()), Block(nn.Conv1d(12, 16, 5, stride=2), nn.Tanh()), LastMean(), nn.Linear(16, 4))
+    return Stack(
+        Block(first, nn.Tanh()), Block(nn.Conv1d(12, 16, 5, stride=2), nn.Tanh()), LastMean(), nn.Linear(16, 4)
+    )
 
 
 class Bert(nn.Module):
