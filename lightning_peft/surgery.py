@@ -350,8 +350,8 @@ def _no_match(pattern: str, module: nn.Module, layers: Mapping[str, nn.Module]) 
 
 def _nothing_to_adapt(module: nn.Module) -> str:
     return (
-        f"{type(module).__name__} has no linear layer or convolution to adapt. If it builds its layers later, inject then; "
-        "other layers can be named in `targets`."
+        f"{type(module).__name__} has no linear layer or convolution to adapt. If it builds its layers later, inject "
+        "then; other layers can be named in `targets`."
     )
 
 

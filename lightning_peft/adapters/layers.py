@@ -2,9 +2,10 @@
 
 nn.Linear, MultiheadAttention's in_proj and out_proj   weight (d_out, d_in)
 transformers' Conv1D, nn.Embedding                     weight (d_in, d_out)
-nn.Conv1d, nn.Conv2d, nn.Conv3d                        weight (d_out, c_in / groups, *kernel), d_in = c_in / groups * prod(kernel)
+nn.Conv1d, nn.Conv2d, nn.Conv3d                        weight (d_out, c_in / groups, *kernel)
 
-Two kinds have nearly one name: transformers' Conv1D is a linear layer and no convolution, nn.Conv1d is one.
+A convolution's d_in is c_in / groups * prod(kernel), what its kernel covers at one place. Two kinds have nearly one
+name: transformers' Conv1D is a linear layer and no convolution, nn.Conv1d is one.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def matrix(layer: nn.Module) -> Tensor:
 
 
 def stored(layer: nn.Module, weight: Tensor) -> Tensor:
-    """A (d_out, d_in) matrix in the layout in which `layer` stores its weight; a view where the matrix is contiguous."""
+    """A (d_out, d_in) matrix in the layout in which `layer` stores its weight; a view where it can be."""
     if is_convolution(layer):
         kernel: Tensor = layer.weight  # type: ignore[assignment]
         return weight.reshape(kernel.shape)

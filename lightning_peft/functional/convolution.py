@@ -82,8 +82,7 @@ def low_rank_convolution_update(
 ) -> Tensor:
     """The update alone, conv1x1(diag(value) conv(drop(x), A), B), in the adapter's dtype if wider.
 
-    Args:
-        kernel: (c_in / groups, *kernel), what one row of A is the numbers of.
+    `kernel` is (c_in / groups, *kernel), the shape of one row of A; the rest as in :func:`low_rank_convolution`.
     """
     dtype = torch.promote_types(x.dtype, A.dtype)
     inner = A.to(dtype).view(-1, *kernel)

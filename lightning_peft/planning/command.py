@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--targets",
         nargs="+",
         metavar="PATTERN",
-        help="layers to adapt (all linear layers and convolutions except the head)",
+        help="layers to adapt (all linear layers and convolutions but the head)",
     )
     method.add_argument(
         "--train", nargs="*", metavar="PATTERN", help="what trains beside them (the head, where it is new)"

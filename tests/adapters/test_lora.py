@@ -228,8 +228,8 @@ def _quantised() -> nn.Module:
     [
         (
             lambda: nn.LayerNorm(4),
-            "LoRA cannot adapt this layer: LayerNorm is not a Linear, Conv1d, Conv2d, Conv3d, Embedding or transformers' "
-            "Conv1D layer.",
+            "LoRA cannot adapt this layer: LayerNorm is not a Linear, Conv1d, Conv2d, Conv3d, Embedding or "
+            "transformers' Conv1D layer.",
         ),
         (
             lambda: nn.ConvTranspose2d(4, 4, 1),
