@@ -146,6 +146,30 @@ def dynamic_dora(classifier: TextClassifier, steps: int, rank: int) -> Prepared:
     return _ours(classifier, presets.dynamic_dora(final_rank=rank, targets=[ENCODER_LINEARS]))
 
 
+def adalora(classifier: TextClassifier, steps: int, rank: int) -> Prepared:
+    """This package's AdaLoRA, on the schedule that PEFT's has here."""
+    from lightning_peft import presets
+
+    return _ours(
+        classifier,
+        presets.adalora(
+            target_rank=rank,
+            init_rank=start_rank(rank),
+            alpha=ALPHA[rank],
+            warmup=0.1,
+            tail=0.3,
+            targets=[ENCODER_LINEARS],
+        ),
+    )
+
+
+def weight_decomposed(classifier: TextClassifier, steps: int, rank: int) -> Prepared:
+    """Weight decomposition whose rank moves by dynamic DoRA's policy."""
+    from lightning_peft import presets
+
+    return _ours(classifier, presets.weight_decomposed(final_rank=rank, targets=[ENCODER_LINEARS]))
+
+
 def _ours(classifier: TextClassifier, callbacks: list[Callback]) -> Prepared:
     from lightning_peft import RankBudget, to_hf_peft
 
@@ -208,4 +232,12 @@ METHODS: dict[str, Method] = {
     ),
     "lora": Method("LoRA", lora, _settings(alpha=ALPHA.get, dropout=0.0)),
     "dynamic-dora": Method("dynamic DoRA", dynamic_dora, _settings(init=start_rank, preset="default")),
+    "adalora": Method(
+        "AdaLoRA",
+        adalora,
+        _settings(init=start_rank, alpha=ALPHA.get, dropout=0.0, warmup=0.1, tail=0.3, interval=10, orthogonality=0.5),
+    ),
+    "weight-decomposed": Method(
+        "weight-decomposed, dynamic rank", weight_decomposed, _settings(init=start_rank, preset="default")
+    ),
 }
