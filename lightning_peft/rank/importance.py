@@ -34,7 +34,8 @@ def require_kept(name: str, share: float) -> None:
 class Importance(ABC):
     """A running worth per component, updated once per optimizer step.
 
-    `reads` says when: "gradients" before the step (averaged over ranks and unscaled), "weights" after it.
+    `reads` says when: "gradients" before the step (averaged over ranks and unscaled), "weights" after it, "nothing" if
+    worth is no running average but what :meth:`scores` finds when it is asked.
     The running average is kept in one tensor per group of equally shaped layers; :meth:`scores` gives it by layer. A
     method whose statistics are other than one number per component says so in :meth:`statistics`.
 
@@ -50,7 +51,7 @@ class Importance(ABC):
         ValueError: beta is not in [0, 1).
     """
 
-    reads: Literal["gradients", "weights"]
+    reads: Literal["gradients", "weights", "nothing"]
 
     def __init__(self, beta: float) -> None:
         require_kept("beta", beta)
