@@ -24,7 +24,10 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import pairwise
@@ -229,6 +232,20 @@ def seeds(method: str, data: str, rank: int) -> tuple[int, ...]:
 
 
 def _in_own_process(run: Run) -> None:
+    with _claimed(run):
+        _start(run)
+
+
+@contextmanager
+def _claimed(run: Run) -> Iterator[None]:
+    """Wait until no other plan has this run in hand; the claim ends with the process that holds it."""
+    name = "-".join(str(value) for value in ("lightning-peft", *asdict(run).values()))
+    with (Path(tempfile.gettempdir()) / f"{name}.claim").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _start(run: Run) -> None:
     if finished(run):
         print(f"there already: {run}", flush=True)
         return

@@ -1,5 +1,6 @@
 """Adapters: one paper, one file."""
 
+from lightning_peft.adapters.adalora import AdaLoRA, CubicBudget, TripletImportance
 from lightning_peft.adapters.base import Adapter, AdapterFactory
 from lightning_peft.adapters.dynamic_dora import DynamicDoRA, NormShare, component_shares
 from lightning_peft.adapters.lora import LoRA
@@ -7,13 +8,16 @@ from lightning_peft.adapters.low_rank import LowRank
 from lightning_peft.adapters.sora import SoftThreshold, SoRA
 
 __all__ = [
+    "AdaLoRA",
     "Adapter",
     "AdapterFactory",
+    "CubicBudget",
     "DynamicDoRA",
     "LoRA",
     "LowRank",
     "NormShare",
     "SoRA",
     "SoftThreshold",
+    "TripletImportance",
     "component_shares",
 ]

@@ -17,7 +17,7 @@ from lightning_peft.callbacks.compaction import compact_in_training, require_com
 from lightning_peft.callbacks.injection import AdapterInjection
 from lightning_peft.callbacks.order import require_before
 from lightning_peft.callbacks.preflight import Preflight
-from lightning_peft.callbacks.steps import TakenSteps, scaler_of
+from lightning_peft.callbacks.steps import TakenSteps, scaler_of, unscales_itself
 from lightning_peft.distributed import agreed, gather_objects
 from lightning_peft.rank.budget import RankBudget
 from lightning_peft.rank.policy import Policy
@@ -159,6 +159,7 @@ class RankPruning(Preflight):
             self._uncut = self._settled and self.compact != "never"
         if not self._observes(self._seen + 1):
             self._release()
+            self._forget()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._now = None
@@ -170,12 +171,15 @@ class RankPruning(Preflight):
         gradients = importance.gradients()
         scaler = scaler_of(trainer)
         if scaler is not None and gradients:
-            # The optimizer's gradients are unscaled by now. `get_scale` would wait for the device.
+            # They are not the optimizer's, which are unscaled by now. `get_scale` would wait for the device.
             torch._foreach_div_(gradients, scaler.scale(torch.ones((), device=gradients[0].device)))
         if trainer.world_size > 1 and gradients:
             flat = trainer.strategy.reduce(torch.cat(gradients), reduce_op="mean")
             torch._foreach_copy_(gradients, list(flat.split([part.numel() for part in gradients])))
         now = importance.worth_now()
+        if scaler is not None and not gradients and unscales_itself(optimizer):
+            # Worth was read off the optimizer's gradients, and it goes up with them as they are.
+            torch._foreach_div_(now, scaler.scale(torch.ones((), device=now[0].device)))
         if scaler is None:
             importance.fold(now)
         else:
@@ -226,6 +230,7 @@ class RankPruning(Preflight):
                 self._release()
             if self.compact != "never" and (self._settled or (every and self._events // every > before // every)):
                 self._cut(trainer)
+            self._forget()
 
     def _cut(self, trainer: Trainer) -> None:
         """Cut what is closed out of parameters and optimizer state, and go on with what is left."""
@@ -270,6 +275,10 @@ class RankPruning(Preflight):
 
     def _release(self) -> None:
         self.policy.importance.release()
+
+    def _forget(self) -> None:
+        if self._settled:
+            self.policy.importance.forget()
 
     def budget_now(self) -> int:
         """What may be spent after the last step that was taken, in the unit of the final budget."""

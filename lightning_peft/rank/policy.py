@@ -88,8 +88,8 @@ class Policy(ABC):
         return step >= self.schedule.window(total)[1]
 
     def observes(self, step: int, total: int) -> bool:
-        """Whether importance still matters at this step: until the last event, it included."""
-        return step <= self.schedule.window(total)[1]
+        """Whether importance still matters at this step; the schedule says."""
+        return self.schedule.observes(step, total)
 
     def after_steps(  # noqa: B027  # most act at events alone
         self, count: int, step: int, total: int, skipped: Tensor | None = None
@@ -176,7 +176,6 @@ class RankPolicy(Policy):
         self._sizes: dict[str, int] = {}
         self._capacity = 0
         self._final = 0
-        self._cut = 0
         self._gone: dict[str, Tensor] = {}
         self._lost = 0
         self._away = 0
@@ -233,11 +232,10 @@ class RankPolicy(Policy):
         self._lost = closed + self._away if lost is None else lost
         whole = sum(self._sizes[name] * extent.components for name, extent in self._budget.extents.items())
         self._capacity = whole - self._lost
-        self._cut = max(0, self._capacity - self._final)
 
     def budget_at(self, step: int, total: int) -> int:
         """What may be spent after this step, in the final budget's unit; it never rises."""
-        return self._capacity - self.schedule.cut(step, total, self._cut)
+        return self.schedule.budget(step, total, self._capacity, self._final)
 
     def decide(self, step: int, total: int) -> dict[str, Tensor]:
         """The components that stay open after this step: layer -> (n,) bool. Equal inputs, equal masks.
@@ -248,7 +246,7 @@ class RankPolicy(Policy):
         self._warn_of_divergence()
         scores = self.importance.scores()
         ordered = {name: scores[name] for name in self._budget}  # module order, which is the order of ties
-        amount = self.schedule.cut(step, total, self._cut)
+        amount = self._capacity - self.budget_at(step, total)
         # What was cut away is closed already; that may be more than is asked for, by less than one component.
         amount = max(0, self._lost + amount - self._away)
         if not any(bool(mask.any()) for mask in self._gone.values()):
