@@ -3,7 +3,9 @@
 from lightning_peft.presets.adalora import adalora
 from lightning_peft.presets.base import Preset
 from lightning_peft.presets.dynamic_dora import dynamic_dora
+from lightning_peft.presets.elalora import elalora
+from lightning_peft.presets.increlora import increlora
 from lightning_peft.presets.lora import lora
 from lightning_peft.presets.sora import sora
 
-__all__ = ["Preset", "adalora", "dynamic_dora", "lora", "sora"]
+__all__ = ["Preset", "adalora", "dynamic_dora", "elalora", "increlora", "lora", "sora"]
