@@ -8,7 +8,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from math import isfinite, sqrt
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,14 +107,8 @@ class GainMagnitude(Importance):
             for site, row in zip(group, rows, strict=True)
         }
 
-    def cut(self, budget: RankBudget, kept: Mapping[str, Tensor]) -> None:
-        self.track(budget)
-
-    def state_dict(self) -> dict[str, Any]:
+    def statistics(self) -> dict[str, dict[str, Tensor]]:
         return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        pass
 
 
 class SoftThreshold(Policy):

@@ -1,6 +1,6 @@
 """The one notion of rank: gates, their budget, and how it is spent over time."""
 
-from lightning_peft.rank.allocation import close_lowest
+from lightning_peft.rank.allocation import close_lowest, close_some, open_highest, weighed
 from lightning_peft.rank.budget import Budget, RankBudget, Site, clean_name
 from lightning_peft.rank.gate import Gate
 from lightning_peft.rank.importance import Importance, Taylor
@@ -24,4 +24,7 @@ __all__ = [
     "Taylor",
     "clean_name",
     "close_lowest",
+    "close_some",
+    "open_highest",
+    "weighed",
 ]
