@@ -170,6 +170,30 @@ def weight_decomposed(classifier: TextClassifier, steps: int, rank: int) -> Prep
     return _ours(classifier, presets.weight_decomposed(final_rank=rank, targets=[ENCODER_LINEARS]))
 
 
+def sora(classifier: TextClassifier, steps: int, rank: int) -> Prepared:
+    """SoRA with a threshold under which half of the gates close that have no gradient: 0.7 is near their median."""
+    from lightning_peft import presets
+
+    return _ours(
+        classifier,
+        presets.sora(0.7 / steps, rank=2 * rank, alpha=2 * ALPHA[rank], targets=[ENCODER_LINEARS]),
+    )
+
+
+def increlora(classifier: TextClassifier, steps: int, rank: int) -> Prepared:
+    """IncreLoRA, from one component per layer."""
+    from lightning_peft import presets
+
+    return _ours(classifier, presets.increlora(rank, alpha=2 * ALPHA[rank], targets=[ENCODER_LINEARS]))
+
+
+def elalora(classifier: TextClassifier, steps: int, rank: int) -> Prepared:
+    """ElaLoRA, at the final budget from start to end."""
+    from lightning_peft import presets
+
+    return _ours(classifier, presets.elalora(rank, alpha=2 * ALPHA[rank], targets=[ENCODER_LINEARS]))
+
+
 def _ours(classifier: TextClassifier, callbacks: list[Callback]) -> Prepared:
     from lightning_peft import RankBudget, to_hf_peft
 
@@ -202,6 +226,15 @@ def _saved_bytes(save: Callable[[str], Any]) -> int:
 def start_rank(rank: int) -> int:
     """Components per layer at the start of a method that prunes: one and a half times the final average."""
     return ceil(1.5 * rank)
+
+
+def _double(rank: int) -> int:
+    return 2 * rank
+
+
+def _double_alpha(rank: int) -> int:
+    """alpha over twice the rank: the scale of the other methods where a layer has the average rank."""
+    return 2 * ALPHA[rank]
 
 
 def _settings(**own: Any) -> Callable[[int], Mapping[str, Any]]:
@@ -240,4 +273,14 @@ METHODS: dict[str, Method] = {
     "weight-decomposed": Method(
         "weight-decomposed, dynamic rank", weight_decomposed, _settings(init=start_rank, preset="default")
     ),
+    "sora": Method(
+        "SoRA",
+        sora,
+        _settings(init=_double, alpha=_double_alpha, dropout=0.0, threshold="0.7 / steps"),
+        seeds=(0,),
+    ),
+    "increlora": Method(
+        "IncreLoRA", increlora, _settings(most=_double, alpha=_double_alpha, preset="default"), seeds=(0,)
+    ),
+    "elalora": Method("ElaLoRA", elalora, _settings(most=_double, alpha=_double_alpha, preset="default"), seeds=(0,)),
 }
