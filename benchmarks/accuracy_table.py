@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -47,7 +48,8 @@ def table(
         "new head, texts up to 64 tokens, batches of 32, AdamW with linear warm-up and decay; the same order of "
         "batches, number of steps, head learning rate and search for every row. Adapters on all 36 linear layers of "
         "the encoder. "
-        "Learning rate: best of three on a held-out tenth of the training set, one seed (on R52 over half the epochs); "
+        "Learning rate: best of three on a held-out tenth of the training set, one seed (on R52 over half "
+        "the epochs, and over a fourth rate where the best stands at an end); "
         "then the runs below on the whole training set, each evaluated on the test set once. Mean ± standard deviation "
         "over the seeds. Rank is the average per layer at the end. Memory is what the process held at most beyond what "
         "it held when training began; times are wall times on a machine that did other work as well.",
@@ -75,7 +77,7 @@ def table(
             + ", ".join(f"{package} {number}" for package, number in some["versions"].items())
             + "."
         )
-        parts += ["", *notes]
+        parts += ["", *notes, *_where_ranks_went(section, methods)]
     return "\n".join(parts) + "\n"
 
 
@@ -116,6 +118,39 @@ def _line(
         f"{statistics.mean(row['cpu_ms_per_step'] for row in final):.0f}",
     ]
     return "| " + " | ".join(cells) + " |", notes
+
+
+def _where_ranks_went(rows: Sequence[Mapping[str, Any]], methods: Mapping[str, Method]) -> list[str]:
+    """Final ranks by kind of layer and by depth, for the methods that do not keep them all equal."""
+    lines: list[str] = []
+    for name, method in methods.items():
+        found = [row["ranks_by_layer"] for row in rows if row["method"] == name and row.get("ranks_by_layer")]
+        found = [ranks for ranks in found if len(set(ranks.values())) > 1]
+        if not found:
+            continue
+        kinds: dict[str, list[int]] = {}
+        depths: dict[str, list[int]] = {}
+        for layer, rank in ((layer, rank) for ranks in found for layer, rank in ranks.items()):
+            _, depth, kind = re.split(r"\.layer\.(\d+)\.", layer)
+            kinds.setdefault(kind, []).append(rank)
+            depths.setdefault(depth, []).append(rank)
+        if not lines:
+            heads = [kind.removeprefix("attention.").removeprefix("self.").removesuffix(".dense") for kind in kinds]
+            heads = [
+                "attention output" if kind == "attention.output.dense" else h
+                for kind, h in zip(kinds, heads, strict=True)
+            ]
+            heads += [f"layer {depth}" for depth in depths]
+            lines = [
+                "",
+                "Mean final rank by kind of layer, then by depth:",
+                "",
+                f"| method | {' | '.join(heads)} |",
+                "|" + "---|" * (len(heads) + 1),
+            ]
+        cells = [f"{statistics.mean(group):.2f}" for group in (*kinds.values(), *depths.values())]
+        lines.append(f"| {method.title} | {' | '.join(cells)} |")
+    return lines
 
 
 def _mean(values: Sequence[float], digits: int = 2) -> str:

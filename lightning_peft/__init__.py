@@ -1,7 +1,24 @@
 """Rank-adaptive, parameter-efficient fine-tuning for PyTorch Lightning: one callback, and the model stays as it is."""
 
 from lightning_peft import presets
-from lightning_peft.adapters import Adapter, AdapterFactory, DynamicDoRA, LoRA, LowRank, NormShare
+from lightning_peft.adapters import (
+    AdaLoRA,
+    Adapter,
+    AdapterFactory,
+    CubicBudget,
+    DynamicDoRA,
+    Growth,
+    LoRA,
+    LowRank,
+    ModuleSensitivity,
+    NormShare,
+    PartlyOpen,
+    PruneAndGrow,
+    SoftThreshold,
+    SoRA,
+    TripletImportance,
+    WeightDecomposed,
+)
 from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, RankMonitor, RankPruning, Regularization
 from lightning_peft.checkpoint import AdapterFileError, adapter_state_dict, load
 from lightning_peft.export import Merged, compact, merge
@@ -15,6 +32,7 @@ from lightning_peft.rank import (
     Cubic,
     Gate,
     Importance,
+    Policy,
     RankBudget,
     RankPolicy,
     Schedule,
@@ -29,6 +47,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DEM",
+    "AdaLoRA",
     "Adapter",
     "AdapterCheckpoint",
     "AdapterFactory",
@@ -36,17 +55,23 @@ __all__ = [
     "AdapterInjection",
     "Budget",
     "Cubic",
+    "CubicBudget",
     "DynamicDoRA",
     "Export",
     "Gate",
+    "Growth",
     "Importance",
     "Injection",
     "LoRA",
     "LowRank",
     "Merged",
+    "ModuleSensitivity",
     "NormShare",
     "Orthogonality",
+    "PartlyOpen",
     "Plan",
+    "Policy",
+    "PruneAndGrow",
     "RankBudget",
     "RankMonitor",
     "RankPolicy",
@@ -56,8 +81,12 @@ __all__ = [
     "Schedule",
     "Site",
     "SlowCubic",
+    "SoRA",
+    "SoftThreshold",
     "Taylor",
+    "TripletImportance",
     "UntilTail",
+    "WeightDecomposed",
     "adapter_state_dict",
     "compact",
     "eject",

@@ -7,6 +7,9 @@ from typing import Any
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_peft.arguments import require_instance
+from lightning_peft.rank.budget import Budget
+
 
 class Preset(list[Callback]):
     """The callbacks of one method, in the order that they need: `Trainer(callbacks=[*preset])`.
@@ -23,3 +26,17 @@ class Preset(list[Callback]):
                 "callbacks=[*preset, ...]."
             )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+def final_budget(final_rank: float | None, budget: Budget | None) -> Budget:
+    """The budget of a preset that takes it as an average rank, 8 if nothing is given, or in another unit.
+
+    Raises:
+        TypeError: budget is no Budget.
+        ValueError: both are given.
+    """
+    if budget is not None:
+        require_instance("budget", budget, Budget, "Budget(share=0.5)")
+    if final_rank is not None and budget is not None:
+        raise ValueError(f"give final_rank or budget, not both. Got final_rank={final_rank}, budget={budget}.")
+    return budget or Budget(rank=8 if final_rank is None else final_rank)

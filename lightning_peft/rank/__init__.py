@@ -1,10 +1,10 @@
 """The one notion of rank: gates, their budget, and how it is spent over time."""
 
-from lightning_peft.rank.allocation import close_lowest
+from lightning_peft.rank.allocation import close_lowest, close_some, open_highest, weighed
 from lightning_peft.rank.budget import Budget, RankBudget, Site, clean_name
 from lightning_peft.rank.gate import Gate
 from lightning_peft.rank.importance import Importance, Taylor
-from lightning_peft.rank.policy import RankPolicy
+from lightning_peft.rank.policy import Policy, RankPolicy
 from lightning_peft.rank.schedule import Constant, Cubic, Linear, Schedule, SlowCubic, Step
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Gate",
     "Importance",
     "Linear",
+    "Policy",
     "RankBudget",
     "RankPolicy",
     "Schedule",
@@ -23,4 +24,7 @@ __all__ = [
     "Taylor",
     "clean_name",
     "close_lowest",
+    "close_some",
+    "open_highest",
+    "weighed",
 ]
