@@ -9,6 +9,7 @@ from lightning_peft.adapters.lora import LoRA
 from lightning_peft.adapters.low_rank import LowRank
 from lightning_peft.adapters.partly_open import PartlyOpen
 from lightning_peft.adapters.sora import SoftThreshold, SoRA
+from lightning_peft.adapters.weight_decomposed import WeightDecomposed
 
 __all__ = [
     "AdaLoRA",
@@ -26,5 +27,6 @@ __all__ = [
     "SoRA",
     "SoftThreshold",
     "TripletImportance",
+    "WeightDecomposed",
     "component_shares",
 ]

@@ -7,5 +7,16 @@ from lightning_peft.presets.elalora import elalora
 from lightning_peft.presets.increlora import increlora
 from lightning_peft.presets.lora import lora
 from lightning_peft.presets.sora import sora
+from lightning_peft.presets.weight_decomposed import weight_decomposed, weight_decomposed_fixed
 
-__all__ = ["Preset", "adalora", "dynamic_dora", "elalora", "increlora", "lora", "sora"]
+__all__ = [
+    "Preset",
+    "adalora",
+    "dynamic_dora",
+    "elalora",
+    "increlora",
+    "lora",
+    "sora",
+    "weight_decomposed",
+    "weight_decomposed_fixed",
+]
