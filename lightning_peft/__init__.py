@@ -2,7 +2,14 @@
 
 from lightning_peft import presets
 from lightning_peft.adapters import Adapter, AdapterFactory, DynamicDoRA, LoRA, LowRank, NormShare
-from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, RankMonitor, RankPruning, Regularization
+from lightning_peft.callbacks import (
+    AdapterCheckpoint,
+    AdapterInjection,
+    Calibration,
+    RankMonitor,
+    RankPruning,
+    Regularization,
+)
 from lightning_peft.checkpoint import AdapterFileError, adapter_state_dict, load
 from lightning_peft.export import Merged, compact, merge
 from lightning_peft.heat_map import rank_heat_map
@@ -11,10 +18,12 @@ from lightning_peft.interop.hf_peft import to_hf_peft
 from lightning_peft.interop.merged import save_merged
 from lightning_peft.planning import Plan, plan
 from lightning_peft.rank import (
+    EVA,
     Budget,
     Cubic,
     Gate,
     Importance,
+    Probe,
     RankBudget,
     RankPolicy,
     Schedule,
@@ -29,12 +38,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DEM",
+    "EVA",
     "Adapter",
     "AdapterCheckpoint",
     "AdapterFactory",
     "AdapterFileError",
     "AdapterInjection",
     "Budget",
+    "Calibration",
     "Cubic",
     "DynamicDoRA",
     "Export",
@@ -47,6 +58,7 @@ __all__ = [
     "NormShare",
     "Orthogonality",
     "Plan",
+    "Probe",
     "RankBudget",
     "RankMonitor",
     "RankPolicy",

@@ -2,6 +2,7 @@
 
 from lightning_peft.presets.base import Preset
 from lightning_peft.presets.dynamic_dora import dynamic_dora
+from lightning_peft.presets.eva import eva
 from lightning_peft.presets.lora import lora
 
-__all__ = ["Preset", "dynamic_dora", "lora"]
+__all__ = ["Preset", "dynamic_dora", "eva", "lora"]

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from lightning_peft.rank import close_lowest
+from lightning_peft.rank import close_lowest, open_highest
 
 
 def scores(**layers: list[float]) -> dict[str, torch.Tensor]:
@@ -75,3 +77,38 @@ def test_what_is_not_finite_is_closed_first_and_named(broken: float) -> None:
 def test_what_cannot_be() -> None:
     with pytest.raises(ValueError, match="cannot close 3: keeping 1 components in every layer leaves 2 to close."):
         close_lowest(scores(a=[0.1, 0.2], b=[0.1, 0.2]), ONES, 3, minimum=1)
+
+
+def open_of(scores: dict[str, list[float]], sizes: dict[str, int], amount: int, minimum: int = 0) -> dict[str, Any]:
+    masks = open_highest({name: torch.tensor(row) for name, row in scores.items()}, sizes, amount, minimum)
+    return {name: mask.int().tolist() for name, mask in masks.items()}
+
+
+def test_the_highest_are_opened_for_as_long_as_there_is_something_left() -> None:
+    scores = {"a": [0.9, 0.4, 0.1], "b": [0.8, 0.7, 0.2]}
+    assert open_of(scores, {"a": 1, "b": 1}, 4) == {"a": [1, 1, 0], "b": [1, 1, 0]}
+    assert open_of(scores, {"a": 1, "b": 1}, 99) == {"a": [1, 1, 1], "b": [1, 1, 1]}
+    assert open_of(scores, {"a": 1, "b": 1}, 0) == {"a": [0, 0, 0], "b": [0, 0, 0]}
+    assert open_highest({}, {}, 3) == {}
+
+
+def test_what_does_not_fit_is_passed_over() -> None:
+    assert open_of({"dear": [0.9, 0.8], "cheap": [0.1, 0.05]}, {"dear": 5, "cheap": 2}, 9) == {
+        "dear": [1, 0],
+        "cheap": [1, 1],
+    }
+
+
+def test_a_minimum_comes_first() -> None:
+    scores = {"a": [0.9, 0.8, 0.7], "b": [0.2, 0.3, 0.1]}
+    assert open_of(scores, {"a": 1, "b": 1}, 3, minimum=1) == {"a": [1, 1, 0], "b": [0, 1, 0]}
+    assert open_of(scores, {"a": 1, "b": 1}, 6, minimum=9) == {"a": [1, 1, 1], "b": [1, 1, 1]}
+    with pytest.raises(ValueError, match="1 does not pay for 1 components in every layer, which cost 2"):
+        open_of(scores, {"a": 1, "b": 1}, 1, minimum=1)
+
+
+def test_what_is_not_finite_is_opened_last() -> None:
+    assert open_of({"a": [float("nan"), 0.1], "b": [float("inf"), -1.0]}, {"a": 1, "b": 1}, 2) == {
+        "a": [0, 1],
+        "b": [0, 1],
+    }
