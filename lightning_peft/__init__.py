@@ -11,6 +11,7 @@ from lightning_peft.callbacks import (
     Regularization,
 )
 from lightning_peft.checkpoint import AdapterFileError, adapter_state_dict, load
+from lightning_peft.convert import Conversion, convert
 from lightning_peft.export import Merged, compact, merge
 from lightning_peft.heat_map import rank_heat_map
 from lightning_peft.interop.folder import Export
@@ -46,6 +47,7 @@ __all__ = [
     "AdapterInjection",
     "Budget",
     "Calibration",
+    "Conversion",
     "Cubic",
     "DynamicDoRA",
     "Export",
@@ -72,6 +74,7 @@ __all__ = [
     "UntilTail",
     "adapter_state_dict",
     "compact",
+    "convert",
     "eject",
     "inject",
     "load",

@@ -340,7 +340,9 @@ def test_going_on_with_the_same_trainer_calibrates_once() -> None:
     assert (trainer.global_step, listener.folds) == (16, folds)
 
 
-def test_compiled_modules_are_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+# dynamo asks a tensor between two graphs for its gradient
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_modules_are_heard() -> None:
     class Compiled(Net):
         def setup(self, stage: str) -> None:
             self.net.compile(backend="eager")
