@@ -14,7 +14,7 @@ from lightning_peft.adapters.lora import LoRA
 from lightning_peft.adapters.low_rank import LowRank
 from lightning_peft.export import own_random, require_whole
 from lightning_peft.functional.product_svd import product_svd
-from lightning_peft.rank.allocation import open_highest
+from lightning_peft.rank.allocation import open_best
 from lightning_peft.rank.budget import WHOLE, Budget, RankBudget
 from lightning_peft.surgery import adapters, replace
 
@@ -189,7 +189,7 @@ def _kept(values: dict[str, Tensor], rank: int | float | Budget, budget: RankBud
     if isinstance(rank, Budget):
         sizes = budget.sizes(rank.unit)
         worth = {name: S.square() / sizes[name] for name, S in values.items() if len(S)}
-        masks = open_highest(worth, sizes, rank.amount(budget))
+        masks = open_best(worth, sizes, rank.amount(budget))
         return {name: int(masks[name].sum()) if name in masks else 0 for name in values}
     if isinstance(rank, Integral):
         return {name: min(int(rank), len(S)) for name, S in values.items()}

@@ -11,7 +11,8 @@ from torch import nn
 from lightning_peft.adapters.base import AdapterFactory
 from lightning_peft.adapters.layers import matrix, why_not
 from lightning_peft.adapters.lora import LoRA
-from lightning_peft.arguments import require_integer
+from lightning_peft.arguments import require_instance, require_integer
+from lightning_peft.rank.budget import Budget
 
 
 class Preset(list[Callback]):
@@ -29,6 +30,20 @@ class Preset(list[Callback]):
                 "callbacks=[*preset, ...]."
             )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+def final_budget(final_rank: float | None, budget: Budget | None) -> Budget:
+    """The budget of a preset that takes it as an average rank, 8 if nothing is given, or in another unit.
+
+    Raises:
+        TypeError: budget is no Budget.
+        ValueError: both are given.
+    """
+    if budget is not None:
+        require_instance("budget", budget, Budget, "Budget(share=0.5)")
+    if final_rank is not None and budget is not None:
+        raise ValueError(f"give final_rank or budget, not both. Got final_rank={final_rank}, budget={budget}.")
+    return budget or Budget(rank=8 if final_rank is None else final_rank)
 
 
 def capped_lora(rank: int, cap: int, alpha: float, dropout: float) -> AdapterFactory:

@@ -1,11 +1,11 @@
 """The one notion of rank: gates, their budget, and how it is spent over time."""
 
-from lightning_peft.rank.allocation import close_lowest, open_highest
+from lightning_peft.rank.allocation import close_lowest, close_some, open_best, open_highest, weighed
 from lightning_peft.rank.budget import Budget, RankBudget, Site, clean_name
 from lightning_peft.rank.eva import EVA
 from lightning_peft.rank.gate import Gate
 from lightning_peft.rank.importance import Importance, Taylor
-from lightning_peft.rank.policy import RankPolicy
+from lightning_peft.rank.policy import Policy, RankPolicy
 from lightning_peft.rank.probe import Probe
 from lightning_peft.rank.schedule import Constant, Cubic, Linear, Schedule, SlowCubic, Step
 
@@ -17,6 +17,7 @@ __all__ = [
     "Gate",
     "Importance",
     "Linear",
+    "Policy",
     "Probe",
     "RankBudget",
     "RankPolicy",
@@ -27,5 +28,8 @@ __all__ = [
     "Taylor",
     "clean_name",
     "close_lowest",
+    "close_some",
+    "open_best",
     "open_highest",
+    "weighed",
 ]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_peft.arguments import require_number
 from lightning_peft.functional.incremental_svd import Sketch, join, sketch
-from lightning_peft.rank.allocation import open_highest
+from lightning_peft.rank.allocation import open_best
 from lightning_peft.rank.budget import RankBudget
 from lightning_peft.rank.probe import Probe, Processes, first_open, require_untrained
 
@@ -213,4 +213,4 @@ def explained_ranks(explained: Mapping[str, Tensor], caps: Mapping[str, int], ra
         some = shares[: caps[name]]
         # Directions that no data have shown yet are worth least.
         scores[name] = torch.cat([some, some.new_full((caps[name] - len(some),), -1.0)])
-    return open_highest(scores, dict.fromkeys(scores, 1), floor(len(scores) * rank + 1e-9))
+    return open_best(scores, dict.fromkeys(scores, 1), floor(len(scores) * rank + 1e-9))

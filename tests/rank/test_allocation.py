@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_peft.rank import close_lowest, open_highest
+from lightning_peft.rank import close_lowest, open_best
 
 
 def scores(**layers: list[float]) -> dict[str, torch.Tensor]:
@@ -80,7 +80,7 @@ def test_what_cannot_be() -> None:
 
 
 def open_of(scores: dict[str, list[float]], sizes: dict[str, int], amount: int, minimum: int = 0) -> dict[str, Any]:
-    masks = open_highest({name: torch.tensor(row) for name, row in scores.items()}, sizes, amount, minimum)
+    masks = open_best({name: torch.tensor(row) for name, row in scores.items()}, sizes, amount, minimum)
     return {name: mask.int().tolist() for name, mask in masks.items()}
 
 
@@ -89,7 +89,7 @@ def test_the_highest_are_opened_for_as_long_as_there_is_something_left() -> None
     assert open_of(scores, {"a": 1, "b": 1}, 4) == {"a": [1, 1, 0], "b": [1, 1, 0]}
     assert open_of(scores, {"a": 1, "b": 1}, 99) == {"a": [1, 1, 1], "b": [1, 1, 1]}
     assert open_of(scores, {"a": 1, "b": 1}, 0) == {"a": [0, 0, 0], "b": [0, 0, 0]}
-    assert open_highest({}, {}, 3) == {}
+    assert open_best({}, {}, 3) == {}
 
 
 def test_what_does_not_fit_is_passed_over() -> None:
