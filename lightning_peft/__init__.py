@@ -7,6 +7,7 @@ from lightning_peft.adapters import (
     AdapterFactory,
     CubicBudget,
     DynamicDoRA,
+    GoRA,
     Growth,
     LoRA,
     LowRank,
@@ -19,8 +20,16 @@ from lightning_peft.adapters import (
     TripletImportance,
     WeightDecomposed,
 )
-from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, RankMonitor, RankPruning, Regularization
+from lightning_peft.callbacks import (
+    AdapterCheckpoint,
+    AdapterInjection,
+    Calibration,
+    RankMonitor,
+    RankPruning,
+    Regularization,
+)
 from lightning_peft.checkpoint import AdapterFileError, adapter_state_dict, load
+from lightning_peft.convert import Conversion, convert
 from lightning_peft.export import Merged, compact, merge
 from lightning_peft.heat_map import rank_heat_map
 from lightning_peft.interop.folder import Export
@@ -28,11 +37,13 @@ from lightning_peft.interop.hf_peft import to_hf_peft
 from lightning_peft.interop.merged import save_merged
 from lightning_peft.planning import Plan, plan
 from lightning_peft.rank import (
+    EVA,
     Budget,
     Cubic,
     Gate,
     Importance,
     Policy,
+    Probe,
     RankBudget,
     RankPolicy,
     Schedule,
@@ -47,6 +58,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DEM",
+    "EVA",
     "AdaLoRA",
     "Adapter",
     "AdapterCheckpoint",
@@ -54,11 +66,14 @@ __all__ = [
     "AdapterFileError",
     "AdapterInjection",
     "Budget",
+    "Calibration",
+    "Conversion",
     "Cubic",
     "CubicBudget",
     "DynamicDoRA",
     "Export",
     "Gate",
+    "GoRA",
     "Growth",
     "Importance",
     "Injection",
@@ -71,6 +86,7 @@ __all__ = [
     "PartlyOpen",
     "Plan",
     "Policy",
+    "Probe",
     "PruneAndGrow",
     "RankBudget",
     "RankMonitor",
@@ -89,6 +105,7 @@ __all__ = [
     "WeightDecomposed",
     "adapter_state_dict",
     "compact",
+    "convert",
     "eject",
     "inject",
     "load",
