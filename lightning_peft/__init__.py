@@ -6,6 +6,7 @@ from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, RankMo
 from lightning_peft.checkpoint import AdapterFileError, adapter_state_dict, load
 from lightning_peft.export import Merged, compact, merge
 from lightning_peft.heat_map import rank_heat_map
+from lightning_peft.interop.adoption import adopt, release
 from lightning_peft.interop.folder import Export
 from lightning_peft.interop.hf_peft import to_hf_peft
 from lightning_peft.interop.merged import save_merged
@@ -59,6 +60,7 @@ __all__ = [
     "Taylor",
     "UntilTail",
     "adapter_state_dict",
+    "adopt",
     "compact",
     "eject",
     "inject",
@@ -68,6 +70,7 @@ __all__ = [
     "presets",
     "rank_heat_map",
     "regularized",
+    "release",
     "save_merged",
     "small_parameters",
     "to_hf_peft",

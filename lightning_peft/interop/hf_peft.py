@@ -10,6 +10,8 @@ from typing import Any, Literal
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_peft.interop.adoption import adopt as adopt
+from lightning_peft.interop.adoption import release as release
 from lightning_peft.interop.folder import Export, public_name, refuse_to_overwrite, whole_folder, write_card
 from lightning_peft.interop.host import below, find_host, trained_beside, whole_modules
 from lightning_peft.interop.layout import (
