@@ -2,7 +2,15 @@
 
 from lightning_peft import presets
 from lightning_peft.adapters import Adapter, AdapterFactory, DynamicDoRA, LoRA, LowRank, NormShare
-from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, RankMonitor, RankPruning, Regularization
+from lightning_peft.callbacks import (
+    AdapterCheckpoint,
+    AdapterInjection,
+    Adoption,
+    RankAllocation,
+    RankMonitor,
+    RankPruning,
+    Regularization,
+)
 from lightning_peft.checkpoint import AdapterFileError, adapter_state_dict, load
 from lightning_peft.export import Merged, compact, merge
 from lightning_peft.heat_map import rank_heat_map
@@ -35,6 +43,7 @@ __all__ = [
     "AdapterFactory",
     "AdapterFileError",
     "AdapterInjection",
+    "Adoption",
     "Budget",
     "Cubic",
     "DynamicDoRA",
@@ -48,6 +57,7 @@ __all__ = [
     "NormShare",
     "Orthogonality",
     "Plan",
+    "RankAllocation",
     "RankBudget",
     "RankMonitor",
     "RankPolicy",

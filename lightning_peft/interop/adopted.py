@@ -211,13 +211,13 @@ class AdoptedLoRA(Adopted):
     """
 
     @property
-    def A(self) -> Any:
+    def A(self) -> Any:  # type: ignore[override]
         embedded = self.adapter_name in self.layer.lora_embedding_A
         A = self._held("lora_embedding_A" if embedded else "lora_A")
         return A if A.dim() == 2 else A.flatten(1)
 
     @property
-    def B(self) -> Any:
+    def B(self) -> Any:  # type: ignore[override]
         embedded = self.adapter_name in self.layer.lora_embedding_B
         B = self._held("lora_embedding_B" if embedded else "lora_B")
         return B if B.dim() == 2 else B.flatten(1)
@@ -231,8 +231,8 @@ class AdoptedLoRA(Adopted):
         return (layer.lora_embedding_B, 1) if name in layer.lora_embedding_B else (layer.lora_B[name], 1)
 
     def _make_gate(self, d_in: int, d_out: int) -> Gate:
-        diagonal = getattr(self.layer, "lora_diag", {})
-        if self.adapter_name in diagonal:
+        diagonal: nn.ParameterDict | None = getattr(self.layer, "lora_diag", None)
+        if diagonal is not None and self.adapter_name in diagonal:
             return GainGate(self.rank, d_in + d_out, diagonal, self.adapter_name, 0)
         holder, dim = self._gated()
         return SoftGate(self.rank, d_in + d_out, holder, self.adapter_name, dim)
@@ -247,11 +247,11 @@ class AdoptedAdaLoRA(Adopted):
     """
 
     @property
-    def A(self) -> Any:
+    def A(self) -> Any:  # type: ignore[override]
         return self._held("lora_A")
 
     @property
-    def B(self) -> Any:
+    def B(self) -> Any:  # type: ignore[override]
         return self._held("lora_B")
 
     @property

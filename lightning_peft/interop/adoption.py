@@ -91,9 +91,13 @@ def adopt(module: nn.Module, adapter_name: str | None = None) -> AdoptionReport:
     if not isinstance(module, nn.Module):
         raise TypeError(f"adopt takes a PeftModel, or a module with one inside. Got a {type(module).__name__}.")
     if find_spec("peft") is None:
-        raise ModuleNotFoundError("adopt takes PEFT models, and PEFT is not installed: pip install 'lightning-peft[hf]'.")
+        raise ModuleNotFoundError(
+            "adopt takes PEFT models, and PEFT is not installed: pip install 'lightning-peft[hf]'."
+        )
     if torch.is_inference_mode_enabled():
-        raise RuntimeError("adopt is called under torch.inference_mode, where masks could never be trained. Call it outside.")
+        raise RuntimeError(
+            "adopt is called under torch.inference_mode, where masks could never be trained. Call it outside."
+        )
     first = next(iter(adapters(module).items()), None)
     if first is not None:
         name, there = first
@@ -111,7 +115,7 @@ def adopt(module: nn.Module, adapter_name: str | None = None) -> AdoptionReport:
     views: list[Adopted] = []
     for path, layer in found.items():
         owner_path, owner = owner_of[path]
-        kind = AdoptedAdaLoRA if hasattr(layer, "lora_E") else AdoptedLoRA
+        kind: type[Adopted] = AdoptedAdaLoRA if hasattr(layer, "lora_E") else AdoptedLoRA
         view = kind(layer, chosen, _config(owner, layer, chosen))
         _place(owner, path.removeprefix(f"{owner_path}." if owner_path else ""), view)
         views.append(view)
@@ -138,7 +142,9 @@ def release(module: nn.Module) -> None:
     """
     found = [view for view in adapters(module).values() if isinstance(view, Adopted)]
     if not found:
-        raise ValueError(f"release found nothing adopted in {type(module).__name__}; adopt(model) gives a PEFT model gates.")
+        raise ValueError(
+            f"release found nothing adopted in {type(module).__name__}; adopt(model) gives a PEFT model gates."
+        )
     for view in found:
         view.fold()
     _take_off(module, found)
@@ -176,9 +182,7 @@ def folded(module: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     views = [view for view in adapters(module).values() if isinstance(view, Adopted)]
     dims = {id(view.gated_parameter()): (view, view._gated()[1]) for view in views}
     names = {
-        clean_name(name): dims[id(p)]
-        for name, p in module.named_parameters(remove_duplicate=False)
-        if id(p) in dims
+        clean_name(name): dims[id(p)] for name, p in module.named_parameters(remove_duplicate=False) if id(p) in dims
     }
     result = {}
     for key, value in state.items():
@@ -239,15 +243,17 @@ def _layers(module: nn.Module) -> dict[str, Any]:
     other = next((child for child in module.modules() if isinstance(child, BaseTunerLayer)), None)
     prompts = next((child for child in module.modules() if isinstance(child, PeftModel)), None)
     if other is not None or prompts is not None:
-        kinds = [str(getattr(c.peft_type, "value", c.peft_type)) for c in prompts.peft_config.values()] if prompts else []
+        kinds = (
+            [str(getattr(c.peft_type, "value", c.peft_type)) for c in prompts.peft_config.values()] if prompts else []
+        )
         kind = ", ".join(kinds) or type(other).__module__.split(".")[2]
         raise TypeError(
             f"{type(module).__name__} is a PEFT model of type {kind}, which has no rank: adopt takes LoRA and what "
             "builds on it (rsLoRA, DoRA, AdaLoRA, KaSA, ...)."
         )
     raise ValueError(
-        f"adopt found no PEFT layer in {type(module).__name__}. Wrap the model first: get_peft_model(model, LoraConfig(...)); "
-        "or put our own adapters in with inject."
+        f"adopt found no PEFT layer in {type(module).__name__}. Wrap the model first: get_peft_model(model, "
+        "LoraConfig(...)); or put our own adapters in with inject."
     )
 
 
@@ -263,7 +269,7 @@ def _choose(layers: Mapping[str, Any], adapter_name: str | None) -> str:
             f"{'several adapters are' if active else 'no adapter is'} active, and one gets gates. Name it: "
             f"adopt(model, adapter_name={(active or there)[0]!r}); there is {', '.join(map(repr, there))}."
         )
-    return active[0]
+    return str(active[0])
 
 
 def _has(layer: Any, name: str) -> bool:
@@ -278,7 +284,9 @@ def _require_adoptable(path: str, layer: Any, name: str) -> None:
             "switch nothing. Call unmerge_adapter() first."
         )
     if layer.disable_adapters:
-        raise RuntimeError(f"{where}: its adapters are disabled. Call enable_adapter_layers() first, or leave disable_adapter().")
+        raise RuntimeError(
+            f"{where}: its adapters are disabled. Call enable_adapter_layers() first, or leave disable_adapter()."
+        )
     variant = type(layer.lora_variant.get(name)).__name__
     if name in layer.lora_embedding_B:
         holder: Any = layer.lora_embedding_B

@@ -49,19 +49,19 @@ class MaskedWeight(nn.Module):
         return masked(parameter, self.__dict__[_GATES], 1)
 
 
-class MaskedLinear(MaskedWeight, nn.Linear):
+class MaskedLinear(MaskedWeight, nn.Linear):  # type: ignore[override]
     """A Linear layer whose weight reads as masked."""
 
 
-class MaskedConv1d(MaskedWeight, nn.Conv1d):
+class MaskedConv1d(MaskedWeight, nn.Conv1d):  # type: ignore[override]
     """A Conv1d layer whose weight reads as masked."""
 
 
-class MaskedConv2d(MaskedWeight, nn.Conv2d):
+class MaskedConv2d(MaskedWeight, nn.Conv2d):  # type: ignore[override]
     """A Conv2d layer whose weight reads as masked."""
 
 
-class MaskedConv3d(MaskedWeight, nn.Conv3d):
+class MaskedConv3d(MaskedWeight, nn.Conv3d):  # type: ignore[override]
     """A Conv3d layer whose weight reads as masked."""
 
 
@@ -77,10 +77,10 @@ class MaskedParameters(nn.ParameterDict):
         """The parameter itself."""
         return super().__getitem__(key)
 
-    def values(self) -> Iterator[Any]:  # type: ignore[override]
+    def values(self) -> Iterator[Any]:
         return (self.parameter(key) for key in self)
 
-    def items(self) -> Iterator[tuple[str, Any]]:  # type: ignore[override]
+    def items(self) -> Iterator[tuple[str, Any]]:
         return ((key, self.parameter(key)) for key in self)
 
 
@@ -115,7 +115,7 @@ def unmask_reads(holder: nn.Module, key: str) -> None:
         gates.pop(key, None)
         if not gates:
             del holder.__dict__[_GATES]
-            holder.__class__ = nn.ParameterDict
+            holder.__class__ = nn.ParameterDict  # type: ignore[assignment]
     elif type(holder) in _PLAIN:
         del holder.__dict__[_GATES]
         holder.__class__ = _PLAIN[type(holder)]
