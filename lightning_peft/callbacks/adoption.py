@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_peft.callbacks.order import callbacks_of, require_one
+from lightning_peft.callbacks.order import require_one
 from lightning_peft.callbacks.peft_losses import PeftLosses
 from lightning_peft.callbacks.placement import AdapterPlacement
 from lightning_peft.interop.adoption import AdoptionReport, adopt, release
@@ -52,12 +51,6 @@ class Adoption(AdapterPlacement):
 
     def _require_alone(self, trainer: Trainer) -> None:
         require_one(trainer, Adoption, "one adopts the whole module")
-        other = next((c for c in callbacks_of(trainer) if isinstance(c, AdapterPlacement) and c is not self), None)
-        if other is not None:
-            raise MisconfigurationException(
-                f"Adoption and {type(other).__name__} are both among the Trainer's callbacks: a PEFT model has its "
-                "adapters, which Adoption takes on. Keep one of the two."
-            )
 
     def _place(self, module: LightningModule) -> None:
         found = adapters(module)

@@ -56,12 +56,17 @@ class AdapterPlacement(Preflight, ABC):
 
     @abstractmethod
     def _require_alone(self, trainer: Trainer) -> None:
-        """Refuse other callbacks that put adapters in place."""
+        """Refuse a second callback of the same kind."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._require_alone(trainer)
         for other in callbacks_of(trainer):
+            if isinstance(other, AdapterPlacement) and type(other) is not type(self):
+                raise MisconfigurationException(
+                    f"{type(self).__name__} and {type(other).__name__} are both among the Trainer's callbacks: one "
+                    "puts adapters in, the other takes on those that a PEFT model has. Keep one of the two."
+                )
             if isinstance(other, COPIERS):
                 require_before(trainer, other, AdapterPlacement)
                 if stage == "fit" and is_sharded(trainer.strategy):

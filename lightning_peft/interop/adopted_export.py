@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_peft.export import own_random, require_whole
-from lightning_peft.interop.adopted import Adopted
+from lightning_peft.interop.adopted import Adopted, AdoptedAdaLoRA, AdoptedLoRA
 from lightning_peft.interop.adoption import folded
 from lightning_peft.interop.layout import PREFIX, Mode, _number, _patterns, target_modules
 from lightning_peft.interop.verify import (
@@ -115,8 +115,8 @@ def _require_cuttable(views: Mapping[str, Adopted], config: Any) -> None:
     start = config.init_lora_weights
     if isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva"):
         raise TypeError(
-            f"init_lora_weights={start!r} changed the base by as much as the adapter's rank says, and PEFT does so again "
-            "when it loads. model.save_pretrained(folder) writes the adapter at its rank, closed components at zero."
+            f"init_lora_weights={start!r} changed the base by as much as the adapter's rank says, and PEFT does so "
+            "again when it loads. model.save_pretrained(folder) writes it at its rank, closed components at zero."
         )
 
 
@@ -229,17 +229,23 @@ def load_adopted(folder: Path, layout: AdoptedLayout, inputs: Any) -> tuple[floa
     worst = 0.0
     loaded: Any = theirs.get_base_model()
     source: Any = ours.get_base_model()
-    with torch.no_grad():
-        for path, view in layout.views.items():
-            wanted = source.get_submodule(path).get_delta_weight(view.adapter_name)
-            layer = loaded.get_submodule(path)
-            got = layer.get_delta_weight("default") if hasattr(layer, "lora_A") else torch.zeros_like(wanted)
-            worst = max(worst, _require(got, wanted, path))
+    own = {name.removeprefix(PREFIX): view for name, view in adapters(ours).items() if isinstance(view, Adopted)}
+    for path, view in own.items():
+        worst = max(worst, _require(_update(loaded.get_submodule(path), view), view.update().detach(), path))
     samples = [inputs] if inputs is not None else made_up_inputs(source)
     difference = compare_outputs(ours, theirs, samples, given=inputs is not None)
     if difference is None:
         return worst, "loaded with stock PEFT on a copy of the base; updates of every layer compared, outputs not"
     return difference, f"loaded with stock PEFT on a copy of the base; outputs compared on {_counted(len(samples))}"
+
+
+def _update(layer: Any, wanted: Adopted) -> Tensor:
+    """The update of a layer that stock PEFT has loaded; zero where it has none."""
+    # Not its `get_delta_weight`, which knows no 1x1x1 convolution.
+    if not hasattr(layer, "lora_A") or not layer.r["default"]:
+        return torch.zeros_like(wanted.update())
+    kind = AdoptedAdaLoRA if hasattr(layer, "lora_E") else AdoptedLoRA
+    return kind(layer, "default", {}).update().detach()
 
 
 def read_adopted(folder: Path, layout: AdoptedLayout) -> tuple[float, str]:

@@ -50,8 +50,8 @@ def to_hf_peft(
     has one rank for all layers, zeros behind, and is right everywhere; "compact" has true ranks and is right for PEFT
     and vLLM; "folded" has true ranks and is right for PEFT and llama.cpp. Layers of rank 0 are left out.
 
-    An adopted PEFT model (:func:`lightning_peft.adopt`) is written with its own config, cut to what is open: LoRA and DoRA
-    as above, AdaLoRA in its own format, or as a plain LoRA with "folded".
+    An adopted PEFT model (:func:`lightning_peft.adopt`) is written with its own config, cut to what is open: LoRA and
+    DoRA as above, AdaLoRA in its own format, or as a plain LoRA with "folded".
 
     The module is not changed. For a check with stock PEFT, memory for one more copy of the model is needed, for two in
     float32 if the model is narrower than that.
