@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from peft import get_peft_model
-from peft_models import Job, base, data, fit, lora
+from peft_models import Job, base, fit, lora
 from torch import Tensor, nn
 
 from lightning_peft import DEM, Adoption, Regularization
@@ -67,7 +67,6 @@ def test_beside_terms_of_the_user_and_once() -> None:
     trainer = fit(Job(model=build("kasa")), Adoption(), both)
     assert {"loss/dem", "loss/kasa"} <= set(trainer.callback_metrics)
     assert list(both.terms) == ["dem"]  # taken out again
-    assert data() is not None
 
 
 def test_explicit_term_without_such_an_adapter() -> None:

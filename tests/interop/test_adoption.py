@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft_models import CONFIGS, Job, base, build, data, fit, ids, lora
+from peft_models import CONFIGS, Job, base, build, fit, ids, lora
 from torch import Tensor, nn
 
 from lightning_peft import (
@@ -489,4 +489,3 @@ def test_set_ups_that_are_refused() -> None:
 
     with pytest.raises(MisconfigurationException, match="'lora_A.weight' of the adapter at .* is in no optimizer"):
         fit(HeadOnly("lora"), Adoption(verbose=False))
-    assert data() is not None
