@@ -121,6 +121,12 @@ def inject(
             "inject all layers in one call. Parts of a model can have adapters of their own: call inject on each part."
         )
     for name, child in module.named_modules():
+        # By its class's name, for PEFT may not be installed; its layers hold the linear layers A and B.
+        if any(c.__name__ == "BaseTunerLayer" and c.__module__.startswith("peft.") for c in type(child).__mro__):
+            raise ValueError(
+                f"{type(module).__name__} is a PEFT model: {clean_name(name)!r} has an adapter of PEFT's. Keep it, "
+                "with adopt(model) or the callback Adoption; or inject into the base model alone."
+            )
         if name.rpartition(".")[2] == "_orig_mod" and why_not(child) is None:
             raise ValueError(
                 f"the layer {clean_name(name)!r} is compiled, and what was compiled knows no adapter: inject first, "

@@ -114,6 +114,11 @@ class Adopted(LowRank):
         found: nn.Module = self.layer.get_base_layer()
         return found
 
+    @property
+    def gone(self) -> bool:
+        """Whether the PEFT layer has lost this adapter since."""
+        return self.adapter_name not in self.layer.scaling
+
     def _held(self, container: str) -> nn.Parameter:
         holder = getattr(self.layer, container)
         if self.adapter_name not in holder:

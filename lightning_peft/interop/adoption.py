@@ -145,9 +145,10 @@ def release(module: nn.Module) -> None:
         raise ValueError(
             f"release found nothing adopted in {type(module).__name__}; adopt(model) gives a PEFT model gates."
         )
-    for view in found:
+    there = [view for view in found if not view.gone]
+    for view in there:
         view.fold()
-    _take_off(module, found)
+    _take_off(module, there)
 
 
 def _take_off(module: nn.Module, views: list[Adopted]) -> None:

@@ -456,6 +456,8 @@ def test_surgery_of_ours_leaves_it_alone(tmp_path: Path) -> None:
     model.delete_adapter("default")
     with pytest.raises(RuntimeError, match="the adapter 'default' of this Linear is gone"):
         RankBudget.of(model)["base_model.model.query"].adapter.A.shape  # noqa: B018
+    release(model)
+    assert len(RankBudget.of(model)) == 0
     injected = base()
     inject(injected, LoRA)
     with pytest.raises(ValueError, match="has adapters that inject put in"):
