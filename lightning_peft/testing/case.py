@@ -71,6 +71,24 @@ class Case:
     factory: AdapterFactory
     kind: str
 
+    def name(self) -> str:
+        """The adapter, as its class and arguments say it."""
+        adapter = self.adapter(self.host(start=True))
+        try:
+            arguments = adapter.arguments()
+        except Exception:  # a law is about that
+            return type(adapter).__name__
+        return f"{type(adapter).__name__}({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
+
+    def where(self) -> str:
+        """Where it was tried, as the end of a sentence."""
+        return f" on {self.kind}"
+
+    @property
+    def target(self) -> str:
+        """The pattern that names the layer in the model."""
+        return _TARGETS.get(self.kind, "layer")
+
     def plain(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The model without an adapter, in eval mode; the same one at every call."""
         with torch.random.fork_rng(devices=[]):
@@ -82,7 +100,7 @@ class Case:
         host = self.plain(dtype)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            inject(host, self.factory, targets=[_TARGETS.get(self.kind, "layer")], train=[])
+            inject(host, self.factory, targets=[self.target], train=[])
             if not start:
                 with torch.no_grad():
                     for _, parameter in self.adapter(host).own_parameters():

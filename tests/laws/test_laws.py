@@ -1,13 +1,24 @@
-"""Every adapter x every law x every kind of layer. A new method adds a line."""
+"""Every adapter x every law x every kind of layer; importances and policies. A new method adds a line."""
 
 from __future__ import annotations
 
 from functools import partial
 
-from lightning_peft import DynamicDoRA, LoRA
-from lightning_peft.testing import laws
+from lightning_peft import Cubic, DynamicDoRA, LoRA, NormShare, RankPolicy, Taylor
+from lightning_peft.adapters import dynamic_dora
+from lightning_peft.testing import importance_laws, laws, policy_laws
 
 test_lora = laws(partial(LoRA, rank=4))
 test_lora_with_dropout = laws(partial(LoRA, rank=3, alpha=5.0, dropout=0.2), ("linear", "conv1d", "attention_in"))
 test_dynamic_dora = laws(partial(DynamicDoRA, rank=4, dropout=0.0))
 test_dynamic_dora_with_dropout = laws(partial(DynamicDoRA, rank=3, dropout=0.2), ("linear", "conv1d", "attention_in"))
+
+test_taylor = importance_laws(Taylor)
+test_taylor_of_lora = importance_laws(Taylor, partial(LoRA, rank=4))
+test_norm_share = importance_laws(NormShare)
+
+test_dynamic_doras_policy = policy_laws(partial(dynamic_dora.policy, interval=2))
+test_hard_policy_by_taylor = policy_laws(
+    lambda final: RankPolicy(Cubic(0.1, 0.2), Taylor(), final, 3), partial(LoRA, rank=4)
+)
+test_hard_policy_with_a_minimum = policy_laws(lambda final: RankPolicy(Cubic(), NormShare(), final, 2, minimum=1))
