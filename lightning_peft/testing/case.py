@@ -138,7 +138,10 @@ class Case:
 def same(actual: Tensor, expected: Tensor, says: str) -> None:
     """Equal bit for bit."""
     if not torch.equal(actual, expected):
-        raise AssertionError(f"{says}: the largest difference is {(actual - expected).abs().max().item():.3g}.")
+        if actual.shape != expected.shape:
+            raise AssertionError(f"{says}: it is of shape {tuple(actual.shape)}, not {tuple(expected.shape)}.")
+        largest = (actual.double() - expected.double()).abs().max().item()
+        raise AssertionError(f"{says}: the largest difference is {largest:.3g}.")
 
 
 def close(actual: Tensor, expected: Tensor, says: str, rtol: float = 1e-5, atol: float = 1e-5) -> None:

@@ -38,6 +38,8 @@ def ends_for_good(trial: PolicyTrial) -> None:
     for step in range(1, last + 1):
         run.step(step)
     final = {name: site.gate.mask.clone() for name, site in run.budget.items()}
+    left, wanted = sum(int(mask.sum()) for mask in final.values()), FINAL.amount(run.budget)
+    holds(left == wanted, f"after the final event the masks leave {left} components, and the budget is {wanted}")
     least = min(int(mask.sum()) for mask in final.values())
     holds(least >= run.policy.minimum, f"a layer is left with {least} components, and minimum={run.policy.minimum}")
     for step in range(last + 1, TOTAL + 4):
@@ -108,6 +110,8 @@ def keeps_what_is_closed(trial: PolicyTrial) -> None:
     first.train(1, TOTAL)
     left = {name: site.gate.mask.clone() for name, site in first.budget.items()}
     second = PolicyRun(first.host, trial.factory(FINAL))
+    for name, site in second.budget.items():
+        same(site.gate.mask, left[name], f"track changes the mask of {name!r}")
     second.train(1, TOTAL)
     for name, site in second.budget.items():
         back = (site.gate.mask != 0) & (left[name] == 0)
