@@ -1,7 +1,8 @@
 """The methods that `accuracy.py` compares: each puts something trainable into the same classifier.
 
-A method is a function `build(classifier, steps) -> Prepared`. The classifier, its head, the optimizer, the schedule and
-the order of batches are the same for all; only the adapters differ.
+A method is a function `build(classifier, steps, rank) -> Prepared`; rank is the average that is left at the end. The
+classifier, its head, the optimizer, the schedule and the order of batches are the same for all; only the adapters
+differ.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from torch import nn
 
 from lightning_peft.modules import TextClassifier
 
-RANK, ALPHA, START_RANK = 8, 16, 12
+ALPHA = {8: 16, 2: 8}
+"""alpha of the methods whose paper leaves it open, by rank: scale alpha / r is 2 at rank 8 and 4 at rank 2."""
 ENCODER_LINEARS = r"encoder\.layer\..*"
 
 
@@ -37,48 +40,50 @@ class Method:
 
     Args:
         title: what the table calls it.
-        build: prepares a fresh classifier; the second argument is the number of optimizer steps to come.
+        build: prepares a fresh classifier, given the number of optimizer steps to come and the final average rank.
+        settings: what a reader must know to repeat it, by rank.
         searched: whether the adapters' learning rate is searched; a method without adapters has none.
         seeds: seeds of the final runs.
-        settings: what a reader must know to repeat it.
     """
 
     title: str
-    build: Callable[[TextClassifier, int], Prepared]
-    settings: Mapping[str, Any]
+    build: Callable[[TextClassifier, int, int], Prepared]
+    settings: Callable[[int], Mapping[str, Any]]
     searched: bool = True
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
-def frozen(classifier: TextClassifier, steps: int) -> Prepared:
+def frozen(classifier: TextClassifier, steps: int, rank: int) -> Prepared:
     """Nothing but the head trains."""
     _freeze_encoder(classifier)
     return Prepared(adapter_bytes=lambda: sum(p.numel() * 4 for p in classifier.parameters() if p.requires_grad))
 
 
-def hf_lora(classifier: TextClassifier, steps: int) -> Prepared:
+def hf_lora(classifier: TextClassifier, steps: int, rank: int) -> Prepared:
     """HF PEFT's LoRA."""
     from peft import LoraConfig, TaskType, get_peft_model
 
     linears = _encoder_linears(classifier.model)
-    config = LoraConfig(task_type=TaskType.SEQ_CLS, r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=linears)
+    config = LoraConfig(
+        task_type=TaskType.SEQ_CLS, r=rank, lora_alpha=ALPHA[rank], lora_dropout=0.0, target_modules=linears
+    )
     classifier.model = get_peft_model(classifier.model, config)
     return Prepared(
-        ranks=lambda: dict.fromkeys(linears, RANK),
+        ranks=lambda: dict.fromkeys(linears, rank),
         adapter_bytes=lambda: _saved_bytes(classifier.model.save_pretrained),
     )
 
 
-def hf_adalora(classifier: TextClassifier, steps: int) -> Prepared:
+def hf_adalora(classifier: TextClassifier, steps: int, rank: int) -> Prepared:
     """HF PEFT's AdaLoRA, with its allocator called after every step and its orthogonality penalty in the loss."""
     from peft import AdaLoraConfig, TaskType, get_peft_model
 
     linears = _encoder_linears(classifier.model)
     config = AdaLoraConfig(
         task_type=TaskType.SEQ_CLS,  # without a task type PEFT bypasses the forward that adds the penalty
-        init_r=START_RANK,
-        target_r=RANK,
-        lora_alpha=ALPHA,
+        init_r=start_rank(rank),
+        target_r=rank,
+        lora_alpha=ALPHA[rank],
         lora_dropout=0.0,
         target_modules=linears,
         total_step=steps,
@@ -119,7 +124,7 @@ class AdaLoraAllocation(Callback):
         """Check the first loss, then allocate if the optimizer has stepped."""
         if trainer.global_step == 1:
             task = F.cross_entropy(outputs["logits"], batch["labels"])
-            # 36 layers of rank 12 near zero: |P P' - I| is about sqrt(12) each, times the weight 0.5
+            # 36 layers of rank 3 or more near zero: |P P' - I| is about sqrt(3) or more each, times the weight 0.5
             if not outputs["loss"] - task > 0.5:
                 raise RuntimeError(f"AdaLoRA's penalty is missing: loss {outputs['loss']}, cross-entropy alone {task}.")
         if trainer.global_step > self._step:
@@ -127,18 +132,18 @@ class AdaLoraAllocation(Callback):
             pl_module.model.base_model.update_and_allocate(self._step)
 
 
-def lora(classifier: TextClassifier, steps: int) -> Prepared:
+def lora(classifier: TextClassifier, steps: int, rank: int) -> Prepared:
     """This package's LoRA."""
     from lightning_peft import presets
 
-    return _ours(classifier, presets.lora(rank=RANK, alpha=ALPHA, targets=[ENCODER_LINEARS]))
+    return _ours(classifier, presets.lora(rank=rank, alpha=ALPHA[rank], targets=[ENCODER_LINEARS]))
 
 
-def dynamic_dora(classifier: TextClassifier, steps: int) -> Prepared:
+def dynamic_dora(classifier: TextClassifier, steps: int, rank: int) -> Prepared:
     """This package's dynamic DoRA."""
     from lightning_peft import presets
 
-    return _ours(classifier, presets.dynamic_dora(final_rank=RANK, targets=[ENCODER_LINEARS]))
+    return _ours(classifier, presets.dynamic_dora(final_rank=rank, targets=[ENCODER_LINEARS]))
 
 
 def _ours(classifier: TextClassifier, callbacks: list[Callback]) -> Prepared:
@@ -170,17 +175,37 @@ def _saved_bytes(save: Callable[[str], Any]) -> int:
         return sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
 
 
-_OURS = {"rank": RANK, "targets": "encoder linears"}
+def start_rank(rank: int) -> int:
+    """Components per layer at the start of a method that prunes: one and a half times the final average."""
+    return ceil(1.5 * rank)
+
+
+def _settings(**own: Any) -> Callable[[int], Mapping[str, Any]]:
+    """What all methods on the encoder's linear layers share, and what one adds; a function among it is of the rank."""
+
+    def settings(rank: int) -> Mapping[str, Any]:
+        shared = {"rank": rank, "targets": "encoder linears"}
+        return shared | {key: value(rank) if callable(value) else value for key, value in own.items()}
+
+    return settings
+
+
 METHODS: dict[str, Method] = {
-    "frozen": Method("frozen encoder, head only", frozen, {}, searched=False, seeds=(0,)),
-    "hf-lora": Method("LoRA r=8 (HF PEFT)", hf_lora, _OURS | {"alpha": ALPHA, "dropout": 0.0}),
+    "frozen": Method("frozen encoder, head only", frozen, lambda rank: {}, searched=False, seeds=(0,)),
+    "hf-lora": Method("LoRA (HF PEFT)", hf_lora, _settings(alpha=ALPHA.get, dropout=0.0)),
     "hf-adalora": Method(
-        "AdaLoRA 12 → 8 (HF PEFT)",
+        "AdaLoRA (HF PEFT)",
         hf_adalora,
-        _OURS
-        | {"init": START_RANK, "alpha": ALPHA, "dropout": 0.0, "tinit": "10 %", "tfinal": "30 %", "deltaT": 10}
-        | {"orthogonality": 0.5},
+        _settings(
+            init=start_rank,
+            alpha=ALPHA.get,
+            dropout=0.0,
+            tinit="10 %",
+            tfinal="30 %",
+            deltaT=10,
+            orthogonality=0.5,
+        ),
     ),
-    "lora": Method("LoRA r=8", lora, _OURS | {"alpha": ALPHA, "dropout": 0.0}),
-    "dynamic-dora": Method("dynamic DoRA 12 → 8", dynamic_dora, _OURS | {"init": START_RANK, "preset": "default"}),
+    "lora": Method("LoRA", lora, _settings(alpha=ALPHA.get, dropout=0.0)),
+    "dynamic-dora": Method("dynamic DoRA", dynamic_dora, _settings(init=start_rank, preset="default")),
 }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,20 +12,35 @@ if TYPE_CHECKING:
 
 _HEAD = (
     "| method | runs | learning rate (searched: held-out accuracy) | test accuracy % | macro-F1 % | errors "
-    "| trainable parameters | adapter file | ranks | step, CPU ms |"
+    "| trainable parameters | adapter file | ranks | memory of training | time | step, CPU ms |"
 )
+Seeds = Callable[[str, str, int], tuple[int, ...]]
 
 
-def best_rate(rows: Sequence[Mapping[str, Any]], method: str, data: str) -> float:
+def best_rate(rows: Sequence[Mapping[str, Any]], method: str, data: str, rank: int) -> float:
     """Learning rate with the best held-out accuracy; macro-F1, then the smaller rate, break ties."""
-    found = [row for row in rows if row["search"] and (row["method"], row["data"]) == (method, data)]
+    found = [row for row in rows if row["search"] and (row["method"], row["data"], row["rank"]) == (method, data, rank)]
     if not found:
-        raise ValueError(f"no search run of {method} on {data} is in the results file; run `plan` first.")
+        raise ValueError(
+            f"no search run of {method} on {data} at rank {rank} is in the results file; run `plan` first."
+        )
     return float(max(found, key=lambda row: (row["accuracy"], row["macro_f1"], -row["lr"]))["lr"])
 
 
-def table(rows: Sequence[Mapping[str, Any]], methods: Mapping[str, Method], datasets: Sequence[str]) -> str:
-    """One section per data set, one row per method, and a note for each row that is not complete."""
+def table(
+    rows: Sequence[Mapping[str, Any]],
+    methods: Mapping[str, Method],
+    tables: Mapping[tuple[str, int], tuple[str, int]],
+    seeds: Seeds,
+) -> str:
+    """One section per data set and rank, one row per method, and a note for each row that is not complete.
+
+    Args:
+        rows: finished runs.
+        methods: the rows of each section.
+        tables: data set and rank of each section, and of the search that it takes its learning rates from.
+        seeds: what is to be there for a method, a data set and a rank.
+    """
     parts = [
         "# Accuracy",
         "",
@@ -32,48 +48,61 @@ def table(rows: Sequence[Mapping[str, Any]], methods: Mapping[str, Method], data
         "new head, texts up to 64 tokens, batches of 32, AdamW with linear warm-up and decay; the same order of "
         "batches, number of steps, head learning rate and search for every row. Adapters on all 36 linear layers of "
         "the encoder. "
-        "Learning rate: best of three on a held-out tenth of the training set, one seed; then the runs below on the "
-        "whole training set, each evaluated on the test set once. Mean ± standard deviation over the seeds.",
+        "Learning rate: best of three on a held-out tenth of the training set, one seed (on R52 over half "
+        "the epochs, and over a fourth rate where the best stands at an end); "
+        "then the runs below on the whole training set, each evaluated on the test set once. Mean ± standard deviation "
+        "over the seeds. Rank is the average per layer at the end. Memory is what the process held at most beyond what "
+        "it held when training began; times are wall times on a machine that did other work as well.",
     ]
-    for data in datasets:
-        section = [row for row in rows if row["data"] == data]
-        if not section:
+    for (data, rank), searched in tables.items():
+        section = [row for row in rows if (row["data"], row["rank"]) == (data, rank)]
+        if not any(not row["search"] for row in section):
             continue
-        parts += ["", f"## Reuters {data.upper()}", "", _HEAD, "|" + "---|" * (_HEAD.count("|") - 1)]
+        parts += ["", f"## Reuters {data.upper()}, rank {rank}", "", _HEAD, "|" + "---|" * (_HEAD.count("|") - 1)]
+        search = [row for row in rows if row["search"] and (row["data"], row["rank"]) == searched]
         notes: list[str] = []
+        if searched != (data, rank):
+            notes.append(
+                f"- One seed each, at the rates that were found on {searched[0].upper()} at rank {searched[1]}."
+            )
         for name, method in methods.items():
-            line, note = _line(section, name, method, data)
+            final = [row for row in section if row["method"] == name and not row["search"]]
+            tried = sorted((row for row in search if row["method"] == name), key=lambda row: row["lr"])
+            line, note = _line(final, tried, method, seeds(name, data, rank))
             parts.append(line)
             notes += [f"- {method.title}: {note}" for note in note]
-        some = next((row for row in section if not row["search"]), section[0])
+        some = next(row for row in section if not row["search"])
         notes.append(
             f"- {some['evaluated_on']}, {some['steps']} steps, precision {some['precision']}, one thread; "
             + ", ".join(f"{package} {number}" for package, number in some["versions"].items())
             + "."
         )
-        parts += ["", *notes]
+        parts += ["", *notes, *_where_ranks_went(section, methods)]
     return "\n".join(parts) + "\n"
 
 
-def _line(rows: Sequence[Mapping[str, Any]], name: str, method: Method, data: str) -> tuple[str, list[str]]:
-    searched = sorted((row for row in rows if row["method"] == name and row["search"]), key=lambda row: row["lr"])
-    rate = best_rate(rows, name, data) if searched else None
-    final = [
-        row
-        for row in rows
-        if row["method"] == name and not row["search"] and (not method.searched or row["lr"] == rate)
-    ]
+def _line(
+    final: Sequence[Mapping[str, Any]],
+    searched: Sequence[Mapping[str, Any]],
+    method: Method,
+    seeds: Sequence[int],
+) -> tuple[str, list[str]]:
     notes = []
+    rate = None
+    if searched:
+        rate = best_rate(searched, searched[0]["method"], searched[0]["data"], searched[0]["rank"])
+        final = [row for row in final if row["lr"] == rate]
     if method.searched and len(searched) < 3:
         notes.append(f"only {len(searched)} of 3 learning rates searched so far.")
-    if missing := sorted(set(method.seeds) - {row["seed"] for row in final}):
+    if missing := sorted(set(seeds) - {row["seed"] for row in final}):
         notes.append(f"seeds missing: {', '.join(map(str, missing))}.")
     search = ", ".join(f"{row['lr']:g}: {100 * row['accuracy']:.2f}" for row in searched)
     rate_cell = f"{rate:g} ({search})" if rate is not None else ("not yet" if method.searched else "head only")
     if not final:
-        return f"| {method.title} | 0 | {rate_cell} |" + " – |" * 7, notes
+        return f"| {method.title} | 0 | {rate_cell} |" + " – |" * 9, notes
     ranks = final[0]["ranks"]
     spread = f"{min(row['ranks']['min'] for row in final)}–{max(row['ranks']['max'] for row in final)}"
+    memory = [row["memory"]["peak"] - row["memory"]["before_fit"] for row in final if "memory" in row]
     cells = [
         method.title,
         str(len(final)),
@@ -84,9 +113,44 @@ def _line(rows: Sequence[Mapping[str, Any]], name: str, method: Method, data: st
         f"{final[0]['trainable_parameters']:,}",
         f"{max(row['adapter_bytes'] for row in final) / 1e6:.2f} MB",
         f"{spread}, sum {ranks['total']} in {ranks['layers']} layers" if ranks["layers"] else "–",
+        f"{statistics.mean(memory) / 1e6:.0f} MB" if memory else "–",
+        f"{statistics.mean(row['seconds'] for row in final) / 60:.1f} min",
         f"{statistics.mean(row['cpu_ms_per_step'] for row in final):.0f}",
     ]
     return "| " + " | ".join(cells) + " |", notes
+
+
+def _where_ranks_went(rows: Sequence[Mapping[str, Any]], methods: Mapping[str, Method]) -> list[str]:
+    """Final ranks by kind of layer and by depth, for the methods that do not keep them all equal."""
+    lines: list[str] = []
+    for name, method in methods.items():
+        found = [row["ranks_by_layer"] for row in rows if row["method"] == name and row.get("ranks_by_layer")]
+        found = [ranks for ranks in found if len(set(ranks.values())) > 1]
+        if not found:
+            continue
+        kinds: dict[str, list[int]] = {}
+        depths: dict[str, list[int]] = {}
+        for layer, rank in ((layer, rank) for ranks in found for layer, rank in ranks.items()):
+            _, depth, kind = re.split(r"\.layer\.(\d+)\.", layer)
+            kinds.setdefault(kind, []).append(rank)
+            depths.setdefault(depth, []).append(rank)
+        if not lines:
+            heads = [kind.removeprefix("attention.").removeprefix("self.").removesuffix(".dense") for kind in kinds]
+            heads = [
+                "attention output" if kind == "attention.output.dense" else h
+                for kind, h in zip(kinds, heads, strict=True)
+            ]
+            heads += [f"layer {depth}" for depth in depths]
+            lines = [
+                "",
+                "Mean final rank by kind of layer, then by depth:",
+                "",
+                f"| method | {' | '.join(heads)} |",
+                "|" + "---|" * (len(heads) + 1),
+            ]
+        cells = [f"{statistics.mean(group):.2f}" for group in (*kinds.values(), *depths.values())]
+        lines.append(f"| {method.title} | {' | '.join(cells)} |")
+    return lines
 
 
 def _mean(values: Sequence[float], digits: int = 2) -> str:

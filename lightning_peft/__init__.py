@@ -1,7 +1,19 @@
 """Rank-adaptive, parameter-efficient fine-tuning for PyTorch Lightning: one callback, and the model stays as it is."""
 
 from lightning_peft import presets
-from lightning_peft.adapters import Adapter, AdapterFactory, DynamicDoRA, LoRA, LowRank, NormShare
+from lightning_peft.adapters import (
+    AdaLoRA,
+    Adapter,
+    AdapterFactory,
+    CubicBudget,
+    DynamicDoRA,
+    LoRA,
+    LowRank,
+    NormShare,
+    SoftThreshold,
+    SoRA,
+    TripletImportance,
+)
 from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, RankMonitor, RankPruning, Regularization
 from lightning_peft.checkpoint import AdapterFileError, adapter_state_dict, load
 from lightning_peft.export import Merged, compact, merge
@@ -15,6 +27,7 @@ from lightning_peft.rank import (
     Cubic,
     Gate,
     Importance,
+    Policy,
     RankBudget,
     RankPolicy,
     Schedule,
@@ -29,6 +42,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DEM",
+    "AdaLoRA",
     "Adapter",
     "AdapterCheckpoint",
     "AdapterFactory",
@@ -36,6 +50,7 @@ __all__ = [
     "AdapterInjection",
     "Budget",
     "Cubic",
+    "CubicBudget",
     "DynamicDoRA",
     "Export",
     "Gate",
@@ -47,6 +62,7 @@ __all__ = [
     "NormShare",
     "Orthogonality",
     "Plan",
+    "Policy",
     "RankBudget",
     "RankMonitor",
     "RankPolicy",
@@ -56,7 +72,10 @@ __all__ = [
     "Schedule",
     "Site",
     "SlowCubic",
+    "SoRA",
+    "SoftThreshold",
     "Taylor",
+    "TripletImportance",
     "UntilTail",
     "adapter_state_dict",
     "compact",

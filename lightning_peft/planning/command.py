@@ -15,6 +15,7 @@ from lightning_peft.planning.estimate import plan
 from lightning_peft.planning.figures import Optimizer, Precision, Strategy
 from lightning_peft.planning.skeleton import DTYPES, skeleton
 from lightning_peft.rank.budget import Budget
+from lightning_peft.rank.policy import RankPolicy
 from lightning_peft.surgery import inject
 
 HELP = "memory, files and network traffic of a job, before it runs"
@@ -107,7 +108,9 @@ def _method(options: argparse.Namespace) -> tuple[AdapterFactory, Budget | None]
         given["final_rank"] = options.final_rank
     callbacks = methods[options.method](**given)
     (injection,) = (each for each in callbacks if isinstance(each, AdapterInjection))
-    final = next((each.policy.final for each in callbacks if isinstance(each, RankPruning)), None)
+    policies = [each.policy for each in callbacks if isinstance(each, RankPruning)]
+    # A policy without a budget leaves open how many stay: planned as if all did.
+    final = next((policy.final for policy in policies if isinstance(policy, RankPolicy)), None)
     return injection.adapter, final
 
 

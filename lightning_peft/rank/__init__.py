@@ -4,7 +4,7 @@ from lightning_peft.rank.allocation import close_lowest
 from lightning_peft.rank.budget import Budget, RankBudget, Site, clean_name
 from lightning_peft.rank.gate import Gate
 from lightning_peft.rank.importance import Importance, Taylor
-from lightning_peft.rank.policy import RankPolicy
+from lightning_peft.rank.policy import Policy, RankPolicy
 from lightning_peft.rank.schedule import Constant, Cubic, Linear, Schedule, SlowCubic, Step
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Gate",
     "Importance",
     "Linear",
+    "Policy",
     "RankBudget",
     "RankPolicy",
     "Schedule",

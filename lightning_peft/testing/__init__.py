@@ -23,7 +23,7 @@ from typing import Any
 from lightning_peft.adapters.base import AdapterFactory
 from lightning_peft.rank.budget import Budget
 from lightning_peft.rank.importance import Importance
-from lightning_peft.rank.policy import RankPolicy
+from lightning_peft.rank.policy import Policy
 from lightning_peft.testing import equations, files, importances, lifecycle, policies, training
 from lightning_peft.testing.case import LAYERS, Case, Inapplicable
 from lightning_peft.testing.trial import ADAPTER, ImportanceTrial, PolicyTrial
@@ -133,7 +133,7 @@ def check_importance(factory: Callable[[], Importance], adapter: AdapterFactory 
         _unless_inapplicable(_try, law, ImportanceTrial(factory, adapter))
 
 
-def check_policy(factory: Callable[[Budget], RankPolicy], adapter: AdapterFactory = ADAPTER) -> None:
+def check_policy(factory: Callable[[Budget], Policy], adapter: AdapterFactory = ADAPTER) -> None:
     """Try every law of :data:`POLICY_LAWS`; what :func:`policy_laws` does, without pytest.
 
     Raises:
@@ -179,7 +179,7 @@ def importance_laws(factory: Callable[[], Importance], adapter: AdapterFactory =
     return _pytest(IMPORTANCE_LAWS, ImportanceTrial(factory, adapter))
 
 
-def policy_laws(factory: Callable[[Budget], RankPolicy], adapter: AdapterFactory = ADAPTER) -> Callable[..., None]:
+def policy_laws(factory: Callable[[Budget], Policy], adapter: AdapterFactory = ADAPTER) -> Callable[..., None]:
     """A test for pytest of every law of :data:`POLICY_LAWS`.
 
     Args:

@@ -112,7 +112,9 @@ def follows_a_cut(trial: ImportanceTrial) -> None:
     except TypeError as error:
         raise Inapplicable(str(error)) from error
     trial.of(run).cut(run.budget, kept)
-    _equal(trial.of(run).scores(), before, "after a cut")
+    after = trial.of(run).scores()
+    for name, row in before.items():
+        close(after[name], row, f"after a cut layer {name!r} has other scores", rtol=1e-6, atol=1e-12)
     for each in (run, masked):
         each.train(4, 5)
     for name, row in trial.of(run).scores().items():
@@ -130,6 +132,8 @@ def leaves_out_what_is_not_finite(trial: ImportanceTrial) -> None:
     run.train(1, 2)
     before = _copied(importance.scores())
     run.backward(3)
+    if importance.reads == "nothing":
+        raise Inapplicable("it reads nothing at a step")
     with torch.no_grad():
         if importance.reads == "gradients":
             grads = [p.grad for _, p in _adapters_parameters(run) if p.grad is not None]

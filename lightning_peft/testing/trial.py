@@ -15,7 +15,7 @@ from lightning_peft.adapters.base import AdapterFactory
 from lightning_peft.adapters.dynamic_dora import DynamicDoRA
 from lightning_peft.rank.budget import Budget, RankBudget
 from lightning_peft.rank.importance import Importance
-from lightning_peft.rank.policy import RankPolicy
+from lightning_peft.rank.policy import Policy
 from lightning_peft.surgery import inject
 
 ADAPTER: AdapterFactory = partial(DynamicDoRA, rank=4, dropout=0.0)
@@ -65,15 +65,23 @@ class Run:
         self.optimizer.zero_grad()
         loss.backward()
 
-    def step(self, number: int, observe: bool = True) -> None:
+    def step(self, number: int) -> None:
+        """One step of training."""
+        self.update(number)
+
+    def update(self, number: int, observe: bool = True) -> None:
         """One optimizer step, and the importance's look before or after it."""
         self.backward(number)
         watching = self.importance if observe else None
         if watching is not None and watching.reads == "gradients":
             watching.update()
         self.optimizer.step()
+        self.after(number)
         if watching is not None and watching.reads == "weights":
             watching.update()
+
+    def after(self, number: int) -> None:
+        """What comes right after the optimizer's step."""
 
     def train(self, first: int, last: int) -> None:
         """The steps from `first` to `last`, both included."""
@@ -84,24 +92,32 @@ class Run:
 class PolicyRun(Run):
     """Training of a net while a policy decides; steps are counted from 1 to :data:`TOTAL`."""
 
-    def __init__(self, host: nn.Module, policy: RankPolicy) -> None:
+    def __init__(self, host: nn.Module, policy: Policy) -> None:
         super().__init__(host, policy.importance)
         self.policy = policy
+        self.settled = False
         self.masks: dict[int, dict[str, Tensor]] = {}
         policy.track(self.budget)
 
-    def step(self, number: int, observe: bool = True) -> None:
-        super().step(number, observe and self.policy.observes(number, TOTAL))
+    def after(self, number: int) -> None:
+        if not self.settled:
+            self.policy.after_steps(1, number, TOTAL)
+
+    def step(self, number: int) -> None:
+        self.update(number, self.policy.observes(number, TOTAL))
         if self.policy.is_event(number, TOTAL):
             self.masks[number] = self.policy.decide(number, TOTAL)
             self.policy.apply(self.masks[number], number, TOTAL)
             if self.policy.is_final(number, TOTAL):
                 self.policy.importance.release()
+                self.policy.importance.forget()
+                self.settled = True
 
     def saved(self) -> dict[str, Any]:
         """Net, optimizer and policy as they come back from a file of tensors and plain values."""
         return through_file(
             {
+                "settled": self.settled,
                 "host": self.host.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "policy": self.policy.state_dict(),
@@ -113,6 +129,10 @@ class PolicyRun(Run):
         self.host.load_state_dict(saved["host"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.policy.load_state_dict(saved["policy"])
+        self.settled = saved["settled"]
+        if self.settled:
+            self.policy.importance.release()
+            self.policy.importance.forget()
 
 
 @dataclass(frozen=True)
@@ -157,7 +177,7 @@ class PolicyTrial:
         adapter: makes the adapters.
     """
 
-    factory: Callable[[Budget], RankPolicy]
+    factory: Callable[[Budget], Policy]
     adapter: AdapterFactory = ADAPTER
 
     def run(self, host: nn.Module | None = None) -> PolicyRun:

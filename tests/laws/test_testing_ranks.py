@@ -136,7 +136,7 @@ class Uncounted(RankPolicy):
     ("law", "wrong", "says"),
     [
         ("ties_are_counted", Threshold, "before any step it would leave 0 components, and the final budget is 6"),
-        ("ends_for_good", SoftForEver, "the masks leave 12 components, and the budget is 6"),
+        ("ends_for_good", SoftForEver, "the masks leave 12 components, and 6 are open"),
         ("decides_alike", Drawing, "decides otherwise on"),
         ("resumes", Amnesiac, r"stopped after step \d+ and resumed"),
         ("keeps_what_is_closed", Reopening, "track changes the mask of '[024]'"),

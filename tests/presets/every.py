@@ -1,0 +1,33 @@
+"""Every preset that the package has, made small: a new one is in these tests the moment it is exported."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from lightning_peft import presets
+
+NAMES = [name for name in presets.__all__ if name != "Preset"]
+
+# What makes a method small and quick, where its preset takes such an argument.
+_SMALL: dict[str, Any] = {
+    "final_rank": 2,
+    "target_rank": 2,
+    "rank": 2,
+    "initial_rank": 4,
+    "init_rank": 4,
+    "interval": 2,
+}
+
+
+def small(name: str, **also: Any) -> presets.Preset:
+    """The preset with few components and frequent events.
+
+    Args:
+        name: of the preset.
+        also: arguments that it is given if it takes them.
+    """
+    function = getattr(presets, name)
+    known = inspect.signature(function).parameters
+    preset: presets.Preset = function(**{key: value for key, value in (_SMALL | also).items() if key in known})
+    return preset

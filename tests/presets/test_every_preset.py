@@ -1,0 +1,166 @@
+"""One notion of rank: whatever the method, the same monitor, checkpoint, resume, merge and export serve it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from presets.every import NAMES, small
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import BertConfig, BertForSequenceClassification
+
+from lightning_peft import RankBudget, RankPruning, load, merge, to_hf_peft
+from lightning_peft.testing.case import close, same
+
+every_preset = pytest.mark.parametrize("name", NAMES)
+
+
+class Classifier(L.LightningModule):
+    """A user's module: it computes its own loss and knows nothing of adapters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = BertConfig(
+            vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            self.model = BertForSequenceClassification(config)
+        self.logged: list[dict[str, float]] = []
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=tokens).logits
+        return logits
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.01)
+
+
+def tokens() -> Tensor:
+    return torch.randint(40, (64, 6), generator=torch.Generator().manual_seed(0))
+
+
+def loader() -> DataLoader[Any]:
+    rows = [(row, (row[0] > 19).long()) for row in tokens()]
+    return DataLoader(rows, batch_size=8, shuffle=True)  # type: ignore[arg-type]  # a list is a dataset
+
+
+class StopAt(L.Callback):
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+            raise SystemExit
+
+
+def fit(name: str, *extra: L.Callback, ckpt_path: Path | None = None, logger: Any = False) -> tuple[Classifier, Any]:
+    """One run; the same seed for all."""
+    torch.manual_seed(5)
+    net = Classifier()
+    trainer = L.Trainer(
+        max_epochs=3, accelerator="cpu", logger=logger, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, log_every_n_steps=1, callbacks=[*small(name), *extra],
+    )  # fmt: skip
+    trainer.fit(net, loader(), ckpt_path=ckpt_path)
+    return net, trainer
+
+
+def state(net: Classifier, trainer: L.Trainer) -> dict[str, Any]:
+    """All that a run leaves: weights, masks, optimizer state, and what the callbacks would save."""
+    found: dict[str, Any] = dict(net.state_dict())
+    for i, entry in trainer.optimizers[0].state_dict()["state"].items():
+        found |= {f"optimizer.{i}.{key}": torch.as_tensor(value) for key, value in entry.items()}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, RankPruning):
+            found |= flat("policy", callback.state_dict())
+    return found
+
+
+def flat(prefix: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {k: v for key, part in value.items() for k, v in flat(f"{prefix}.{key}", part).items()}
+    return {prefix: value}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Every preset's finished run, made once."""
+    runs: dict[str, tuple[Classifier, Any, Path]] = {}
+
+    def run(name: str) -> tuple[Classifier, Any, Path]:
+        if name not in runs:
+            folder = tmp_path_factory.mktemp(name)
+            net, trainer = fit(name, logger=CSVLogger(folder))
+            trainer.save_checkpoint(folder / "end.ckpt")
+            runs[name] = net, trainer, folder
+        return runs[name]
+
+    return run
+
+
+@every_preset
+def test_ranks_are_logged(name: str, trained: Any) -> None:
+    net, _, folder = trained(name)
+    (file,) = folder.rglob("metrics.csv")
+    header, *rows = file.read_text().splitlines()
+    columns = header.split(",")
+    last = {column: [row.split(",")[i] for row in rows if row.split(",")[i]][-1] for i, column in enumerate(columns)}
+    budget = RankBudget.of(net)
+    assert {f"rank/{layer}": float(rank) for layer, rank in budget.ranks().items()} == {
+        key: float(value) for key, value in last.items() if key.removeprefix("rank/") in budget.extents
+    }
+    assert float(last["rank/open"]) == budget.spent > 0
+
+
+# warm-up, between events, an event, the step after it, the tail
+@every_preset
+@pytest.mark.parametrize("stop", [1, 7, 10, 11, 21])
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_interrupted_is_uninterrupted(name: str, stop: int, trained: Any, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        fit(name, StopAt(stop, tmp_path / "stop.ckpt"))
+    resumed = state(*fit(name, ckpt_path=tmp_path / "stop.ckpt"))
+    whole = state(*trained(name)[:2])
+    assert resumed.keys() == whole.keys()
+    different = [
+        key
+        for key, value in whole.items()
+        if not (torch.equal(value, resumed[key]) if isinstance(value, Tensor) else value == resumed[key])
+    ]
+    assert not different, different
+
+
+@every_preset
+def test_checkpoint_holds_no_base_and_loads_in_a_bare_script(name: str, trained: Any) -> None:
+    net, _, folder = trained(name)
+    saved = torch.load(folder / "end.ckpt", weights_only=True)["state_dict"]
+    assert not [key for key in saved if ".base." in key or "embeddings" in key]
+    same(load(Classifier(), folder / "end.ckpt").eval()(tokens()), net.eval()(tokens()), "loaded and trained outputs")
+
+
+@every_preset
+def test_merged_model_is_the_trained_one(name: str, trained: Any) -> None:
+    net = copy.deepcopy(trained(name)[0]).eval()
+    before = net(tokens())
+    merge(net)
+    assert not RankBudget.of(net)
+    close(net(tokens()), before, "merged and trained outputs", rtol=1e-5, atol=1e-6)
+
+
+@every_preset
+def test_stock_peft_loads_the_export(name: str, trained: Any, tmp_path: Path) -> None:
+    net = copy.deepcopy(trained(name)[0]).eval()
+    report = to_hf_peft(net, tmp_path / "adapter", check="peft", inputs={"input_ids": tokens()})
+    assert report.max_difference < 1e-5
+    assert report.ranks == RankBudget.of(net.model).ranks()
