@@ -13,6 +13,7 @@ from lightning_peft.adapters import (
     SoftThreshold,
     SoRA,
     TripletImportance,
+    WeightDecomposed,
 )
 from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, RankMonitor, RankPruning, Regularization
 from lightning_peft.checkpoint import AdapterFileError, adapter_state_dict, load
@@ -77,6 +78,7 @@ __all__ = [
     "Taylor",
     "TripletImportance",
     "UntilTail",
+    "WeightDecomposed",
     "adapter_state_dict",
     "compact",
     "eject",

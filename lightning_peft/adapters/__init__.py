@@ -6,6 +6,7 @@ from lightning_peft.adapters.dynamic_dora import DynamicDoRA, NormShare, compone
 from lightning_peft.adapters.lora import LoRA
 from lightning_peft.adapters.low_rank import LowRank
 from lightning_peft.adapters.sora import SoftThreshold, SoRA
+from lightning_peft.adapters.weight_decomposed import WeightDecomposed
 
 __all__ = [
     "AdaLoRA",
@@ -19,5 +20,6 @@ __all__ = [
     "SoRA",
     "SoftThreshold",
     "TripletImportance",
+    "WeightDecomposed",
     "component_shares",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -67,6 +68,30 @@ class Adapter(nn.Module, ABC):
             keep: (n,) bool, the components to keep; ``None`` for those that are open, which leaves the output equal.
         """
         raise TypeError(f"{type(self).__name__} cannot be compacted: its components are not cut out of its tensors.")
+
+    def kept(self, keep: Tensor) -> Tensor:
+        """What `compacted(keep)` keeps, (n,) bool: these components, and more where the adapter must have some."""
+        return keep
+
+    def lasting_parameters(self) -> Iterator[nn.Parameter]:
+        """Own parameters that belong to no component, and stay whole when components are cut out; by default none."""
+        return iter(())
+
+    def lengths(self) -> Tensor | None:
+        """Lengths of the effective weight's rows, (d_out,), if the adapter has them apart from the weight; else none.
+
+        With such lengths it is more than its components: without an open one it is not its base.
+        """
+        return None
+
+    @contextmanager
+    def constants_held(self) -> Iterator[None]:
+        """For a while, what the gradient takes for a constant keeps the value that it has at the start.
+
+        Only then are gradients what finite differences give, and only then do components add up. By default there is
+        no such constant.
+        """
+        yield
 
     def arguments(self) -> dict[str, Any]:
         """The constructor's arguments but `base`, so that `type(self)(base, **arguments)` builds the same structure."""

@@ -16,6 +16,7 @@ from lightning_peft.interop.layout import (
     PREFIX,
     Mode,
     find_targets,
+    idle,
     lay_out,
     modules_to_save,
     target_modules,
@@ -41,10 +42,13 @@ def to_hf_peft(
     """Write the adapters as a PEFT LoRA folder, load it again, compare, and only then give it its name.
 
         PEFT computes y = W x + b + (alpha / r) B A x;  our gain goes into B, our closed components are left out
+        with lengths l of the rows (its DoRA):  y = l / |W + (alpha / r) B A|_row * (W + (alpha / r) B A) x + b
 
     The three modes are equal for PEFT, and not for servers, which do not read per-layer ranks or scales alike: "padded"
     has one rank for all layers, zeros behind, and is right everywhere; "compact" has true ranks and is right for PEFT
-    and vLLM; "folded" has true ranks and is right for PEFT and llama.cpp. Layers of rank 0 are left out.
+    and vLLM; "folded" has true ranks and is right for PEFT and llama.cpp. Layers of rank 0 are left out, unless they
+    have lengths of their own. Lengths are for all layers of a PEFT folder or for none: where one layer has some, the
+    others get those that change nothing.
 
     The module is not changed. For a check with stock PEFT, memory for one more copy of the model is needed, for two in
     float32 if the model is narrower than that.
@@ -91,7 +95,6 @@ def to_hf_peft(
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
-        "use_dora": False,
         "use_rslora": False,
     }
     if config["task_type"] is None and hasattr(host, "config"):
@@ -100,18 +103,19 @@ def to_hf_peft(
     for kept_name, state in kept.items():
         tensors |= {f"{PREFIX}{kept_name}.{key}": tensor.contiguous() for key, tensor in state.items()}
 
-    notes = _notes(host)
+    notes = _notes(host, config["use_dora"])
     ranks = RankBudget.of(host).ranks()
+    left_out = idle(host, ranks)
     with whole_folder(folder, overwrite) as new:
         save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
         (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        write_card(new, "peft", public_name(base), _card(host, public_name(base), mode, ranks, notes))
+        write_card(new, "peft", public_name(base), _card(host, public_name(base), mode, ranks, left_out, notes))
         if checked == "peft":
             difference, how = with_peft(new, host, targets, kept, inputs)
         else:
             difference, how = by_reading(new, targets, kept)
         size = (new / WEIGHTS).stat().st_size
-    return Export(folder, mode, ranks, tuple(kept), size, difference, how, notes)
+    return Export(folder, mode, ranks, tuple(kept), size, difference, how, notes, left_out)
 
 
 def _how_to_check(check: Check) -> Check:
@@ -159,17 +163,30 @@ def _some(names: list[str]) -> str:
     return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _notes(host: nn.Module) -> tuple[str, ...]:
-    if any(isinstance(child, nn.TransformerEncoderLayer) for child in host.modules()):
-        return (
-            "in evaluation mode TransformerEncoderLayer has a fast path that reads weights and calls no layer; there "
-            "PEFT's adapters have no effect: call torch.backends.mha.set_fastpath_enabled(False) before you use them.",
+def _notes(host: nn.Module, lengths: bool) -> tuple[str, ...]:
+    notes: list[str] = []
+    if lengths:
+        notes.append(
+            "the rows' lengths are PEFT's DoRA, which vLLM and llama.cpp refuse: for them write the merged model with "
+            "save_merged."
         )
-    return ()
+    if any(isinstance(child, nn.TransformerEncoderLayer) for child in host.modules()):
+        notes.append(
+            "in evaluation mode TransformerEncoderLayer has a fast path that reads weights and calls no layer; there "
+            "PEFT's adapters have no effect: call torch.backends.mha.set_fastpath_enabled(False) before you use them."
+        )
+    return tuple(notes)
 
 
-def _card(host: nn.Module, base: str | None, mode: Mode, ranks: dict[str, int], notes: tuple[str, ...]) -> list[str]:
-    used = {name: rank for name, rank in ranks.items() if rank}
+def _card(
+    host: nn.Module,
+    base: str | None,
+    mode: Mode,
+    ranks: dict[str, int],
+    left_out: tuple[str, ...],
+    notes: tuple[str, ...],
+) -> list[str]:
+    used = {name: rank for name, rank in ranks.items() if name not in left_out}
     kind = type(host).__name__
     hub = hasattr(host, "config") and hasattr(type(host), "from_pretrained")
     start = f"{kind}.from_pretrained({base or '...'!r})" if hub else f"...  # your {kind}"

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.attention import AdaptedAttention
 from lightning_peft.adapters.base import Adapter
-from lightning_peft.adapters.layers import is_conv1d
+from lightning_peft.adapters.layers import is_conv1d, matrix
 from lightning_peft.adapters.low_rank import LowRank
 from lightning_peft.export import widened
+from lightning_peft.functional.weight_decomposition import row_norms
 from lightning_peft.rank.budget import clean_name
 from lightning_peft.surgery import adapters
 
@@ -39,6 +40,35 @@ class Part:
     @property
     def rank(self) -> int:
         return 0 if self.adapter is None else int(self.adapter.gate.open().sum())
+
+    @property
+    def lengths_name(self) -> str:
+        """Name of the rows' lengths in the file, where there are some."""
+        return f"{self.key}.lora_magnitude_vector"
+
+    @property
+    def has_lengths(self) -> bool:
+        """Whether the layer has lengths of its own: then it is more than its update, also where that is zero."""
+        return self.adapter is not None and self.adapter.lengths() is not None
+
+    @torch.no_grad()
+    def lengths(self) -> Tensor:
+        """Lengths of the rows, (d_out,): the layer's own, or those with which PEFT's DoRA does what the layer does.
+
+        Raises:
+            TypeError: there are none such.
+        """
+        assert self.adapter is not None  # an attention, which is refused before
+        adapter = widened(self.adapter)
+        norms = row_norms(matrix(adapter.base), adapter.A, adapter.B, adapter.value())
+        name = self.key.removeprefix(PREFIX)
+        if not norms.all():
+            raise TypeError(
+                f"layer {name!r} has a row of zeros in its weight, and where PEFT keeps lengths of rows it divides by "
+                "theirs: its outputs would not be numbers. Leave the layer out, or export the merged model."
+            )
+        own = adapter.lengths()
+        return (norms if own is None else own.detach()).cpu().contiguous()
 
     def names(self) -> tuple[str, str]:
         """Names of A and B in the file."""
@@ -70,11 +100,12 @@ class Target:
 
     @property
     def rank(self) -> int:
-        return max(part.rank for part in self.parts)
+        """What is written: at least 1 where there is something beside the components, since PEFT knows no rank 0."""
+        return max(max(part.rank for part in self.parts), int(any(part.has_lengths for part in self.parts)))
 
 
 def find_targets(host: nn.Module) -> list[Target]:
-    """What to write, without layers of rank 0.
+    """What to write, without layers of rank 0 that act as their base.
 
     Raises:
         TypeError: an adapter, or the place where it is, cannot be expressed in PEFT's LoRA format.
@@ -116,6 +147,11 @@ def all_targets(host: nn.Module) -> list[Target]:
         if attention is None:
             paired[name] = {"": Part(PREFIX + name, shape, adapter)}
             continue
+        if adapter.lengths() is not None:
+            raise TypeError(
+                f"layer {name!r}: {type(adapter).__name__} trains the lengths of a weight's rows, which PEFT does not "
+                "know on a MultiheadAttention. Export the merged model instead."
+            )
         path = name.rpartition(".")[0]
         if not attention._qkv_same_embed_dim or not path:
             raise TypeError(
@@ -124,7 +160,26 @@ def all_targets(host: nn.Module) -> list[Target]:
             )
         pair = paired.setdefault(path, _empty(path, attention.embed_dim))
         pair[role] = Part(pair[role].key, shape, adapter)
-    return [Target(path, tuple(parts.values())) for path, parts in paired.items()]
+    targets = [Target(path, tuple(parts.values())) for path, parts in paired.items()]
+    several = next((target.path for target in targets if len(target.parts) > 1), None)
+    if several is not None and has_lengths(targets):
+        raise TypeError(
+            f"layer {several!r} is a MultiheadAttention, and other layers train the lengths of their weights' rows: "
+            "PEFT has such lengths in all layers of an adapter or in none, and does not know them on an attention. "
+            "Export the merged model instead."
+        )
+    return targets
+
+
+def has_lengths(targets: Iterable[Target]) -> bool:
+    """Whether some layer has lengths of its own. PEFT's switch is for a whole adapter, so then all get some."""
+    return any(part.has_lengths for target in targets for part in target.parts)
+
+
+def idle(host: nn.Module, ranks: Mapping[str, int]) -> tuple[str, ...]:
+    """Layers that act as their base: no component is open, and there is nothing else."""
+    more = {name for name, adapter in adapters(host).items() if adapter.lengths() is not None}
+    return tuple(name for name, rank in ranks.items() if not rank and name not in more)
 
 
 def lay_out(targets: list[Target], mode: Mode) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -134,12 +189,16 @@ def lay_out(targets: list[Target], mode: Mode) -> tuple[dict[str, Tensor], dict[
         compact   true ranks r, scale s = alpha r / r from alpha_pattern
         folded    true ranks r, scale lora_alpha / r, and B times r / R to make up for it
 
+    Where one layer has lengths of its own (PEFT's `use_dora`), every layer gets a vector of lengths, and one of rank 0
+    that has some is written with rank 1, of zeros.
+
     Raises:
         ValueError: mode is none of these.
+        TypeError: a row's length is zero.
     """
     if mode not in get_args(Mode):
         raise ValueError(f"mode={mode!r}: choose {', '.join(map(repr, get_args(Mode)))}.")
-    widest = max(target.rank for target in targets)
+    widest, decomposed = max(target.rank for target in targets), has_lengths(targets)
     s = next(part.adapter.scaling for target in targets for part in target.parts if part.adapter is not None)
     alpha = s * widest
     tensors: dict[str, Tensor] = {}
@@ -155,12 +214,15 @@ def lay_out(targets: list[Target], mode: Mode) -> tuple[dict[str, Tensor], dict[
         for part in target.parts:
             name_a, name_b = part.names()
             tensors[name_a], tensors[name_b] = part.factors(rank, own / rank)
+            if decomposed:
+                tensors[part.lengths_name] = part.lengths()
     paths = [target.path for target in targets]
     config = {
         "r": widest,
         "lora_alpha": _number(alpha),
         "rank_pattern": _patterns(ranks, paths),
         "alpha_pattern": _patterns({path: _number(own) for path, own in alphas.items()}, paths),
+        "use_dora": decomposed,
         "fan_in_fan_out": any(part.adapter and is_conv1d(part.adapter.base) for t in targets for part in t.parts),
     }
     return tensors, config

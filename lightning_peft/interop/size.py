@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft.interop.hf_peft import head_modules
 from lightning_peft.interop.host import find_host
-from lightning_peft.interop.layout import PREFIX, all_targets
+from lightning_peft.interop.layout import PREFIX, all_targets, has_lengths
 from lightning_peft.rank.budget import clean_name
 
 _DTYPES = {1: "U8", 2: "F16", 4: "F32", 8: "F64"}
@@ -43,6 +43,8 @@ def exported_bytes(module: nn.Module, share: float | None, width: Callable[[Tens
             # Narrower adapters are widened; an attention's other projection is zeros in float32.
             bytes_each = 4 if part.adapter is None else max(4, width(part.adapter.A))
             tensors += [(name_a, (rank, part.shape[1]), bytes_each), (name_b, (part.shape[0], rank), bytes_each)]
+            if has_lengths(targets):
+                tensors.append((part.lengths_name, part.shape[:1], bytes_each))
     for kept, child in head.items():
         state = child.state_dict(keep_vars=True)
         tensors += [(f"{PREFIX}{kept}.{clean_name(key)}", tuple(t.shape), width(t)) for key, t in state.items()]

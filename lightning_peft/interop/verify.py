@@ -61,7 +61,7 @@ def with_peft(folder: Path, host: nn.Module, targets: Sequence[Target], head: He
     if missing:
         raise RuntimeError(f"{_WRONG}: PEFT says {missing[0]!r}")
     loaded: Any = theirs.base_model.model
-    worst = _compare_updates(loaded, targets)
+    worst = _compare_updates(loaded, targets, theirs.peft_config["default"])
     for name, kept in head.items():
         wrapper: Any = loaded.get_submodule(name)
         got = wrapper.modules_to_save["default"].state_dict()
@@ -94,6 +94,8 @@ def by_reading(folder: Path, targets: Sequence[Target], head: Head) -> tuple[flo
                     f"{_WRONG}: {part.key} is of shape {tuple(A.shape)}, not of rank {rank} as configured."
                 )
             worst = max(worst, _require((scale * B) @ A, wanted, part.key))
+            if config["use_dora"]:
+                worst = max(worst, _require(_take(tensors, part.lengths_name), part.lengths(), part.lengths_name))
     for name, kept in head.items():
         for key, tensor in kept.items():
             _require(_take(tensors, f"{PREFIX}{name}.{key}"), tensor, f"{name}.{key}")
@@ -111,6 +113,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         numbers = [config["r"], config["lora_alpha"]]
+        if type(config["use_dora"]) is not bool:
+            raise ValueError(f"use_dora={config['use_dora']!r} is neither true nor false")
         for patterns in (config["rank_pattern"], config["alpha_pattern"]):
             numbers += patterns.values()
             # Without repetition, which a crafted pattern would use to take for ever.
@@ -190,7 +194,7 @@ def floating(output: Any) -> Iterator[Tensor]:
             yield from floating(value)
 
 
-def _compare_updates(loaded: nn.Module, targets: Sequence[Target]) -> float:
+def _compare_updates(loaded: nn.Module, targets: Sequence[Target], config: Any) -> float:
     worst = 0.0
     for target in targets:
         layer: Any = loaded.get_submodule(target.path)
@@ -198,6 +202,9 @@ def _compare_updates(loaded: nn.Module, targets: Sequence[Target]) -> float:
             place = layer if part.key == PREFIX + target.path else layer.base_layer.out_proj
             wanted = part.update() if part.adapter is None else stored(part.adapter.base, part.update())
             worst = max(worst, _require(place.get_delta_weight("default").detach(), wanted, part.key))
+            if config.use_dora:
+                got = place.lora_magnitude_vector["default"].weight.detach()
+                worst = max(worst, _require(got, part.lengths(), part.lengths_name))
             if place is not layer and part.rank:
                 _require_added_once(layer, wanted, target.path)
     return worst

@@ -5,5 +5,6 @@ from lightning_peft.presets.base import Preset
 from lightning_peft.presets.dynamic_dora import dynamic_dora
 from lightning_peft.presets.lora import lora
 from lightning_peft.presets.sora import sora
+from lightning_peft.presets.weight_decomposed import weight_decomposed, weight_decomposed_fixed
 
-__all__ = ["Preset", "adalora", "dynamic_dora", "lora", "sora"]
+__all__ = ["Preset", "adalora", "dynamic_dora", "lora", "sora", "weight_decomposed", "weight_decomposed_fixed"]

@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.layers import is_transposed, stored
 from lightning_peft.rank.budget import RankBudget
+from lightning_peft.rank.gate import Gate
 from lightning_peft.rank.importance import Taylor
 from lightning_peft.testing.case import Case, Inapplicable, close, holds, same
 
@@ -66,6 +68,18 @@ def closed_component_changes_nothing(case: Case) -> None:
     """
     host = case.host(torch.float64)
     gate, adapter = case.gated(host), case.mergeable(host)
+    with adapter.constants_held():
+        _add_up(gate, adapter)
+    gate.keep(torch.arange(len(gate)) != 0)
+    without = adapter.effective_weight().detach()
+    if gate.gain is not None:
+        with torch.no_grad():
+            gate.gain[0] += 7.0
+        same(adapter.effective_weight(), without, "a closed component acts through its gain")
+    holds(not bool(gate.open()[0]), "a closed component counts as open")
+
+
+def _add_up(gate: Gate, adapter: Adapter) -> None:
     n = len(gate)
     whole = adapter.effective_weight().detach()
     gate.keep(torch.zeros(n))
@@ -79,13 +93,6 @@ def closed_component_changes_nothing(case: Case) -> None:
     gate.keep(torch.ones(n))
     close(adapter.effective_weight(), whole, "components that were closed and opened again are not what they were")
     close(total, whole, "the components do not add up to the effective weight")
-    gate.keep(torch.arange(n) != 0)
-    without = adapter.effective_weight().detach()
-    if gate.gain is not None:
-        with torch.no_grad():
-            gate.gain[0] += 7.0
-        same(adapter.effective_weight(), without, "a closed component acts through its gain")
-    holds(not bool(gate.open()[0]), "a closed component counts as open")
 
 
 def closed_component_is_scored(case: Case) -> None:
@@ -123,6 +130,8 @@ def only_adapters_get_gradients(case: Case) -> None:
 def mask_gradient_is_finite_difference(case: Case) -> None:
     """The mask's gradient is the derivative of the loss, at open and at closed components, in float64.
 
+    Of the loss as the gradient sees it: with the adapter's constants held.
+
     Fix: let the mask enter the output linearly, in the adapter's dtype; no straight-through estimate, no rounding.
     """
     host, x = case.host(torch.float64), case.inputs(torch.float64)
@@ -136,7 +145,7 @@ def mask_gradient_is_finite_difference(case: Case) -> None:
 
     (gradient,) = torch.autograd.grad(loss(), mask)
     step = 2.0**-9  # exact in float32, where the mask lives
-    with torch.no_grad():
+    with torch.no_grad(), case.adapter(host).constants_held():
         differences = torch.zeros_like(gradient)
         for i in range(len(gate)):
             here = mask[i].item()

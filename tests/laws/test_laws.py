@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from lightning_peft import AdaLoRA, Cubic, DynamicDoRA, LoRA, NormShare, RankPolicy, SoRA, Taylor
+from lightning_peft import AdaLoRA, Cubic, DynamicDoRA, LoRA, NormShare, RankPolicy, SoRA, Taylor, WeightDecomposed
 from lightning_peft.adapters import adalora, dynamic_dora, sora
 from lightning_peft.testing import importance_laws, laws, policy_laws
 
@@ -15,6 +15,11 @@ test_dynamic_dora_with_dropout = laws(partial(DynamicDoRA, rank=3, dropout=0.2),
 test_sora = laws(partial(SoRA, rank=4))
 test_adalora = laws(partial(AdaLoRA, rank=4))
 test_adalora_with_dropout = laws(partial(AdaLoRA, rank=3, dropout=0.2), ("linear", "conv1d", "attention_in"))
+test_weight_decomposed = laws(partial(WeightDecomposed, rank=4))
+test_weight_decomposed_with_gains = laws(partial(WeightDecomposed, rank=4, components="dynamic_dora"))
+test_weight_decomposed_with_dropout = laws(
+    partial(WeightDecomposed, rank=3, dropout=0.2, components="dynamic_dora"), ("linear", "conv1d", "attention_in")
+)
 
 test_taylor = importance_laws(Taylor)
 test_taylor_of_lora = importance_laws(Taylor, partial(LoRA, rank=4))
