@@ -70,7 +70,7 @@ class WeightDecomposed(LowRank):
     costs d_out parameters whatever the rank: budgets count components, and do not count it.
 
     Args:
-        base: Linear, Conv1D or Embedding layer; frozen and kept.
+        base: Linear, Embedding or transformers' Conv1D layer; frozen and kept.
         rank: number of components r; at most min(d_in, d_out).
         alpha: update scale; the update is multiplied by alpha / r, with the rank given here.
         dropout: probability of dropout on the update's input, while training.

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from lightning_peft.rank import close_lowest, close_some, open_highest, weighed
+from lightning_peft.rank import close_lowest, close_some, open_best, open_highest, weighed
 
 
 def scores(**layers: list[float]) -> dict[str, torch.Tensor]:
@@ -165,3 +167,38 @@ def test_worth_per_cost_is_the_best_choice_where_it_closes_exactly_the_amount(se
             exact += 1
             assert lost == pytest.approx(best)
     assert exact >= 9
+
+
+def open_of(scores: dict[str, list[float]], sizes: dict[str, int], amount: int, minimum: int = 0) -> dict[str, Any]:
+    masks = open_best({name: torch.tensor(row) for name, row in scores.items()}, sizes, amount, minimum)
+    return {name: mask.int().tolist() for name, mask in masks.items()}
+
+
+def test_the_highest_are_opened_for_as_long_as_there_is_something_left() -> None:
+    scores = {"a": [0.9, 0.4, 0.1], "b": [0.8, 0.7, 0.2]}
+    assert open_of(scores, {"a": 1, "b": 1}, 4) == {"a": [1, 1, 0], "b": [1, 1, 0]}
+    assert open_of(scores, {"a": 1, "b": 1}, 99) == {"a": [1, 1, 1], "b": [1, 1, 1]}
+    assert open_of(scores, {"a": 1, "b": 1}, 0) == {"a": [0, 0, 0], "b": [0, 0, 0]}
+    assert open_best({}, {}, 3) == {}
+
+
+def test_what_does_not_fit_is_passed_over() -> None:
+    assert open_of({"dear": [0.9, 0.8], "cheap": [0.1, 0.05]}, {"dear": 5, "cheap": 2}, 9) == {
+        "dear": [1, 0],
+        "cheap": [1, 1],
+    }
+
+
+def test_a_minimum_comes_first() -> None:
+    scores = {"a": [0.9, 0.8, 0.7], "b": [0.2, 0.3, 0.1]}
+    assert open_of(scores, {"a": 1, "b": 1}, 3, minimum=1) == {"a": [1, 1, 0], "b": [0, 1, 0]}
+    assert open_of(scores, {"a": 1, "b": 1}, 6, minimum=9) == {"a": [1, 1, 1], "b": [1, 1, 1]}
+    with pytest.raises(ValueError, match="1 does not pay for 1 components in every layer, which cost 2"):
+        open_of(scores, {"a": 1, "b": 1}, 1, minimum=1)
+
+
+def test_what_is_not_finite_is_opened_last() -> None:
+    assert open_of({"a": [float("nan"), 0.1], "b": [float("inf"), -1.0]}, {"a": 1, "b": 1}, 2) == {
+        "a": [0, 1],
+        "b": [0, 1],
+    }
