@@ -15,10 +15,12 @@ from lightning_peft import (
     Budget,
     Cubic,
     DynamicDoRA,
+    Growth,
     LoRA,
     RankPolicy,
     RankPruning,
     Regularization,
+    SoftThreshold,
     Taylor,
     inject,
     merge,
@@ -142,6 +144,24 @@ ROWS: Rows = {
         ),
         ValueError,
     ),
+    "a soft threshold on adapters without a gain": (
+        lambda: fit(Encoder(), AdapterInjection(LORA), RankPruning(SoftThreshold(3e-4))),
+        ValueError,
+    ),
+    "a soft threshold of 0": (lambda: presets.sora(0.0), ValueError),
+    "growth from adapters that are open": (
+        lambda: fit(Encoder(), AdapterInjection(LORA), RankPruning(Growth(Cubic(), Taylor(), Budget(rank=2)))),
+        ValueError,
+    ),
+    "growth that is cut as it goes": (
+        lambda: RankPruning(Growth(Cubic(), Taylor(), Budget(rank=2)), compact=2),
+        ValueError,
+    ),
+    "components weighed by cost where each counts as one": (
+        lambda: RankPolicy(Cubic(), Taylor(), Budget(rank=2), compare="worth_per_cost"),
+        ValueError,
+    ),
+    "growth to a budget that leaves the room open": (lambda: presets.increlora(budget=Budget(share=0.5)), ValueError),
     "a list of terms": (lambda: Regularization([DEM()]), TypeError),  # type: ignore[arg-type]
     "no term": (lambda: Regularization({}), TypeError),
     "a term's class in place of a term": (lambda: Regularization({"dem": DEM}), TypeError),  # type: ignore[dict-item]
