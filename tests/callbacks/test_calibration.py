@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
@@ -491,6 +492,14 @@ class Manual(Net):
 def test_a_wrong_setup_is_told(wrong: Callable[[], object], sentence: str) -> None:
     with pytest.raises(MisconfigurationException, match=sentence):
         wrong()
+
+
+def test_gradients_need_a_scale_that_is_known() -> None:
+    with pytest.raises(
+        MisconfigurationException, match="GoRA reads gradients, and float16 gradients need a loss scale"
+    ):
+        fit(Net(), Batches(1), *presets.gora(rank=2, targets=["0"]), plugins=[MixedPrecision("16-mixed", "cpu")])
+    fit(Net(), Batches(1), *presets.eva(rank=2, targets=["0"]), plugins=[MixedPrecision("16-mixed", "cpu")])
 
 
 @pytest.mark.parametrize(
