@@ -11,8 +11,10 @@ from torch import nn
 
 from lightning_peft import (
     DEM,
+    EVA,
     AdapterInjection,
     Budget,
+    Calibration,
     Cubic,
     DynamicDoRA,
     Growth,
@@ -22,6 +24,7 @@ from lightning_peft import (
     Regularization,
     SoftThreshold,
     Taylor,
+    convert,
     inject,
     merge,
     presets,
@@ -71,6 +74,11 @@ ROWS: Rows = {
     "a rank that is no whole number": (lambda: lora(rank=4.0), TypeError),
     "a rank as text, from a sweep or a file": (lambda: lora(rank="4"), TypeError),
     "a rank of 0": (lambda: lora(rank=0), ValueError),
+    "calibration on no batch": (lambda: presets.eva(rank=2, batches=0), ValueError),
+    "a cap below the average rank": (lambda: presets.eva(rank=2, rho=0.5), ValueError),
+    "a probe's class, not a probe": (lambda: Calibration(EVA), TypeError),  # type: ignore[arg-type]
+    "a share above 1 to convert by": (lambda: convert(adapted(), 8.0), ValueError),
+    "adapters to convert that were never trained": (lambda: convert(adapted(), 2), ValueError),
     "a rank above the layer's limit": (lambda: fit(Encoder(), *presets.dynamic_dora(final_rank=8)), ValueError),
     "a negative alpha": (lambda: lora(alpha=-1), ValueError),
     "dropout in per cent": (lambda: lora(dropout=10), ValueError),
