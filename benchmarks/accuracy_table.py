@@ -48,7 +48,8 @@ def table(
         "new head, texts up to 64 tokens, batches of 32, AdamW with linear warm-up and decay; the same order of "
         "batches, number of steps, head learning rate and search for every row. Adapters on all 36 linear layers of "
         "the encoder. "
-        "Learning rate: best of three on a held-out tenth of the training set, one seed (on R52 over half the epochs); "
+        "Learning rate: best of three on a held-out tenth of the training set, one seed (on R52 over half "
+        "the epochs, and over a fourth rate where the best stands at an end); "
         "then the runs below on the whole training set, each evaluated on the test set once. Mean ± standard deviation "
         "over the seeds. Rank is the average per layer at the end. Memory is what the process held at most beyond what "
         "it held when training began; times are wall times on a machine that did other work as well.",

@@ -1,17 +1,37 @@
 """Rank-adaptive, parameter-efficient fine-tuning for PyTorch Lightning: one callback, and the model stays as it is."""
 
 from lightning_peft import presets
-from lightning_peft.adapters import Adapter, AdapterFactory, DynamicDoRA, LoRA, LowRank, NormShare
+from lightning_peft.adapters import (
+    AdaLoRA,
+    Adapter,
+    AdapterFactory,
+    CubicBudget,
+    DynamicDoRA,
+    GoRA,
+    Growth,
+    LoRA,
+    LowRank,
+    ModuleSensitivity,
+    NormShare,
+    PartlyOpen,
+    PruneAndGrow,
+    SoftThreshold,
+    SoRA,
+    TripletImportance,
+    WeightDecomposed,
+)
 from lightning_peft.callbacks import (
     AdapterCheckpoint,
     AdapterInjection,
     Adoption,
+    Calibration,
     RankAllocation,
     RankMonitor,
     RankPruning,
     Regularization,
 )
 from lightning_peft.checkpoint import AdapterFileError, adapter_state_dict, load
+from lightning_peft.convert import Conversion, convert
 from lightning_peft.export import Merged, compact, merge
 from lightning_peft.heat_map import rank_heat_map
 from lightning_peft.interop.adoption import adopt, release
@@ -20,10 +40,13 @@ from lightning_peft.interop.hf_peft import to_hf_peft
 from lightning_peft.interop.merged import save_merged
 from lightning_peft.planning import Plan, plan
 from lightning_peft.rank import (
+    EVA,
     Budget,
     Cubic,
     Gate,
     Importance,
+    Policy,
+    Probe,
     RankBudget,
     RankPolicy,
     Schedule,
@@ -38,6 +61,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DEM",
+    "EVA",
+    "AdaLoRA",
     "Adapter",
     "AdapterCheckpoint",
     "AdapterFactory",
@@ -45,18 +70,28 @@ __all__ = [
     "AdapterInjection",
     "Adoption",
     "Budget",
+    "Calibration",
+    "Conversion",
     "Cubic",
+    "CubicBudget",
     "DynamicDoRA",
     "Export",
     "Gate",
+    "GoRA",
+    "Growth",
     "Importance",
     "Injection",
     "LoRA",
     "LowRank",
     "Merged",
+    "ModuleSensitivity",
     "NormShare",
     "Orthogonality",
+    "PartlyOpen",
     "Plan",
+    "Policy",
+    "Probe",
+    "PruneAndGrow",
     "RankAllocation",
     "RankBudget",
     "RankMonitor",
@@ -67,11 +102,16 @@ __all__ = [
     "Schedule",
     "Site",
     "SlowCubic",
+    "SoRA",
+    "SoftThreshold",
     "Taylor",
+    "TripletImportance",
     "UntilTail",
+    "WeightDecomposed",
     "adapter_state_dict",
     "adopt",
     "compact",
+    "convert",
     "eject",
     "inject",
     "load",

@@ -94,7 +94,7 @@ def compact_training(module: nn.Module, optimizers: Iterable[Optimizer] = ()) ->
             adapter = budget[name].adapter
             small = smaller(name, adapter, keep[name])
             new[id(adapter)] = adapter.base if small is None else small
-            for cut in _cuts(name, adapter, small, keep[name].nonzero().flatten()):
+            for cut in _cuts(name, adapter, small, adapter.kept(keep[name]).nonzero().flatten()):
                 if id(cut.old) in cuts:
                     raise TypeError(f"{cut.name} is also {cuts[id(cut.old)].name}: what adapters share cannot be cut.")
                 cuts[id(cut.old)] = cut

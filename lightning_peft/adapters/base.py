@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -81,6 +82,30 @@ class Adapter(nn.Module, ABC):
             source: what to call the checkpoint.
         """
         raise TypeError(f"{cls.__name__} is not hosted: it is built around a layer.")
+
+    def kept(self, keep: Tensor) -> Tensor:
+        """What `compacted(keep)` keeps, (n,) bool: these components, and more where the adapter must have some."""
+        return keep
+
+    def lasting_parameters(self) -> Iterator[nn.Parameter]:
+        """Own parameters that belong to no component, and stay whole when components are cut out; by default none."""
+        return iter(())
+
+    def lengths(self) -> Tensor | None:
+        """Lengths of the effective weight's rows, (d_out,), if the adapter has them apart from the weight; else none.
+
+        With such lengths it is more than its components: without an open one it is not its base.
+        """
+        return None
+
+    @contextmanager
+    def constants_held(self) -> Iterator[None]:
+        """For a while, what the gradient takes for a constant keeps the value that it has at the start.
+
+        Only then are gradients what finite differences give, and only then do components add up. By default there is
+        no such constant.
+        """
+        yield
 
     def arguments(self) -> dict[str, Any]:
         """The constructor's arguments but `base`, so that `type(self)(base, **arguments)` builds the same structure."""

@@ -2,6 +2,7 @@
 
 from lightning_peft.callbacks.adoption import Adoption
 from lightning_peft.callbacks.allocation import RankAllocation
+from lightning_peft.callbacks.calibration import Calibration
 from lightning_peft.callbacks.checkpoint import AdapterCheckpoint
 from lightning_peft.callbacks.injection import AdapterInjection
 from lightning_peft.callbacks.monitor import RankMonitor
@@ -12,6 +13,7 @@ __all__ = [
     "AdapterCheckpoint",
     "AdapterInjection",
     "Adoption",
+    "Calibration",
     "RankAllocation",
     "RankMonitor",
     "RankPruning",

@@ -80,6 +80,8 @@ class RankMonitor(Preflight):
         if not trainer.is_global_zero:
             self._pruning = None  # no event for this rank
             return
+        if self._pruning is None:
+            self._found = RankBudget.of(pl_module)  # what calibration has cut since on_fit_start
         self._event = 0 if self._pruning is None else self._pruning.event_step
         self._drawn = (0, {})
         loggers = boards(trainer)
@@ -151,7 +153,7 @@ class RankMonitor(Preflight):
 
     def _amounts(self, ranks: dict[str, int]) -> tuple[int, int, int]:
         """Spent, the budget of the last event, and the final budget; in the final budget's unit."""
-        unit: Unit = "components" if self._pruning is None else self._pruning.policy.final.unit
+        unit: Unit = "components" if self._pruning is None else self._pruning.policy.unit
         sizes = self._budget.sizes(unit)
         spent = sum(rank * sizes[name] for name, rank in ranks.items())
         if self._pruning is None:
@@ -189,7 +191,7 @@ class RankMonitor(Preflight):
             return
         params = dict(self._settings)
         if self._pruning is not None:
-            params |= {"budget": str(self._pruning.policy.final), "schedule": str(self._pruning.policy.schedule)}
+            params |= self._pruning.policy.settings()
         else:
             params |= {"budget": "all", "schedule": "none"}
         # Only what the loggers have: TensorBoard reads the values there. It shows the first five: scores before losses,

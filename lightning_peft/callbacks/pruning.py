@@ -17,10 +17,10 @@ from lightning_peft.callbacks.compaction import compact_in_training, require_com
 from lightning_peft.callbacks.order import require_before
 from lightning_peft.callbacks.placement import AdapterPlacement
 from lightning_peft.callbacks.preflight import Preflight
-from lightning_peft.callbacks.steps import TakenSteps, scaler_of
+from lightning_peft.callbacks.steps import TakenSteps, scaler_of, unscales_itself
 from lightning_peft.distributed import agreed, gather_objects
 from lightning_peft.rank.budget import RankBudget
-from lightning_peft.rank.policy import RankPolicy
+from lightning_peft.rank.policy import Policy
 from lightning_peft.strategies import require_equal
 
 Compact = Literal["never", "final"] | int
@@ -28,7 +28,7 @@ Compact = Literal["never", "final"] | int
 
 
 class RankPruning(Preflight):
-    """Close components on schedule; the number of steps comes from the Trainer.
+    """Open and close components as a policy decides; the number of steps comes from the Trainer.
 
     Importance is updated once per optimizer step, gradients before the step and weights after it; components are chosen
     after the step at the policy's events. Accumulated micro-batches count for nothing, and so do steps that were
@@ -36,7 +36,7 @@ class RankPruning(Preflight):
     many that its last step comes before the schedule's last cut, the last cut is made then.
 
     Args:
-        policy: schedule, importance and final budget in one, as a method's `policy(...)` gives them.
+        policy: schedule, importance and budget in one, as a method's `policy(...)` gives them.
         compact: when closed components are cut out of parameters and optimizer state, so that training goes on at the
             size of what is left. "never" leaves rank a mask to the end. "final" cuts once, at the final mask: the tail
             is faster and smaller, and trains what the mask would have (but an adapter that has gone draws no dropout).
@@ -46,25 +46,25 @@ class RankPruning(Preflight):
     Raises:
         MisconfigurationException: no adapter is there, the callbacks are in the wrong order, or the Trainer cannot tell
             how many steps it will take; or compaction is asked of a strategy or beside callbacks that forbid it.
-        ValueError: compact is none of these, or a number though the policy removes softly.
+        ValueError: compact is none of these, or a number though the policy may open again what it closes.
 
     Example:
         >>> from lightning_peft import Budget, Cubic, RankPolicy, Taylor
         >>> pruning = RankPruning(RankPolicy(Cubic(warmup=0.1, tail=0.2), Taylor(), Budget(rank=4)))
     """
 
-    def __init__(self, policy: RankPolicy, compact: Compact = "never") -> None:
-        require_instance("policy", policy, RankPolicy, "RankPolicy(Cubic(), Taylor(), Budget(rank=8))")
+    def __init__(self, policy: Policy, compact: Compact = "never") -> None:
+        require_instance("policy", policy, Policy, "RankPolicy(Cubic(), Taylor(), Budget(rank=8))")
         known = compact in ("never", "final") if isinstance(compact, str) else type(compact) is int and compact >= 1
         if not known:
             raise ValueError(
                 f"compact={compact!r}: choose 'never', 'final' (cut once, at the final mask), or a whole number k of "
                 "at least 1 (cut at every k-th event as well)."
             )
-        if policy.soft and not isinstance(compact, str):
+        if policy.returning and not isinstance(compact, str):
             raise ValueError(
-                f"compact={compact} would cut at events before the last, and this policy removes softly there: nothing "
-                "is closed for good until its last event. Use compact='final'."
+                f"compact={compact} would cut at events before the last, and {policy.returning}: nothing is closed for "
+                "good until its last event. Use compact='final'."
             )
         self.policy = policy
         self.compact = compact
@@ -161,6 +161,7 @@ class RankPruning(Preflight):
             self._uncut = self._settled and self.compact != "never"
         if not self._observes(self._seen + 1):
             self._release()
+            self._forget()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._now = None
@@ -172,12 +173,15 @@ class RankPruning(Preflight):
         gradients = importance.gradients()
         scaler = scaler_of(trainer)
         if scaler is not None and gradients:
-            # The optimizer's gradients are unscaled by now. `get_scale` would wait for the device.
+            # They are not the optimizer's, which are unscaled by now. `get_scale` would wait for the device.
             torch._foreach_div_(gradients, scaler.scale(torch.ones((), device=gradients[0].device)))
         if trainer.world_size > 1 and gradients:
             flat = trainer.strategy.reduce(torch.cat(gradients), reduce_op="mean")
             torch._foreach_copy_(gradients, list(flat.split([part.numel() for part in gradients])))
         now = importance.worth_now()
+        if scaler is not None and not gradients and unscales_itself(optimizer):
+            # Worth was read off the optimizer's gradients, and it goes up with them as they are.
+            torch._foreach_div_(now, scaler.scale(torch.ones((), device=now[0].device)))
         if scaler is None:
             importance.fold(now)
         else:
@@ -199,6 +203,8 @@ class RankPruning(Preflight):
         importance, step = self.policy.importance, self._steps.taken(trainer.global_step)
         overflow = self._steps.look()
         fresh = step > self._seen  # else an accumulated micro-batch, or a step that was skipped
+        if fresh and not self._settled:
+            self.policy.after_steps(step - self._seen, step, self.total_steps, overflow)
         if fresh and importance.reads == "weights" and self._observes(self._seen + 1):
             importance.fold(importance.worth_now(), skipped=overflow)
         ends = trainer.global_step >= self.total_steps  # the plan does, however many steps were skipped
@@ -226,6 +232,7 @@ class RankPruning(Preflight):
                 self._release()
             if self.compact != "never" and (self._settled or (every and self._events // every > before // every)):
                 self._cut(trainer)
+            self._forget()
 
     def _cut(self, trainer: Trainer) -> None:
         """Cut what is closed out of parameters and optimizer state, and go on with what is left."""
@@ -270,6 +277,10 @@ class RankPruning(Preflight):
 
     def _release(self) -> None:
         self.policy.importance.release()
+
+    def _forget(self) -> None:
+        if self._settled:
+            self.policy.importance.forget()
 
     def budget_now(self) -> int:
         """What may be spent after the last step that was taken, in the unit of the final budget."""

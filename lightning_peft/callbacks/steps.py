@@ -112,3 +112,8 @@ def scaler_of(trainer: Trainer) -> torch.amp.GradScaler | None:
     """The gradient scaler in use, if there is one."""
     scaler: torch.amp.GradScaler | None = getattr(trainer.precision_plugin, "scaler", None)
     return scaler if scaler is not None and scaler.is_enabled() else None
+
+
+def unscales_itself(optimizer: Optimizer) -> bool:
+    """Whether gradients still have the scaler's scale when the step begins: fused optimizers take it out themselves."""
+    return bool(getattr(optimizer, "_step_supports_amp_scaling", False))

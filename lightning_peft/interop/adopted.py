@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter
-from lightning_peft.adapters.layers import is_conv1d
+from lightning_peft.adapters.layers import is_transformers_conv1d
 from lightning_peft.adapters.low_rank import LowRank
 from lightning_peft.interop.masked import mask_reads, parameter_of, unmask_reads
 from lightning_peft.rank.gate import Gate
@@ -166,6 +166,10 @@ class Adopted(LowRank):
                 for part, parameter in holder[self.adapter_name].named_parameters():
                     yield f"{name}.{part}", parameter
 
+    def lasting_parameters(self) -> Iterator[nn.Parameter]:
+        own = dict(self.own_parameters())
+        return (p for name, p in own.items() if name.endswith(".bias") or name.startswith("lora_magnitude_vector"))
+
     def arguments(self) -> dict[str, Any]:
         names = ("adapter_name", "kind", "variant", "rank", "alpha", "scaling", "dropout", "config")
         return {name: getattr(self, name) for name in names}
@@ -185,7 +189,7 @@ class Adopted(LowRank):
             weight = variant.merge_safe(layer, name, weight)
             layer._caches = kept
         # Not `is_transposed`: a quantized Linear is no nn.Linear, and is stored like one.
-        if isinstance(self.base, nn.Embedding) or is_conv1d(self.base):
+        if isinstance(self.base, nn.Embedding) or is_transformers_conv1d(self.base):
             return weight.t()
         return weight.flatten(1)
 

@@ -36,12 +36,13 @@ class Export:
     Attributes:
         folder: where it is.
         mode: "padded", "compact", "folded" or "merged".
-        ranks: open components of every adapted layer; a layer with 0 is not in the files.
+        ranks: open components of every adapted layer.
         head: names of the modules whose trained weights were written beside the adapters.
         bytes: size of the weights' files.
         max_difference: largest absolute difference found by the check.
         check: what was compared.
         notes: what a user of the folder should know.
+        left_out: layers that are not in the files: without an open component they act as their base.
     """
 
     folder: Path
@@ -52,13 +53,14 @@ class Export:
     max_difference: float
     check: str
     notes: tuple[str, ...] = field(default=())
+    left_out: tuple[str, ...] = field(default=())
 
     def __str__(self) -> str:
-        used = [rank for rank in self.ranks.values() if rank]
+        used = [rank for name, rank in self.ranks.items() if name not in self.left_out]
         lines = [
             f"Wrote {self.folder} ({self.mode}, {self.bytes:,} bytes).",
             f"  layers: {len(used)} with ranks {min(used)} to {max(used)}, {sum(used)} components in all"
-            + (f"; {len(self.ranks) - len(used)} of rank 0 left out" if len(used) < len(self.ranks) else ""),
+            + (f"; {len(self.left_out)} of rank 0 left out" if self.left_out else ""),
             f"  head: {', '.join(self.head) or 'left out'}" if self.mode != "merged" else "",
             f"  checked: {self.check}; largest difference {self.max_difference:.1e}",
         ]

@@ -14,11 +14,12 @@ from lightning_peft.interop.adopted_export import lay_out_adopted, load_adopted,
 from lightning_peft.interop.adoption import adopt as adopt
 from lightning_peft.interop.adoption import release as release
 from lightning_peft.interop.folder import Export, public_name, refuse_to_overwrite, whole_folder, write_card
-from lightning_peft.interop.host import below, find_host, trained_beside, whole_modules
+from lightning_peft.interop.host import below, find_host, trained_beside, whole_modules, with_statistics
 from lightning_peft.interop.layout import (
     PREFIX,
     Mode,
     find_targets,
+    idle,
     lay_out,
     modules_to_save,
     target_modules,
@@ -45,10 +46,13 @@ def to_hf_peft(
     """Write the adapters as a PEFT LoRA folder, load it again, compare, and only then give it its name.
 
         PEFT computes y = W x + b + (alpha / r) B A x;  our gain goes into B, our closed components are left out
+        with lengths l of the rows (its DoRA):  y = l / |W + (alpha / r) B A|_row * (W + (alpha / r) B A) x + b
 
     The three modes are equal for PEFT, and not for servers, which do not read per-layer ranks or scales alike: "padded"
     has one rank for all layers, zeros behind, and is right everywhere; "compact" has true ranks and is right for PEFT
-    and vLLM; "folded" has true ranks and is right for PEFT and llama.cpp. Layers of rank 0 are left out.
+    and vLLM; "folded" has true ranks and is right for PEFT and llama.cpp. Layers of rank 0 are left out, unless they
+    have lengths of their own. Lengths are for all layers of a PEFT folder or for none: where one layer has some, the
+    others get those that change nothing.
 
     An adopted PEFT model (:func:`lightning_peft.adopt`) is written with its own config, cut to what is open: LoRA and
     DoRA as above, AdaLoRA in its own format, or as a plain LoRA with "folded".
@@ -61,7 +65,8 @@ def to_hf_peft(
         folder: adapter_config.json, adapter_model.safetensors and a model card README.md are written here, all or none.
         mode: "padded", "compact" or "folded".
         head: keep the modules that were trained beside the adapters, such as a new classifier. A loaded base gets them
-            with the adapters. Some servers refuse adapters with a head.
+            with the adapters. Some servers refuse adapters with a head. Layers of the base with running statistics
+            (batch norm) are kept likewise, because training changes these though the layer is frozen.
         check: "peft" loads the folder with stock PEFT on a copy of the base, with a changed head, and compares updates,
             head and outputs. "files" reads it without PEFT and compares every tensor. "auto" is "peft" if that is
             installed, else "files". The report says which was made.
@@ -89,7 +94,9 @@ def to_hf_peft(
     checked = _how_to_check(check)
     refuse_to_overwrite(folder, overwrite)
     paths = [target.path for target in targets]
-    kept = _states(head_modules(module, name, host)) if head else {}
+    trained = head_modules(module, name, host) if head else {}
+    statistics = with_statistics(host, trained)
+    kept = _states(trained | statistics) if head else {}
     base = base_model_name_or_path or getattr(getattr(host, "config", None), "_name_or_path", None) or None
     config |= {
         "peft_type": "LORA",
@@ -100,7 +107,6 @@ def to_hf_peft(
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": True,
-        "use_dora": False,
         "use_rslora": False,
     }
     if config["task_type"] is None and hasattr(host, "config"):
@@ -109,18 +115,19 @@ def to_hf_peft(
     for kept_name, state in kept.items():
         tensors |= {f"{PREFIX}{kept_name}.{key}": tensor.contiguous() for key, tensor in state.items()}
 
-    notes = _notes(host)
+    notes = _notes(host, config["use_dora"], len(statistics), head)
     ranks = RankBudget.of(host).ranks()
+    left_out = idle(host, ranks)
     with whole_folder(folder, overwrite) as new:
         save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
         (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        write_card(new, "peft", public_name(base), _card(host, public_name(base), mode, ranks, notes))
+        write_card(new, "peft", public_name(base), _card(host, public_name(base), mode, ranks, left_out, notes))
         if checked == "peft":
             difference, how = with_peft(new, host, targets, kept, inputs)
         else:
             difference, how = by_reading(new, targets, kept)
         size = (new / WEIGHTS).stat().st_size
-    return Export(folder, mode, ranks, tuple(kept), size, difference, how, notes)
+    return Export(folder, mode, ranks, tuple(trained), size, difference, how, notes, left_out)
 
 
 def _write_adopted(
@@ -145,10 +152,12 @@ def _write_adopted(
     with whole_folder(folder, overwrite) as new:
         save_file(layout.tensors, new / WEIGHTS, metadata={"format": "pt"})
         (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        write_card(new, "peft", public_name(base), _card(host, public_name(base), mode, layout.ranks, ()))
+        write_card(
+            new, "peft", public_name(base), _card(host, public_name(base), mode, layout.ranks, layout.left_out, ())
+        )
         compare = load_adopted(new, layout, inputs) if checked == "peft" else read_adopted(new, layout)
         size = (new / WEIGHTS).stat().st_size
-    return Export(folder, mode, layout.ranks, layout.head, size, *compare)
+    return Export(folder, mode, layout.ranks, layout.head, size, *compare, left_out=layout.left_out)
 
 
 def _how_to_check(check: Check) -> Check:
@@ -196,17 +205,36 @@ def _some(names: list[str]) -> str:
     return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _notes(host: nn.Module) -> tuple[str, ...]:
-    if any(isinstance(child, nn.TransformerEncoderLayer) for child in host.modules()):
-        return (
-            "in evaluation mode TransformerEncoderLayer has a fast path that reads weights and calls no layer; there "
-            "PEFT's adapters have no effect: call torch.backends.mha.set_fastpath_enabled(False) before you use them.",
+def _notes(host: nn.Module, lengths: bool, statistics: int, head: bool) -> tuple[str, ...]:
+    notes: list[str] = []
+    if lengths:
+        notes.append(
+            "the rows' lengths are PEFT's DoRA, which vLLM and llama.cpp refuse: for them write the merged model with "
+            "save_merged."
         )
-    return ()
+    if any(isinstance(child, nn.TransformerEncoderLayer) for child in host.modules()):
+        notes.append(
+            "in evaluation mode TransformerEncoderLayer has a fast path that reads weights and calls no layer; there "
+            "PEFT's adapters have no effect: call torch.backends.mha.set_fastpath_enabled(False) before you use them."
+        )
+    if statistics:
+        written = "written with the adapters" if head else "not written (head=False), and outputs differ without them"
+        notes.append(
+            f"training changes the running statistics of normalization layers, frozen ones too; those of {statistics} "
+            f"layers are {written}."
+        )
+    return tuple(notes)
 
 
-def _card(host: nn.Module, base: str | None, mode: Mode, ranks: dict[str, int], notes: tuple[str, ...]) -> list[str]:
-    used = {name: rank for name, rank in ranks.items() if rank}
+def _card(
+    host: nn.Module,
+    base: str | None,
+    mode: Mode,
+    ranks: dict[str, int],
+    left_out: tuple[str, ...],
+    notes: tuple[str, ...],
+) -> list[str]:
+    used = {name: rank for name, rank in ranks.items() if name not in left_out}
     kind = type(host).__name__
     hub = hasattr(host, "config") and hasattr(type(host), "from_pretrained")
     start = f"{kind}.from_pretrained({base or '...'!r})" if hub else f"...  # your {kind}"

@@ -13,6 +13,7 @@ from lightning_peft.export import merge, own_random
 from lightning_peft.heads import hub_models
 from lightning_peft.interop.folder import Export, public_name, refuse_to_overwrite, whole_folder, write_card
 from lightning_peft.interop.host import below, find_host, plain_copy, trained_beside
+from lightning_peft.interop.layout import idle
 from lightning_peft.interop.verify import compare_outputs, made_up_inputs
 from lightning_peft.rank.budget import RankBudget
 
@@ -77,7 +78,8 @@ def save_merged(module: nn.Module, folder: str | Path, *, inputs: Any = None, ov
             if found is not None:
                 difference, how = found, f"{how}; outputs compared with the adapted model's"
         size = sum(file.stat().st_size for file in new.glob("*.safetensors"))
-    return Export(folder, "merged", RankBudget.of(host).ranks(), (), size, difference, how)
+    ranks = RankBudget.of(host).ranks()
+    return Export(folder, "merged", ranks, (), size, difference, how, left_out=idle(host, ranks))
 
 
 def _same(loaded: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:

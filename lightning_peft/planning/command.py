@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
-from functools import partial
-from typing import get_args
+from collections.abc import Callable
+from typing import Any, get_args
 
-from lightning_peft.adapters import dynamic_dora as dora
+from lightning_peft import presets
 from lightning_peft.adapters.base import AdapterFactory
-from lightning_peft.adapters.dynamic_dora import DynamicDoRA
-from lightning_peft.adapters.lora import LoRA
+from lightning_peft.callbacks import AdapterInjection, RankPruning
 from lightning_peft.planning.estimate import plan
 from lightning_peft.planning.figures import Optimizer, Precision, Strategy
 from lightning_peft.planning.skeleton import DTYPES, skeleton
 from lightning_peft.rank.budget import Budget
+from lightning_peft.rank.policy import RankPolicy
 from lightning_peft.surgery import inject
 
 HELP = "memory, files and network traffic of a job, before it runs"
@@ -36,17 +37,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     method = parser.add_argument_group("method")
     method.add_argument(
-        "--method", choices=("lora", "dynamic-dora"), default="lora", help="how the layers are adapted (lora)"
+        "--method", choices=tuple(_methods()), default="lora", help="preset that adapts the layers (%(default)s)"
     )
     method.add_argument(
-        "--rank",
-        type=int,
-        metavar="R",
-        help="rank of every layer (8); for dynamic-dora at the start (1.5 x the final one)",
+        "--rank", type=int, metavar="R", help="rank of every layer, at the start if it falls (the preset's default)"
     )
-    method.add_argument("--final-rank", type=float, metavar="R", help="dynamic-dora: average rank at the end (8)")
     method.add_argument(
-        "--targets", nargs="+", metavar="PATTERN", help="layers to adapt (all linear layers except the head)"
+        "--final-rank", type=float, metavar="R", help="where rank falls: its average at the end (the preset's default)"
+    )
+    method.add_argument(
+        "--targets",
+        nargs="+",
+        metavar="PATTERN",
+        help="layers to adapt (all linear layers and convolutions but the head)",
     )
     method.add_argument(
         "--train", nargs="*", metavar="PATTERN", help="what trains beside them (the head, where it is new)"
@@ -86,12 +89,33 @@ def run(options: argparse.Namespace) -> str:
     return json.dumps(found.as_dict(), indent=2) if options.json else str(found)
 
 
+def _methods() -> dict[str, Callable[..., presets.Preset]]:
+    """The presets that need nothing but ranks, by their names on the command line."""
+    found = {name.replace("_", "-"): getattr(presets, name) for name in presets.__all__ if name != "Preset"}
+    return {name: make for name, make in found.items() if all(p.default is not p.empty for p in _parameters(make))}
+
+
 def _method(options: argparse.Namespace) -> tuple[AdapterFactory, Budget | None]:
-    if options.method == "lora":
-        if options.final_rank is not None:
-            raise ValueError("--final-rank is for --method dynamic-dora; LoRA keeps the rank that --rank gives it.")
-        return partial(LoRA, rank=8 if options.rank is None else options.rank), None
-    final = 8.0 if options.final_rank is None else options.final_rank
-    budget = Budget(rank=final)  # first: it refuses a rank that is none
-    initial = dora.initial_rank(final) if options.rank is None else options.rank
-    return partial(DynamicDoRA, rank=initial), budget
+    """What the chosen preset injects, and the budget that it ends with; ``None`` if its ranks stay."""
+    methods = _methods()
+    names = {name: {p.name for p in _parameters(make)} for name, make in methods.items()}
+    takes, given = names[options.method], dict[str, Any]()
+    if options.rank is not None:
+        given["initial_rank" if "initial_rank" in takes else "rank"] = options.rank
+    if options.final_rank is not None:
+        if "final_rank" not in takes:
+            others = ", ".join(name for name, known in names.items() if "final_rank" in known)
+            raise ValueError(
+                f"--method {options.method} keeps the rank that --rank gives it; --final-rank is for {others}."
+            )
+        given["final_rank"] = options.final_rank
+    callbacks = methods[options.method](**given)
+    (injection,) = (each for each in callbacks if isinstance(each, AdapterInjection))
+    policies = [each.policy for each in callbacks if isinstance(each, RankPruning)]
+    # A policy without a budget leaves open how many stay: planned as if all did.
+    final = next((policy.final for policy in policies if isinstance(policy, RankPolicy)), None)
+    return injection.adapter, final
+
+
+def _parameters(make: Callable[..., object]) -> list[inspect.Parameter]:
+    return list(inspect.signature(make).parameters.values())

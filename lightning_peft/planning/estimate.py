@@ -135,10 +135,11 @@ def _load(
     strategy: Strategy,
     optimizer: Optimizer,
 ) -> Load:
-    """The figures with a share of every layer's components: all tensors of a low-rank adapter shrink with it."""
+    """The figures with a share of every layer's components: the tensors of a low-rank adapter shrink with it."""
     scale: dict[int, float] = {}
     for site in budget.values():
         scale |= dict.fromkeys((id(p) for _, p in site.adapter.own_parameters()), share)
+        scale |= dict.fromkeys(map(id, site.adapter.lasting_parameters()), 1.0)
         scale[id(site.gate.mask)] = share
     own = {id(p) for site in budget.values() for _, p in site.adapter.own_parameters()}
 
@@ -178,10 +179,10 @@ def _final(budget: RankBudget, final: Budget) -> tuple[float, int]:
     sizes, amount = budget.sizes(final.unit), final.amount(budget)
     share = amount / sum(sizes[name] * len(site.gate) for name, site in budget.items())
     # What a component adds in parameters: its gain, if it has one, counts here and not in the budget.
-    added = {
-        name: sum(p.numel() for _, p in site.adapter.own_parameters()) / len(site.gate) for name, site in budget.items()
-    }
-    most, left = 0.0, float(amount)
+    all_ = {name: sum(p.numel() for _, p in site.adapter.own_parameters()) for name, site in budget.items()}
+    lasting = {name: sum(p.numel() for p in site.adapter.lasting_parameters()) for name, site in budget.items()}
+    added = {name: (all_[name] - lasting[name]) / len(site.gate) for name, site in budget.items()}
+    most, left = float(sum(lasting.values())), float(amount)
     for name in sorted(budget, key=lambda name: added[name] / sizes[name], reverse=True):
         taken = min(len(budget[name].gate), left / sizes[name])
         most += taken * added[name]

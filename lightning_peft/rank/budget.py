@@ -277,8 +277,10 @@ class Budget:
         else:
             assert self.megabytes is not None
             # Two tensors a layer; an entry in a safetensors header is its name and some 120 bytes of JSON.
-            header = sum(2 * (len(name) + 120) for name in sizes)
-            amount = max(0, floor((self.megabytes * 1e6 - header) / 4))
+            lasting = {n: [p.numel() for p in site.adapter.lasting_parameters()] for n, site in budget.items()}
+            header = sum((2 + len(lasting.get(name, ()))) * (len(name) + 120) for name in sizes)
+            whole_ = sum(map(sum, lasting.values()))
+            amount = max(0, floor((self.megabytes * 1e6 - header) / 4) - whole_)
         # Components are closed whole, so a cut may go over by one: with less than the dearest, all might be closed.
         least = max(minimum * sum(sizes.values()), max(sizes.values(), default=1))
         if amount < least:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,11 +21,23 @@ def by_shape(sites: Iterable[Site]) -> list[list[Site]]:
     return list(groups.values())
 
 
+def require_kept(name: str, share: float) -> None:
+    """Check the share of a running average that is kept at a step.
+
+    Raises:
+        ValueError: it is not in [0, 1).
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"{name} is the share of the running average that is kept, in [0, 1). Got {share}.")
+
+
 class Importance(ABC):
     """A running worth per component, updated once per optimizer step.
 
-    `reads` says when: "gradients" before the step (averaged over ranks and unscaled), "weights" after it.
-    The running average is kept in one tensor per group of equally shaped layers; :meth:`scores` gives it by layer.
+    `reads` says when: "gradients" before the step (averaged over ranks and unscaled), "weights" after it, "nothing" if
+    worth is no running average but what :meth:`scores` finds when it is asked.
+    The running average is kept in one tensor per group of equally shaped layers; :meth:`scores` gives it by layer. A
+    method whose statistics are other than one number per component says so in :meth:`statistics`.
 
         worth <- beta worth + (1 - beta) now          (starts at 0, no bias correction: it would not change the order)
 
@@ -39,15 +51,14 @@ class Importance(ABC):
         ValueError: beta is not in [0, 1).
     """
 
-    reads: ClassVar[Literal["gradients", "weights"]]
+    reads: Literal["gradients", "weights", "nothing"]
 
     def __init__(self, beta: float) -> None:
-        if not 0 <= beta < 1:
-            raise ValueError(f"beta is the share of the running average that is kept, in [0, 1). Got {beta}.")
+        require_kept("beta", beta)
         self.beta = beta
         self._groups: list[list[Site]] = []
         self._worth: list[Tensor] = []
-        self._odd: list[Tensor] = []  # per group, (L,): something was not finite since `diverged` was asked
+        self._odd: list[Tensor] = []  # per group, (..., L): something was not finite since `diverged` was asked
 
     @abstractmethod
     def measure(self, group: list[Site]) -> Tensor:
@@ -68,13 +79,17 @@ class Importance(ABC):
             budget: the adapters as they are now.
             kept: layer -> (n,) bool, True for the components that are still there, in their old numbering.
         """
-        before = self.scores()
+        before = self.statistics()
         self.track(budget)
-        for name, row in self.scores().items():
-            row.copy_(before[name][kept[name].to(row.device)])
+        for key, rows in self.statistics().items():
+            for name, row in rows.items():
+                row.copy_(before[key][name][kept[name].to(row.device)])
 
     def release(self) -> None:  # noqa: B027  # most have nothing to undo
         """Undo what :meth:`track` did to the adapters; the running average stays."""
+
+    def forget(self) -> None:  # noqa: B027  # one number per component is not worth it
+        """Drop statistics that take memory: nothing will be chosen any more."""
 
     def gradients(self) -> list[Tensor]:
         """The gradients that :meth:`measure` reads at this step, to be unscaled and averaged over ranks in place."""
@@ -111,10 +126,11 @@ class Importance(ABC):
         found = [
             site.name
             for group, odd in zip(self._groups, self._odd, strict=True)
-            for site, flag in zip(group, odd.tolist(), strict=True)
-            if flag
+            for site, flags in zip(group, odd.view(-1, len(group)).t().tolist(), strict=True)
+            if any(flags)
         ]
-        torch._foreach_zero_(self._odd)
+        for odd in self._odd:
+            odd.zero_()
         return found
 
     def scores(self) -> dict[str, Tensor]:
@@ -125,24 +141,36 @@ class Importance(ABC):
             for site, row in zip(group, worth, strict=True)
         }
 
+    def statistics(self) -> dict[str, dict[str, Tensor]]:
+        """What is remembered: name -> layer -> (n, ...), one row per component; views, not copies."""
+        return {"worth": self.scores()}
+
     def state_dict(self) -> dict[str, Any]:
-        """The running average by layer: tensors only."""
-        return {"worth": {name: row.clone() for name, row in self.scores().items()}}
+        """The statistics by layer: tensors only."""
+        return {key: {name: row.clone() for name, row in rows.items()} for key, rows in self.statistics().items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave, after :meth:`track`.
 
         Raises:
-            ValueError: the layers or their numbers of components differ.
+            ValueError: the layers, their numbers of components, or what is remembered of them differ.
         """
-        worth, rows = state["worth"], self.scores()
-        if {n: tuple(t.shape) for n, t in worth.items()} != {n: tuple(t.shape) for n, t in rows.items()}:
-            odd = sorted(set(worth) ^ set(rows)) or [n for n in rows if worth[n].shape != rows[n].shape]
+        own = self.statistics()
+        if set(own) != set(state):
             raise ValueError(
-                f"saved importance does not fit the adapters of this module; first difference at {odd[0]!r}."
+                f"saved importance holds {', '.join(state) or 'nothing'}, and {type(self).__name__} remembers "
+                f"{', '.join(own) or 'nothing'}: it is of another method or setting."
             )
-        for name, row in rows.items():
-            row.copy_(worth[name])
+        for key, rows in own.items():
+            saved = state[key]
+            if {n: tuple(t.shape) for n, t in saved.items()} != {n: tuple(t.shape) for n, t in rows.items()}:
+                odd = sorted(set(saved) ^ set(rows)) or [n for n in rows if saved[n].shape != rows[n].shape]
+                raise ValueError(
+                    f"saved importance does not fit the adapters of this module; first difference at {odd[0]!r}."
+                )
+        for key, rows in own.items():
+            for name, row in rows.items():
+                row.copy_(state[key][name])
 
 
 class Taylor(Importance):

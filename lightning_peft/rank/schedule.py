@@ -63,6 +63,21 @@ class Schedule(ABC):
         start, last = self.window(total)
         return start <= step <= last and ((step - start) % interval == 0 or step == last)
 
+    def done_at(self, step: int, total: int) -> float:
+        """Which share of the whole change is done after `step` of `total` steps: from 0 to 1, never falling."""
+        start, last = self.window(total)
+        if step < start:
+            return 0.0
+        return 1.0 if step >= last else float(self.done(Fraction(step - start, last - start)))
+
+    def observes(self, step: int, total: int) -> bool:
+        """Whether importance takes in this step: until the last event, it included."""
+        return step <= self.window(total)[1]
+
+    def budget(self, step: int, total: int, start: int, end: int) -> int:
+        """What may be spent after `step` of `total` steps, on the way from `start` to `end`: it never rises."""
+        return start - self.cut(step, total, max(0, start - end))
+
     def cut(self, step: int, total: int, amount: int) -> int:
         """How much of the amount is cut after `step` of `total` steps: a whole number that never falls."""
         start, last = self.window(total)

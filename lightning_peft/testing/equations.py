@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 
-from lightning_peft.adapters.layers import is_transposed, stored
+from lightning_peft.adapters.base import Adapter
+from lightning_peft.adapters.layers import is_convolution, is_transposed, stored
 from lightning_peft.rank.budget import RankBudget
+from lightning_peft.rank.gate import Gate
 from lightning_peft.rank.importance import Taylor
 from lightning_peft.testing.case import Case, Inapplicable, close, holds, same
 
@@ -29,7 +32,12 @@ def forward_is_effective_weight(case: Case) -> None:
         if adapter.gate is not None and len(adapter.gate) > 1:
             adapter.gate.keep(torch.arange(len(adapter.gate)) != 1)
         x, weight = case.inputs(dtype), adapter.effective_weight()
-        y = F.embedding(x, weight.t()) if case.kind == "embedding" else F.linear(x, weight, adapter.bias)
+        if case.kind == "embedding":
+            y = F.embedding(x, weight.t())
+        elif is_convolution(adapter.base):
+            y = functional_call(adapter.base, {"weight": stored(adapter.base, weight)}, x)
+        else:
+            y = F.linear(x, weight, adapter.bias)
         close(adapter(x), y, f"forward is not effective_weight() x + bias in {dtype}", tolerance, tolerance)
 
 
@@ -54,6 +62,18 @@ def closed_component_changes_nothing(case: Case) -> None:
     """Components add up, each by itself; closing removes one whatever its gain, and opening brings it back."""
     host = case.host(torch.float64)
     gate, adapter = case.gated(host), case.mergeable(host)
+    with adapter.constants_held():
+        _add_up(gate, adapter)
+    gate.keep(torch.arange(len(gate)) != 0)
+    without = adapter.effective_weight().detach()
+    if gate.gain is not None:
+        with torch.no_grad():
+            gate.gain[0] += 7.0
+        same(adapter.effective_weight(), without, "a closed component acts through its gain")
+    holds(not bool(gate.open()[0]), "a closed component counts as open")
+
+
+def _add_up(gate: Gate, adapter: Adapter) -> None:
     n = len(gate)
     whole = adapter.effective_weight().detach()
     gate.keep(torch.zeros(n))
@@ -67,13 +87,6 @@ def closed_component_changes_nothing(case: Case) -> None:
     gate.keep(torch.ones(n))
     close(adapter.effective_weight(), whole, "components that were closed and opened again are not what they were")
     close(total, whole, "the components do not add up to the effective weight")
-    gate.keep(torch.arange(n) != 0)
-    without = adapter.effective_weight().detach()
-    if gate.gain is not None:
-        with torch.no_grad():
-            gate.gain[0] += 7.0
-        same(adapter.effective_weight(), without, "a closed component acts through its gain")
-    holds(not bool(gate.open()[0]), "a closed component counts as open")
 
 
 def closed_component_is_scored(case: Case) -> None:
@@ -103,7 +116,10 @@ def only_adapters_get_gradients(case: Case) -> None:
 
 
 def mask_gradient_is_finite_difference(case: Case) -> None:
-    """The mask's gradient is the derivative of the loss, at open and at closed components, in float64."""
+    """The mask's gradient is the derivative of the loss, at open and at closed components, in float64.
+
+    Of the loss as the gradient sees it: with the adapter's constants held.
+    """
     host, x = case.host(torch.float64), case.inputs(torch.float64)
     gate = case.gated(host)
     gate.keep(torch.arange(len(gate)) != 0)
@@ -115,7 +131,7 @@ def mask_gradient_is_finite_difference(case: Case) -> None:
 
     (gradient,) = torch.autograd.grad(loss(), mask)
     step = 2.0**-9  # exact in float32, where the mask lives
-    with torch.no_grad():
+    with torch.no_grad(), case.adapter(host).constants_held():
         differences = torch.zeros_like(gradient)
         for i in range(len(gate)):
             here = mask[i].item()

@@ -125,7 +125,7 @@ def test_seven_billion_parameters_take_seconds_and_no_memory(tmp_path: Path) -> 
         (["{llama}", "--architecture", "BertModel"], "architecture 'BertModel' is no class for model_type 'llama'"),
         (["{llama}/odd.json"], "dtype='int8': choose float32, bfloat16, float16, float64."),
         (["{llama}", "--targets", "query"], "targets=['query'] matches no layer; the nearest names are"),
-        (["{llama}", "--final-rank", "4"], "--final-rank is for --method dynamic-dora; LoRA keeps the rank"),
+        (["{llama}", "--final-rank", "4"], "--method lora keeps the rank that --rank gives it; --final-rank is for "),
         (["{llama}", "--method", "dynamic-dora", "--final-rank", "0"], "a budget's rank must be positive and finite"),
         (["{llama}", "--method", "dynamic-dora", "--final-rank", "8", "--rank", "4"], "Budget(rank=8.0) is 112 comp"),
         (["{llama}", "--rank", "65"], "layer 'model.layers.0.self_attn.q_proj': rank=65 is not possible"),

@@ -1,0 +1,85 @@
+"""AdaLoRA as a list of callbacks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+from lightning.pytorch import Callback
+
+from lightning_peft.adapters import adalora as paper
+from lightning_peft.adapters.adalora import AdaLoRA, Mode
+from lightning_peft.arguments import require_instance
+from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, RankMonitor, RankPruning, Regularization
+from lightning_peft.presets.base import Preset
+from lightning_peft.rank.budget import Budget
+from lightning_peft.regularizers import Orthogonality
+
+
+def adalora(
+    target_rank: float | None = None,
+    *,
+    budget: Budget | None = None,
+    init_rank: int | None = None,
+    alpha: float = 8.0,
+    dropout: float = 0.0,
+    warmup: float = 0.15,
+    tail: float = 0.5,
+    interval: int = 10,
+    beta1: float = 0.85,
+    beta2: float = 0.85,
+    mode: Mode = "aligned",
+    orthogonality: float = 0.5,
+    minimum: int = 0,
+    targets: Sequence[str] | None = None,
+    train: Sequence[str] | None = None,
+    compact: Literal["never", "final"] = "never",
+) -> Preset:
+    """AdaLoRA: rank by the sensitivity of triplets, under the names of HF PEFT where it has one.
+
+    Args:
+        target_rank: average rank per layer at the end; 8 if neither it nor `budget` is given.
+        budget: the end in another unit: parameters, share of capacity, or megabytes of adapter file.
+        init_rank: triplets per layer at the start; ceil(1.5 target_rank) if not given, which is 12 for 8.
+        alpha: update scale; the update is multiplied by alpha / init_rank.
+        dropout: dropout on the adapters' input.
+        warmup: share of the run before the first cut.
+        tail: share of the run after the last one.
+        interval: optimizer steps between two cuts.
+        beta1: how much of the running sensitivity is kept at a step.
+        beta2: how much of the running uncertainty is kept at a step.
+        mode: "aligned" or "peft"; see :class:`~lightning_peft.TripletImportance`.
+        orthogonality: weight of the penalty that keeps A and B orthonormal, in PEFT's form; 0 leaves the term out.
+        minimum: triplets that every layer keeps.
+        targets: layers to adapt; ``None`` for all linear layers except the head. See :func:`lightning_peft.inject`.
+        train: what stays trainable beside them; ``None`` for the head.
+        compact: "final" cuts closed triplets out of the tensors at the last cut, so that the tail is faster and
+            smaller; see :class:`~lightning_peft.RankPruning`.
+
+    Raises:
+        ValueError: target_rank and budget are both given, a budget other than a rank comes without `init_rank`, or the
+            penalty's weight is negative.
+
+    Reference:
+        Zhang et al., AdaLoRA, ICLR 2023, arXiv 2303.10512.
+    """
+    if budget is not None:
+        require_instance("budget", budget, Budget, "Budget(share=0.5)")
+    if orthogonality < 0:
+        raise ValueError(f"orthogonality is the weight of a penalty, at least 0. Got {orthogonality}.")
+    if target_rank is not None and budget is not None:
+        raise ValueError(f"give target_rank or budget, not both. Got target_rank={target_rank}, budget={budget}.")
+    final = budget or Budget(rank=8 if target_rank is None else target_rank)
+    if init_rank is None:
+        if final.rank is None:
+            raise ValueError(f"{final} does not say how many triplets to start with; give init_rank as well.")
+        init_rank = paper.initial_rank(final.rank)
+    policy = paper.policy(final, warmup, tail, interval, beta1, beta2, mode, minimum)
+    callbacks: list[Callback] = [
+        AdapterInjection(partial(AdaLoRA, rank=init_rank, alpha=alpha, dropout=dropout), targets, train),
+        RankPruning(policy, compact),
+    ]
+    if orthogonality:
+        callbacks.append(Regularization({"orthogonality": Orthogonality(orthogonality, form="norm")}))
+    return Preset([*callbacks, RankMonitor(), AdapterCheckpoint()])

@@ -1,0 +1,159 @@
+"""One notion of rank: what serves all methods names none of them.
+
+Callbacks, checkpoints, export, compaction, planning and surgery work through gates, budgets and the interfaces of
+adapters, policies, importances and terms. A class that is asked for by its name in there would be a special case, and a
+third party's class would not get it. The names are those of the package's own methods, whatever they are by now.
+
+Docstrings and comments may give examples. What else may name a method stands in REASONED, one by one, with the reason.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import pkgutil
+import re
+from collections.abc import Iterator
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import lightning_peft
+from lightning_peft import Adapter, Importance, RankPolicy, Regularizer, presets
+
+PACKAGE = Path(lightning_peft.__file__).parent
+EXAMPLE = "an error's advice: an example of what to write"
+PEFT = "PEFT's name of its file format, not of a class of ours"
+# Shared code that names a method: file, name -> why it is no special case.
+REASONED = {
+    ("callbacks/pruning.py", "Taylor"): EXAMPLE,
+    ("callbacks/regularization.py", "DEM"): EXAMPLE,
+    ("cli.py", "dynamic_dora"): "an option's help: an example of what to write",
+    ("rank/policy.py", "Taylor"): EXAMPLE,
+    ("surgery.py", "LoRA"): EXAMPLE,
+    ("interop/hf_peft.py", "LoRA"): PEFT,
+    ("interop/layout.py", "LoRA"): PEFT,
+    ("planning/command.py", "lora"): "the preset that is planned if none is named; all are known by their signatures",
+    ("testing/equations.py", "Taylor"): "a law about what the mask's gradient measures, which is this importance",
+}
+
+
+def modules() -> Iterator[str]:
+    for module in pkgutil.walk_packages(lightning_peft.__path__, "lightning_peft."):
+        if not module.name.endswith("__main__"):
+            yield module.name
+
+
+def leaves(kind: type) -> Iterator[type]:
+    """The package's own classes below an interface that can be built: each is a method, or a part of one."""
+    for child in kind.__subclasses__():
+        if child.__module__.startswith("lightning_peft.") and not inspect.isabstract(child):
+            yield child
+        yield from leaves(child)
+
+
+@cache
+def methods() -> dict[str, set[Path]]:
+    """Names of methods: classes, the files of adapters, presets; each with the files that define it."""
+    for name in modules():
+        import_module(name)
+    found: dict[str, set[Path]] = {}
+    for kind in (Adapter, Importance, RankPolicy, Regularizer):
+        for leaf in leaves(kind):
+            file = Path(inspect.getfile(leaf))
+            for name in (leaf.__name__, *([file.stem] if file.parent.name == "adapters" else [])):
+                found.setdefault(name, set()).add(file)
+    for name in set(presets.__all__) - {"Preset"}:
+        for spelled in (name, name.replace("_", "-")):
+            found.setdefault(spelled, set()).add(PACKAGE / "presets" / f"{name}.py")
+    return found
+
+
+def shared() -> list[Path]:
+    """All files but those that define a method or only pass names on."""
+    own = {file for files in methods().values() for file in files}
+    return [
+        path
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if path not in own and path.name != "__init__.py" and path.parent.name != "presets"
+    ]
+
+
+def named(text: str, names: set[str]) -> set[str]:
+    """The names that stand in code: as an identifier, in an import, or as a word of a string that is no docstring."""
+    tree = ast.parse(text)
+    said = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings: text by itself
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(id=word) | ast.Attribute(attr=word) | ast.keyword(arg=str(word)) | ast.arg(arg=word):
+                found.add(word)
+            case ast.FunctionDef(name=word) | ast.ClassDef(name=word):
+                found.add(word)
+            case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
+                found |= {part for alias in aliases for part in [*alias.name.split("."), alias.asname or ""]}
+                found |= set((getattr(node, "module", "") or "").split("."))
+            case ast.Constant(value=str(words)) if id(node) not in said:
+                found |= {name for name in names if re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", words)}
+    return found & names
+
+
+def test_the_methods_are_found() -> None:
+    known = {
+        "LoRA",
+        "DynamicDoRA",
+        "NormShare",
+        "Taylor",
+        "DEM",
+        "Orthogonality",
+        "lora",
+        "dynamic_dora",
+        "dynamic-dora",
+    }
+    assert known <= set(methods())
+    assert not {"Adapter", "LowRank", "Importance", "RankPolicy", "Regularizer", "importance"} & set(methods())
+
+
+def test_shared_code_names_no_method() -> None:
+    files = [path.relative_to(PACKAGE).as_posix() for path in shared()]
+    wanted = ("checkpoint.py", "export.py", "compaction.py", "resizing.py", "heat_map.py", "surgery.py", "cli.py")
+    wanted += ("rank/budget.py", "rank/policy.py", "callbacks/monitor.py", "callbacks/checkpoint.py")
+    wanted += ("interop/layout.py", "planning/estimate.py", "planning/command.py", "rebuild.py", "validation.py")
+    assert set(wanted) <= set(files)
+    names = set(methods())
+    found = {(file, name) for file in files for name in named((PACKAGE / file).read_text(encoding="utf-8"), names)}
+    assert found == set(REASONED)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from lightning_peft.adapters.lora import LowRank",
+        "import lightning_peft.adapters.lora as plain",
+        "from lightning_peft import LoRA as Plain",
+        "isinstance(adapter, adapters.LoRA)",
+        "if type(adapter).__name__ == 'LoRA': pass",
+        "if name in ('lora', 'other'): pass",
+        "def f(): raise ValueError(f'not for LoRA: {name}')",
+        "build(lora=3)",
+        "match adapter:\n    case LoRA(): pass",
+    ],
+)
+def test_the_scan_finds(source: str) -> None:
+    assert named(source, {"LoRA", "lora"})
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "'lora_A.weight'",
+        "names = ['lora_A.weight', 'dynamic-lora']",
+        "def f():\n    'As LoRA does.'\n    return 1  # LoRA",
+        "kind = 'LORA'",
+        "from lightning_peft.adapters.low_rank import LowRank",
+    ],
+)
+def test_the_scan_leaves(source: str) -> None:
+    assert not named(source, {"LoRA", "lora"})
