@@ -41,10 +41,11 @@ VERSION = 1
 _FLOATING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
-def _is_plain(value: object) -> bool:
-    if isinstance(value, dict):
+def _is_plain(value: Any) -> bool:
+    # Exact types, as `check_plain` wants them when the file is read: a subclass would be saved and never load.
+    if type(value) is dict:
         return all(type(key) is str and _is_plain(item) for key, item in value.items())
-    if isinstance(value, list | tuple):
+    if type(value) in (list, tuple):
         return all(map(_is_plain, value))
     return value is None or type(value) in (bool, int, float, str)
 

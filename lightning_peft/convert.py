@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import sqrt
-from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from lightning_peft.export import own_random, require_whole
 from lightning_peft.functional.product_svd import product_svd
 from lightning_peft.rank.allocation import open_best
 from lightning_peft.rank.budget import WHOLE, Budget, RankBudget
-from lightning_peft.surgery import adapters, replace
+from lightning_peft.surgery import adapters, refuse_hosted, replace
 
 
 @dataclass(frozen=True)
@@ -120,6 +119,7 @@ def convert(module: nn.Module, rank: int | float | Budget) -> Conversion:
     found = adapters(module)
     if not found:
         raise ValueError(f"convert found no adapter in {type(module).__name__}; inject puts them in.")
+    refuse_hosted(module, "convert")
     require_whole(module, "convert")
     low = {name: _low_rank(name, adapter) for name, adapter in found.items()}
     budget = RankBudget(dict(RankBudget.of(module)))  # what is there, without what was cut out before
@@ -145,14 +145,14 @@ def convert(module: nn.Module, rank: int | float | Budget) -> Conversion:
 
 
 def _require_rank(rank: object) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, Real | Budget):
+    if isinstance(rank, bool) or not isinstance(rank, int | float | Budget):
         raise TypeError(
             f"rank is a number of components (8), a share of each update's energy (0.9), or a Budget. Got {rank!r}."
         )
-    if isinstance(rank, Integral):
+    if isinstance(rank, int):
         if rank < 1:
             raise ValueError(f"rank is how many components a layer keeps, at least 1. Got {rank}.")
-    elif isinstance(rank, Real) and not 0 < rank <= 1:
+    elif isinstance(rank, float) and not 0 < rank <= 1:
         raise ValueError(
             f"rank={rank} is no whole number, so it is a share of each update's energy, in (0, 1]. For a number of "
             "components give an int; for an average of them, Budget(rank=...)."
@@ -191,7 +191,7 @@ def _kept(values: dict[str, Tensor], rank: int | float | Budget, budget: RankBud
         worth = {name: S.square() / sizes[name] for name, S in values.items() if len(S)}
         masks = open_best(worth, sizes, rank.amount(budget))
         return {name: int(masks[name].sum()) if name in masks else 0 for name in values}
-    if isinstance(rank, Integral):
+    if isinstance(rank, int):
         return {name: min(int(rank), len(S)) for name, S in values.items()}
     return {name: _enough(S, float(rank)) for name, S in values.items()}
 

@@ -36,6 +36,8 @@ REASONED = {
     ("interop/hf_peft.py", "LoRA"): PEFT,
     ("interop/layout.py", "LoRA"): PEFT,
     ("planning/command.py", "lora"): "the preset that is planned if none is named; all are known by their signatures",
+    ("testing/trial.py", "DynamicDoRA"): "what laws of importances are tried on unless another adapter is given",
+    ("testing/trial.py", "dynamic_dora"): "its import",
     ("testing/equations.py", "Taylor"): "a law about what the mask's gradient measures, which is this importance",
 }
 

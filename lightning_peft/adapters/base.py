@@ -72,17 +72,6 @@ class Adapter(nn.Module, ABC):
         """
         raise TypeError(f"{type(self).__name__} cannot be compacted: its components are not cut out of its tensors.")
 
-    @classmethod
-    def take_over(cls, module: nn.Module, recipe: Mapping[str, Any], source: str) -> Callable[[], None]:
-        """Have hosted adapters where a checkpoint's recipe has them, before it is loaded; returns the undoing.
-
-        Args:
-            module: has the other library's layers already.
-            recipe: what the checkpoint says of its adapters.
-            source: what to call the checkpoint.
-        """
-        raise TypeError(f"{cls.__name__} is not hosted: it is built around a layer.")
-
     def kept(self, keep: Tensor) -> Tensor:
         """What `compacted(keep)` keeps, (n,) bool: these components, and more where the adapter must have some."""
         return keep
@@ -106,6 +95,17 @@ class Adapter(nn.Module, ABC):
         no such constant.
         """
         yield
+
+    @classmethod
+    def take_over(cls, module: nn.Module, recipe: Mapping[str, Any], source: str) -> Callable[[], None]:
+        """Have hosted adapters where a checkpoint's recipe has them, before it is loaded; returns the undoing.
+
+        Args:
+            module: has the other library's layers already.
+            recipe: what the checkpoint says of its adapters.
+            source: what to call the checkpoint.
+        """
+        raise TypeError(f"{cls.__name__} is not hosted: it is built around a layer.")
 
     def arguments(self) -> dict[str, Any]:
         """The constructor's arguments but `base`, so that `type(self)(base, **arguments)` builds the same structure."""

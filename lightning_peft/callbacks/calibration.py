@@ -111,6 +111,11 @@ class Calibration(Preflight):
                 "Calibration found no adapter. Put AdapterInjection before it in the Trainer's callbacks, or call "
                 "inject() on the module first."
             )
+        if any(site.adapter.hosted for site in RankBudget.of(pl_module).values()):
+            raise MisconfigurationException(
+                "Calibration gives adapters of ours their ranks and first values, and an adopted PEFT model has PEFT's. "
+                "Take Calibration out; PEFT has such starts of its own (init_lora_weights)."
+            )
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 f"{type(pl_module).__name__} optimizes by hand (automatic_optimization=False), so its training_step "
