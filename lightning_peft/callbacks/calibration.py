@@ -113,7 +113,7 @@ class Calibration(Preflight):
             )
         if any(site.adapter.hosted for site in RankBudget.of(pl_module).values()):
             raise MisconfigurationException(
-                "Calibration gives adapters of ours their ranks and first values, and an adopted PEFT model has PEFT's. "
+                "Calibration gives our adapters their ranks and first values, and an adopted PEFT model has PEFT's. "
                 "Take Calibration out; PEFT has such starts of its own (init_lora_weights)."
             )
         if not pl_module.automatic_optimization:
