@@ -54,6 +54,11 @@ class AdoptedLayout:
         """Open components of every layer."""
         return {path: int(view.gate.open().sum()) for path, view in self.views.items()}
 
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Layers of which nothing is in the file."""
+        return tuple(path for path in self.views if not any(key.startswith(f"{PREFIX}{path}.") for key in self.tensors))
+
 
 def lay_out_adopted(module: nn.Module, mode: Mode, head: bool) -> AdoptedLayout:
     """Lay out the adopted model inside `module` in PEFT's format: of LoRA and DoRA, or of AdaLoRA.

@@ -156,11 +156,12 @@ def _write_adopted(
     with whole_folder(folder, overwrite) as new:
         save_file(layout.tensors, new / WEIGHTS, metadata={"format": "pt"})
         (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        left_out = tuple(name for name, rank in layout.ranks.items() if not rank)
-        write_card(new, "peft", public_name(base), _card(host, public_name(base), mode, layout.ranks, left_out, ()))
+        write_card(
+            new, "peft", public_name(base), _card(host, public_name(base), mode, layout.ranks, layout.left_out, ())
+        )
         compare = load_adopted(new, layout, inputs) if checked == "peft" else read_adopted(new, layout)
         size = (new / WEIGHTS).stat().st_size
-    return Export(folder, mode, layout.ranks, layout.head, size, *compare)
+    return Export(folder, mode, layout.ranks, layout.head, size, *compare, left_out=layout.left_out)
 
 
 def _how_to_check(check: Check) -> Check:
