@@ -7,16 +7,29 @@ from lightning_peft.adapters import (
     AdapterFactory,
     CubicBudget,
     DynamicDoRA,
+    GoRA,
+    Growth,
     LoRA,
     LowRank,
+    ModuleSensitivity,
     NormShare,
+    PartlyOpen,
+    PruneAndGrow,
     SoftThreshold,
     SoRA,
     TripletImportance,
     WeightDecomposed,
 )
-from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, RankMonitor, RankPruning, Regularization
+from lightning_peft.callbacks import (
+    AdapterCheckpoint,
+    AdapterInjection,
+    Calibration,
+    RankMonitor,
+    RankPruning,
+    Regularization,
+)
 from lightning_peft.checkpoint import AdapterFileError, adapter_state_dict, load
+from lightning_peft.convert import Conversion, convert
 from lightning_peft.export import Merged, compact, merge
 from lightning_peft.heat_map import rank_heat_map
 from lightning_peft.interop.folder import Export
@@ -24,11 +37,13 @@ from lightning_peft.interop.hf_peft import to_hf_peft
 from lightning_peft.interop.merged import save_merged
 from lightning_peft.planning import Plan, plan
 from lightning_peft.rank import (
+    EVA,
     Budget,
     Cubic,
     Gate,
     Importance,
     Policy,
+    Probe,
     RankBudget,
     RankPolicy,
     Schedule,
@@ -43,6 +58,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DEM",
+    "EVA",
     "AdaLoRA",
     "Adapter",
     "AdapterCheckpoint",
@@ -50,20 +66,28 @@ __all__ = [
     "AdapterFileError",
     "AdapterInjection",
     "Budget",
+    "Calibration",
+    "Conversion",
     "Cubic",
     "CubicBudget",
     "DynamicDoRA",
     "Export",
     "Gate",
+    "GoRA",
+    "Growth",
     "Importance",
     "Injection",
     "LoRA",
     "LowRank",
     "Merged",
+    "ModuleSensitivity",
     "NormShare",
     "Orthogonality",
+    "PartlyOpen",
     "Plan",
     "Policy",
+    "Probe",
+    "PruneAndGrow",
     "RankBudget",
     "RankMonitor",
     "RankPolicy",
@@ -81,6 +105,7 @@ __all__ = [
     "WeightDecomposed",
     "adapter_state_dict",
     "compact",
+    "convert",
     "eject",
     "inject",
     "load",

@@ -35,14 +35,15 @@ def find_head(module: nn.Module) -> Head:
 
     With transformers models inside: the head is everything outside their `base_model`; if such a model has output
     embeddings, what it has outside its base is a pretrained language-model head, which is neither adapted nor trained.
-    Without: the head is the last linear layer in the order of registration, if there is more than one.
+    Without: the head is the last linear layer or convolution in the order of registration, if there is more than one:
+    the classifier of a network of convolutions, the last convolution of one that labels every pixel.
     """
     models = hub_models(module)
     if not models:
-        linear = [
+        layers = [
             n for n, m in _named(module) if (why_not(m) is None and not isinstance(m, nn.Embedding)) or has_in_proj(m)
         ]
-        last = linear[-1:] if len(linear) > 1 else []
+        last = layers[-1:] if len(layers) > 1 else []
         # The last layer of an attention is its out_proj: an attention is no head.
         parents = {n for n, m in _named(module) if isinstance(m, nn.MultiheadAttention)}
         last = [n for n in last if n.rpartition(".")[0] not in parents and n not in parents]

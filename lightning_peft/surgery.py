@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.attention import AdaptedAttention, expose_in_proj, has_in_proj, hide_in_proj
 from lightning_peft.adapters.base import Adapter, AdapterFactory
-from lightning_peft.adapters.layers import why_not
+from lightning_peft.adapters.layers import is_convolution, why_not
 from lightning_peft.distributed import is_shard
 from lightning_peft.heads import Head, find_head
 from lightning_peft.rank.budget import WHOLE, clean_name, layer_name
 
 # Attribute of the module that inject was called on: requires_grad before, by name, where inject changed it.
 _BEFORE = "_requires_grad_before_inject"
+_DEFAULT = "all linear layers and convolutions except the head"  # what targets=None means, in sentences
 _KEPT = "_kept_by_inject"  # likewise: names of what stayed trainable beside the adapters
 
 
@@ -74,9 +75,9 @@ def inject(
     Args:
         module: any module; not itself the layer to adapt.
         factory: builds an adapter around a layer: `partial(LoRA, rank=8)`.
-        targets: patterns of the layers to adapt: Linear, Conv1D, Embedding, and `in_proj` and `out_proj` of
-            MultiheadAttention. ``None`` means all of them except embeddings and the head; see
-            :func:`lightning_peft.heads.find_head`.
+        targets: patterns of the layers to adapt: Linear, Conv1d, Conv2d, Conv3d, Embedding, transformers' Conv1D, and
+            `in_proj` and `out_proj` of MultiheadAttention. ``None`` means all of them except embeddings, convolutions
+            in groups (small by design, and not for PEFT), and the head; see :func:`lightning_peft.heads.find_head`.
         train: patterns of modules or parameters that stay trainable. ``None`` means the head; `[]` means nothing.
 
     Returns:
@@ -97,7 +98,7 @@ def inject(
         if isinstance(patterns, str):
             advice = f"Write {name}=[{patterns!r}]."
             if patterns == "all-linear":
-                advice = "Leave it out to adapt all linear layers except the head."
+                advice = f"Leave it out to adapt {_DEFAULT}."
             raise TypeError(f"{name} must be a list of patterns, not one string. {advice}")
         for pattern in patterns or ():
             if not isinstance(pattern, str):
@@ -310,7 +311,7 @@ def _build(factory: AdapterFactory, name: str, layer: nn.Module) -> Adapter:
 def _choose(module: nn.Module, targets: Sequence[str] | None, head: Head) -> dict[str, nn.Module]:
     layers = adaptable(module)
     if targets is None:
-        chosen = {n: m for n, m in layers.items() if not isinstance(m, nn.Embedding) and not head.holds(n)}
+        chosen = {n: m for n, m in layers.items() if _is_usual(m) and not head.holds(n)}
         if not chosen:
             raise ValueError(_nothing_to_adapt(module))
         return chosen
@@ -328,8 +329,13 @@ def _choose(module: nn.Module, targets: Sequence[str] | None, head: Head) -> dic
             raise ValueError(_no_match(pattern, module, layers))
         chosen.update(found)
     if not chosen:
-        raise ValueError("targets=[] names no layer; leave targets out to adapt all linear layers except the head.")
+        raise ValueError(f"targets=[] names no layer; leave targets out to adapt {_DEFAULT}.")
     return {name: layer for name, layer in layers.items() if name in chosen}
+
+
+def _is_usual(layer: nn.Module) -> bool:
+    """Whether a layer is adapted when nobody says which."""
+    return not isinstance(layer, nn.Embedding) and not (is_convolution(layer) and layer.groups != 1)
 
 
 def _no_match(pattern: str, module: nn.Module, layers: Mapping[str, nn.Module]) -> str:
@@ -344,8 +350,8 @@ def _no_match(pattern: str, module: nn.Module, layers: Mapping[str, nn.Module]) 
 
 def _nothing_to_adapt(module: nn.Module) -> str:
     return (
-        f"{type(module).__name__} has no linear layer to adapt. If it builds its layers later, inject then; "
-        "other layers can be named in `targets`."
+        f"{type(module).__name__} has no linear layer or convolution to adapt. If it builds its layers later, inject "
+        "then; other layers can be named in `targets`."
     )
 
 

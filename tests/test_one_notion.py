@@ -22,6 +22,7 @@ import pytest
 
 import lightning_peft
 from lightning_peft import Adapter, Importance, RankPolicy, Regularizer, presets
+from lightning_peft.rank.policy import Policy
 
 PACKAGE = Path(lightning_peft.__file__).parent
 EXAMPLE = "an error's advice: an example of what to write"
@@ -33,6 +34,8 @@ REASONED = {
     ("cli.py", "dynamic_dora"): "an option's help: an example of what to write",
     ("rank/policy.py", "Taylor"): EXAMPLE,
     ("surgery.py", "LoRA"): EXAMPLE,
+    ("convert.py", "LoRA"): "what it makes of any low-rank adapter: the plain sum of components",
+    ("convert.py", "lora"): "its import",
     ("interop/hf_peft.py", "LoRA"): PEFT,
     ("interop/layout.py", "LoRA"): PEFT,
     ("planning/command.py", "lora"): "the preset that is planned if none is named; all are known by their signatures",
@@ -62,8 +65,8 @@ def methods() -> dict[str, set[Path]]:
     for name in modules():
         import_module(name)
     found: dict[str, set[Path]] = {}
-    for kind in (Adapter, Importance, RankPolicy, Regularizer):
-        for leaf in leaves(kind):
+    for kind in (Adapter, Importance, Policy, Regularizer):
+        for leaf in set(leaves(kind)) - {RankPolicy}:  # of schedule and importance: the notion itself
             file = Path(inspect.getfile(leaf))
             for name in (leaf.__name__, *([file.stem] if file.parent.name == "adapters" else [])):
                 found.setdefault(name, set()).add(file)

@@ -449,7 +449,12 @@ def test_a_factory_that_fails_leaves_the_module_untouched(build: Callable[[], nn
             ValueError,
             r"train=\['0'\] matches no module or parameter that is not",
         ),
-        (lambda: nn.Sequential(nn.ReLU()), {}, ValueError, "Sequential has no linear layer to adapt. If it builds its"),
+        (
+            lambda: nn.Sequential(nn.ReLU()),
+            {},
+            ValueError,
+            "Sequential has no linear layer or convolution to adapt. If it builds its",
+        ),
         (
             lambda: nn.Linear(4, 4),
             {},
@@ -468,7 +473,12 @@ def test_a_factory_that_fails_leaves_the_module_untouched(build: Callable[[], nn
             ValueError,
             "matches '0', which cannot be adapted: Doub",
         ),
-        (lambda: nn.Sequential(Doubled(4, 4)), {}, ValueError, "Sequential has no linear layer to adapt"),
+        (
+            lambda: nn.Sequential(Doubled(4, 4)),
+            {},
+            ValueError,
+            "Sequential has no linear layer or convolution to adapt",
+        ),
     ],
 )
 def test_misuse(build: Callable[[], nn.Module], arguments: dict[str, Any], error: type[Exception], says: str) -> None:

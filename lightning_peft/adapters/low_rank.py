@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from operator import index
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter
-from lightning_peft.adapters.layers import is_conv1d, matrix, why_not
+from lightning_peft.adapters.layers import is_convolution, is_transformers_conv1d, matrix, why_not
 from lightning_peft.arguments import require_integer, require_number
+from lightning_peft.functional.convolution import Convolve, low_rank_convolution, low_rank_convolution_update
 from lightning_peft.functional.low_rank import low_rank_linear, low_rank_update
 from lightning_peft.rank.gate import Gate
 
@@ -27,8 +29,11 @@ class LowRank(Adapter):
     A: (r, d_in).  B: (d_out, r).  value: (r,), the gate's gain times its mask.  All are float32, or the base's dtype
     where that is wider, whatever the dtype of the base.
 
+    A convolution is the same product at every place of its output: W is its kernel as a matrix, d_in is
+    c_in / groups * prod(kernel), and A's rows are kernels. See :mod:`lightning_peft.functional.convolution`.
+
     Args:
-        base: Linear, Conv1D or Embedding layer; frozen and kept.
+        base: Linear, Conv1d, Conv2d, Conv3d, Embedding or transformers' Conv1D layer; frozen and kept.
         rank: number of components r; at most min(d_in, d_out).
         alpha: update scale; see the subclass.
         dropout: probability of dropout on the adapter's input, while training. It acts where the layer is called; a
@@ -62,8 +67,11 @@ class LowRank(Adapter):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is a probability in [0, 1). Got {dropout}.")
         super().__init__(base)
+        # Asked here: a wrapper around the base is neither an embedding nor a convolution.
+        self._indexed = isinstance(base, nn.Embedding)
+        stored_shape: torch.Size = base.weight.shape  # type: ignore[assignment]
+        self._kernel = stored_shape[1:] if is_convolution(base) else None
         # Plain numbers, whatever a sweep hands over: they are written into checkpoints, which hold nothing else.
-        self._indexed = isinstance(base, nn.Embedding)  # asked here: a wrapper around the base is no embedding
         self.rank = index(rank)
         self.alpha = float(alpha)
         self.dropout = float(dropout)
@@ -102,20 +110,34 @@ class LowRank(Adapter):
         return matrix(self.base).to(self.A.dtype) + self.update()
 
     def forward(self, x: Tensor) -> Tensor:
-        base = self.base
+        base: Any = self.base
         if self._indexed:
-            padding: int | None = base.padding_idx  # type: ignore[assignment]
-            h = F.embedding(x, self.A.t(), padding) * self.value().to(self.A.dtype)
+            h = F.embedding(x, self.A.t(), base.padding_idx) * self.value().to(self.A.dtype)
             y: Tensor = base(x)
             return y + F.linear(h, self.B).to(y.dtype)
         p = self.dropout if self.training else 0.0
         heard = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-        if heard or not (isinstance(base, nn.Linear) or is_conv1d(base)):
+        if heard or not (isinstance(base, nn.Linear) or is_convolution(base) or is_transformers_conv1d(base)):
             # Somebody listens to the base layer, or it was wrapped (by FSDP1, which gathers the weight in the wrapper's
             # forward): call it.
             y = base(x)
-            return y + low_rank_update(x, self.A, self.B, self.value(), p).to(y.dtype)
-        return low_rank_linear(x, matrix(base), base.bias, self.A, self.B, self.value(), p)  # type: ignore[arg-type]
+            return y + self._added(x, p).to(y.dtype)
+        if self._kernel is None:
+            return low_rank_linear(x, matrix(base), base.bias, self.A, self.B, self.value(), p)
+        # The base's own way to move a kernel over its input: A's is padded as W's is, whatever the mode.
+        convolve: Convolve = base._conv_forward
+        return low_rank_convolution(
+            convolve, x, base.weight, base.bias, self.A, self.B, self.value(), base.groups, dropout=p
+        )
+
+    def _added(self, x: Tensor, dropout: float) -> Tensor:
+        """What the adapter alone adds to the base's output, in its own dtype if that is wider."""
+        if self._kernel is None:
+            return low_rank_update(x, self.A, self.B, self.value(), dropout)
+        base: Any = self.base  # or a wrapper, which answers for it
+        return low_rank_convolution_update(
+            base._conv_forward, x, self._kernel, self.A, self.B, self.value(), base.groups, dropout
+        )
 
     @torch.no_grad()
     def factors(self) -> tuple[Tensor, Tensor]:

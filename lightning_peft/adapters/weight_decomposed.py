@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.dynamic_dora import DynamicDoRA
-from lightning_peft.adapters.layers import is_conv1d, matrix
+from lightning_peft.adapters.layers import is_convolution, is_transformers_conv1d, matrix
 from lightning_peft.adapters.lora import LoRA
 from lightning_peft.adapters.low_rank import LowRank
 from lightning_peft.functional.low_rank import low_rank_update
@@ -70,7 +70,7 @@ class WeightDecomposed(LowRank):
     costs d_out parameters whatever the rank: budgets count components, and do not count it.
 
     Args:
-        base: Linear, Conv1D or Embedding layer; frozen and kept.
+        base: Linear, Embedding or transformers' Conv1D layer; frozen and kept.
         rank: number of components r; at most min(d_in, d_out).
         alpha: update scale; the update is multiplied by alpha / r, with the rank given here.
         dropout: probability of dropout on the update's input, while training.
@@ -109,6 +109,11 @@ class WeightDecomposed(LowRank):
     ) -> None:
         if components not in _METHODS:
             raise ValueError(f"components={components!r}: choose {', '.join(map(repr, get_args(Components)))}.")
+        if is_convolution(base):
+            raise TypeError(
+                f"WeightDecomposed cannot adapt this layer: {type(base).__name__} is a convolution. "
+                "Adapt it with LoRA or DynamicDoRA."
+            )
         self.components = components  # before the parts are built, which asks for it
         super().__init__(base, rank, alpha, dropout)
         self._held: Tensor | None = None
@@ -132,7 +137,7 @@ class WeightDecomposed(LowRank):
         base, value = self.base, self.value()
         p = self.dropout if self.training else 0.0
         heard = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-        if not heard and (isinstance(base, nn.Linear) or is_conv1d(base)):
+        if not heard and (isinstance(base, nn.Linear) or is_transformers_conv1d(base)):
             weight = matrix(base)
             scale = self.magnitude(self._norms(weight))
             return decomposed_linear(x, weight, base.bias, self.A, self.B, value, scale, p)  # type: ignore[arg-type]
@@ -151,7 +156,9 @@ class WeightDecomposed(LowRank):
 
     def _called(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The base's output, because somebody listens to it or it was wrapped; and norms and bias, read on the way."""
-        layer = next(m for m in self.base.modules() if isinstance(m, (nn.Linear, nn.Embedding)) or is_conv1d(m))
+        layer = next(
+            m for m in self.base.modules() if isinstance(m, (nn.Linear, nn.Embedding)) or is_transformers_conv1d(m)
+        )
         read: list[tuple[Tensor, Tensor | None]] = []
 
         def look(layer: nn.Module, _: object) -> None:

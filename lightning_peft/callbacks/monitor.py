@@ -80,6 +80,8 @@ class RankMonitor(Preflight):
         if not trainer.is_global_zero:
             self._pruning = None  # no event for this rank
             return
+        if self._pruning is None:
+            self._found = RankBudget.of(pl_module)  # what calibration has cut since on_fit_start
         self._event = 0 if self._pruning is None else self._pruning.event_step
         self._drawn = (0, {})
         loggers = boards(trainer)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_peft.interop.folder import Export, public_name, refuse_to_overwrite, whole_folder, write_card
-from lightning_peft.interop.host import below, find_host, trained_beside, whole_modules
+from lightning_peft.interop.host import below, find_host, trained_beside, whole_modules, with_statistics
 from lightning_peft.interop.layout import (
     PREFIX,
     Mode,
@@ -58,7 +58,8 @@ def to_hf_peft(
         folder: adapter_config.json, adapter_model.safetensors and a model card README.md are written here, all or none.
         mode: "padded", "compact" or "folded".
         head: keep the modules that were trained beside the adapters, such as a new classifier. A loaded base gets them
-            with the adapters. Some servers refuse adapters with a head.
+            with the adapters. Some servers refuse adapters with a head. Layers of the base with running statistics
+            (batch norm) are kept likewise, because training changes these though the layer is frozen.
         check: "peft" loads the folder with stock PEFT on a copy of the base, with a changed head, and compares updates,
             head and outputs. "files" reads it without PEFT and compares every tensor. "auto" is "peft" if that is
             installed, else "files". The report says which was made.
@@ -84,7 +85,9 @@ def to_hf_peft(
     checked = _how_to_check(check)
     refuse_to_overwrite(folder, overwrite)
     paths = [target.path for target in targets]
-    kept = _states(head_modules(module, name, host)) if head else {}
+    trained = head_modules(module, name, host) if head else {}
+    statistics = with_statistics(host, trained)
+    kept = _states(trained | statistics) if head else {}
     base = base_model_name_or_path or getattr(getattr(host, "config", None), "_name_or_path", None) or None
     config |= {
         "peft_type": "LORA",
@@ -103,7 +106,7 @@ def to_hf_peft(
     for kept_name, state in kept.items():
         tensors |= {f"{PREFIX}{kept_name}.{key}": tensor.contiguous() for key, tensor in state.items()}
 
-    notes = _notes(host, config["use_dora"])
+    notes = _notes(host, config["use_dora"], len(statistics), head)
     ranks = RankBudget.of(host).ranks()
     left_out = idle(host, ranks)
     with whole_folder(folder, overwrite) as new:
@@ -115,7 +118,7 @@ def to_hf_peft(
         else:
             difference, how = by_reading(new, targets, kept)
         size = (new / WEIGHTS).stat().st_size
-    return Export(folder, mode, ranks, tuple(kept), size, difference, how, notes, left_out)
+    return Export(folder, mode, ranks, tuple(trained), size, difference, how, notes, left_out)
 
 
 def _how_to_check(check: Check) -> Check:
@@ -163,7 +166,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _notes(host: nn.Module, lengths: bool) -> tuple[str, ...]:
+def _notes(host: nn.Module, lengths: bool, statistics: int, head: bool) -> tuple[str, ...]:
     notes: list[str] = []
     if lengths:
         notes.append(
@@ -174,6 +177,12 @@ def _notes(host: nn.Module, lengths: bool) -> tuple[str, ...]:
         notes.append(
             "in evaluation mode TransformerEncoderLayer has a fast path that reads weights and calls no layer; there "
             "PEFT's adapters have no effect: call torch.backends.mha.set_fastpath_enabled(False) before you use them."
+        )
+    if statistics:
+        written = "written with the adapters" if head else "not written (head=False), and outputs differ without them"
+        notes.append(
+            f"training changes the running statistics of normalization layers, frozen ones too; those of {statistics} "
+            f"layers are {written}."
         )
     return tuple(notes)
 

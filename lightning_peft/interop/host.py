@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -80,6 +81,19 @@ def whole_modules(host: nn.Module, trained: dict[str, nn.Parameter]) -> tuple[di
         if parameters and all(id(p) in ids for p in parameters):
             whole[name] = child
     return whole, [n for n in trained if not any(below(n, module) for module in whole)]
+
+
+def with_statistics(host: nn.Module, whole: Iterable[str]) -> dict[str, nn.Module]:
+    """The layers of the base that keep running statistics, such as batch norm, by cleaned name; those in `whole` not.
+
+    Training changes the statistics of a frozen layer too, so the base that others have is not the one that was trained.
+    """
+    found: dict[str, nn.Module] = {}
+    for path, child in host.named_modules():
+        name = clean_name(path)
+        if getattr(child, "running_mean", None) is not None and not any(below(name, outer) for outer in whole):
+            found[name] = child
+    return found
 
 
 def plain_copy(module: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.attention import AdaptedAttention
 from lightning_peft.adapters.base import Adapter
-from lightning_peft.adapters.layers import is_conv1d, matrix
+from lightning_peft.adapters.layers import is_convolution, is_transformers_conv1d, matrix
 from lightning_peft.adapters.low_rank import LowRank
 from lightning_peft.export import widened
 from lightning_peft.functional.weight_decomposition import row_norms
@@ -26,6 +26,7 @@ from lightning_peft.rank.budget import clean_name
 from lightning_peft.surgery import adapters
 
 Mode = Literal["padded", "compact", "folded"]
+Rank = TypeVar("Rank", int, float)  # a share of a rank is what a size is estimated with
 PREFIX = "base_model.model."
 
 
@@ -36,6 +37,14 @@ class Part:
     key: str
     shape: tuple[int, int]
     adapter: LowRank | None  # None: an attention's other projection, which PEFT adapts too and which gets zeros
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """A convolution's (c_in, *kernel), in which PEFT keeps a row of A; empty for other layers."""
+        if self.adapter is None or not is_convolution(self.adapter.base):
+            return ()
+        weight: Tensor = self.adapter.base.weight  # type: ignore[assignment]
+        return tuple(weight.shape[1:])
 
     @property
     def rank(self) -> int:
@@ -76,19 +85,27 @@ class Part:
             return f"{self.key}.lora_embedding_A", f"{self.key}.lora_embedding_B"
         return f"{self.key}.lora_A.weight", f"{self.key}.lora_B.weight"
 
+    def shapes(self, rank: Rank) -> tuple[tuple[Rank, ...], tuple[Rank, ...]]:
+        """Shapes of A and B in the file: (rank, d_in) and (d_out, rank), or those of kernels.
+
+        For a convolution (rank, c_in, *kernel) and (d_out, rank, 1, ...).
+        """
+        return (rank, *(self.kernel or self.shape[1:])), (self.shape[0], rank, *[1] * (len(self.kernel) - 1))
+
     def update(self) -> Tensor:
         """The update that the tensors stand for: (d_out, d_in)."""
         return torch.zeros(self.shape) if self.adapter is None else widened(self.adapter).update().detach()
 
     def factors(self, rank: int, scale: float) -> tuple[Tensor, Tensor]:
-        """A (rank, d_in) and B (d_out, rank), zero-padded, such that scale * B A is the adapter's update."""
-        d_out, d_in = self.shape
+        """A and B in their :meth:`shapes`, zero-padded, such that scale * B A is the adapter's update."""
+        inner, outer = self.shapes(rank)
         if self.adapter is None:
-            return torch.zeros(rank, d_in), torch.zeros(d_out, rank)
+            return torch.zeros(inner), torch.zeros(outer)
         A, B = widened(self.adapter).factors()
         B = B * (self.adapter.scaling / scale)
         short = rank - A.shape[0]
-        return F.pad(A, (0, 0, 0, short)).cpu().contiguous(), F.pad(B, (0, short)).cpu().contiguous()
+        A, B = F.pad(A, (0, 0, 0, short)).cpu(), F.pad(B, (0, short)).cpu()
+        return A.contiguous().view(inner), B.contiguous().view(outer)
 
 
 @dataclass(frozen=True)
@@ -136,6 +153,11 @@ def all_targets(host: nn.Module) -> list[Target]:
                 f"layer {name!r}: {type(adapter).__name__} cannot be expressed in PEFT's LoRA format, which holds a "
                 "low-rank update of a weight. " + ("Export the merged model instead." if adapter.mergeable else "")
             )
+        if odd := _not_by_peft(adapter.base):
+            raise TypeError(
+                f"layer {name!r} is a convolution with {odd}, and PEFT computes something else on it. Export the "
+                "merged model instead, or leave the layer out of the targets."
+            )
         attention, role = places.get(id(adapter), (None, ""))
         for module in (adapter, attention):
             if module is not None and id(module) in shared:
@@ -168,6 +190,13 @@ def all_targets(host: nn.Module) -> list[Target]:
             "PEFT has such lengths in all layers of an adapter or in none, and does not know them on an attention. "
             "Export the merged model instead."
         )
+    convolution = next((target.path for target in targets for part in target.parts if part.kernel), None)
+    if convolution is not None and has_lengths(targets):
+        raise TypeError(
+            f"layer {convolution!r} is a convolution, and other layers train the lengths of their weights' rows: PEFT "
+            "has such lengths in all layers of an adapter or in none, and others on a convolution. Export the merged "
+            "model instead."
+        )
     return targets
 
 
@@ -180,6 +209,23 @@ def idle(host: nn.Module, ranks: Mapping[str, int]) -> tuple[str, ...]:
     """Layers that act as their base: no component is open, and there is nothing else."""
     more = {name for name, adapter in adapters(host).items() if adapter.lengths() is not None}
     return tuple(name for name, rank in ranks.items() if not rank and name not in more)
+
+
+def _not_by_peft(layer: nn.Module) -> str | None:
+    """What of a convolution PEFT, up to 0.21, leaves out when it moves A's kernels over the input; ``None`` if nothing.
+
+    Of groups it knows only in B: its A spans the channels of all groups.
+    """
+    if not is_convolution(layer):
+        return None
+    base: Any = layer
+    if base.groups != 1:
+        return f"groups={base.groups}"
+    if any(step != 1 and edge != 1 for step, edge in zip(base.dilation, base.kernel_size, strict=True)):
+        return f"dilation={base.dilation}"
+    # Nothing is padded by the kernel 1: then the mode does not matter.
+    padded = any(base._reversed_padding_repeated_twice)
+    return f"padding_mode={base.padding_mode!r}" if base.padding_mode != "zeros" and padded else None
 
 
 def lay_out(targets: list[Target], mode: Mode) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -223,7 +269,9 @@ def lay_out(targets: list[Target], mode: Mode) -> tuple[dict[str, Tensor], dict[
         "rank_pattern": _patterns(ranks, paths),
         "alpha_pattern": _patterns({path: _number(own) for path, own in alphas.items()}, paths),
         "use_dora": decomposed,
-        "fan_in_fan_out": any(part.adapter and is_conv1d(part.adapter.base) for t in targets for part in t.parts),
+        "fan_in_fan_out": any(
+            part.adapter and is_transformers_conv1d(part.adapter.base) for target in targets for part in target.parts
+        ),
     }
     return tensors, config
 

@@ -9,7 +9,7 @@ from math import ceil
 from torch import Tensor, nn
 
 from lightning_peft.interop.hf_peft import head_modules
-from lightning_peft.interop.host import find_host
+from lightning_peft.interop.host import find_host, with_statistics
 from lightning_peft.interop.layout import PREFIX, all_targets, has_lengths
 from lightning_peft.rank.budget import clean_name
 
@@ -29,6 +29,7 @@ def exported_bytes(module: nn.Module, share: float | None, width: Callable[[Tens
         name, host = find_host(module, "to_hf_peft")
         targets = all_targets(host)
         head = head_modules(module, name, host)
+        head |= with_statistics(host, head)
     except (TypeError, ValueError):  # not a fault: the adapters are trained and merged all the same
         return None
     capacity = [
@@ -42,7 +43,8 @@ def exported_bytes(module: nn.Module, share: float | None, width: Callable[[Tens
             name_a, name_b = part.names()
             # Narrower adapters are widened; an attention's other projection is zeros in float32.
             bytes_each = 4 if part.adapter is None else max(4, width(part.adapter.A))
-            tensors += [(name_a, (rank, part.shape[1]), bytes_each), (name_b, (part.shape[0], rank), bytes_each)]
+            inner, outer = part.shapes(float(rank))
+            tensors += [(name_a, inner, bytes_each), (name_b, outer, bytes_each)]
             if has_lengths(targets):
                 tensors.append((part.lengths_name, part.shape[:1], bytes_each))
     for kept, child in head.items():

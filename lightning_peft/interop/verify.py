@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from lightning_peft.adapters.layers import stored
 from lightning_peft.export import own_random
 from lightning_peft.interop.host import plain_copy
-from lightning_peft.interop.layout import PREFIX, Target
+from lightning_peft.interop.layout import PREFIX, Part, Target
 from lightning_peft.surgery import eject
 
 WEIGHTS = "adapter_model.safetensors"
@@ -48,8 +49,10 @@ def with_peft(folder: Path, host: nn.Module, targets: Sequence[Target], head: He
     if _is_narrow(host):
         ours, base = ours.float(), base.float()
     for name in head:
-        for parameter in base.get_submodule(name).parameters():
-            parameter.data.add_(1.0)
+        changed = base.get_submodule(name)
+        for tensor in (*changed.parameters(), *changed.buffers()):
+            if tensor.is_floating_point():
+                tensor.data.add_(1.0)
     device = next(host.parameters()).device
     with own_random(host), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -89,11 +92,11 @@ def by_reading(folder: Path, targets: Sequence[Target], head: Head) -> tuple[flo
             A, B = (_take(tensors, name) for name in part.names())
             wanted = part.update().cpu()
             # Before they are multiplied: a product can be far larger than its factors.
-            if (tuple(B.shape), tuple(A.shape)) != ((wanted.shape[0], rank), (rank, wanted.shape[1])):
+            if (tuple(A.shape), tuple(B.shape)) != part.shapes(rank):
                 raise RuntimeError(
                     f"{_WRONG}: {part.key} is of shape {tuple(A.shape)}, not of rank {rank} as configured."
                 )
-            worst = max(worst, _require((scale * B) @ A, wanted, part.key))
+            worst = max(worst, _require((scale * B.flatten(1)) @ A.flatten(1), wanted, part.key))
             if config["use_dora"]:
                 worst = max(worst, _require(_take(tensors, part.lengths_name), part.lengths(), part.lengths_name))
     for name, kept in head.items():
@@ -199,6 +202,9 @@ def _compare_updates(loaded: nn.Module, targets: Sequence[Target], config: Any) 
     for target in targets:
         layer: Any = loaded.get_submodule(target.path)
         for part in target.parts:
+            if part.kernel:
+                worst = max(worst, _compare_kernels(layer, part))
+                continue
             place = layer if part.key == PREFIX + target.path else layer.base_layer.out_proj
             wanted = part.update() if part.adapter is None else stored(part.adapter.base, part.update())
             worst = max(worst, _require(place.get_delta_weight("default").detach(), wanted, part.key))
@@ -208,6 +214,25 @@ def _compare_updates(loaded: nn.Module, targets: Sequence[Target], config: Any) 
             if place is not layer and part.rank:
                 _require_added_once(layer, wanted, target.path)
     return worst
+
+
+def _compare_kernels(layer: Any, part: Part) -> float:
+    """A convolution's update, by PEFT's kernels and by what PEFT makes of an input with them.
+
+    Not by its `get_delta_weight`, which cannot multiply all kernels of three dimensions and is used for merging alone.
+    """
+    adapter: Any = part.adapter
+    A, B = layer.lora_A["default"], layer.lora_B["default"]
+    update, scale = part.update(), layer.scaling["default"]
+    worst = _require((scale * B.weight.detach().flatten(1)) @ A.weight.detach().flatten(1), update, part.key)
+    base = adapter.base
+    # Large enough that places without padding are among the output's.
+    size = [3 * step + edge for step, edge in zip(base.stride, base.kernel_size, strict=True)]
+    x = torch.arange(base.in_channels * prod(size), device=A.weight.device, dtype=A.weight.dtype).cos()
+    x = x.view(1, base.in_channels, *size)
+    with torch.no_grad():
+        wanted = base._conv_forward(x, stored(base, update.to(x)), None)
+        return max(worst, _require(scale * B(A(x)), wanted, part.key))
 
 
 def _require_added_once(attention: Any, update: Tensor, path: str) -> None:

@@ -46,7 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--final-rank", type=float, metavar="R", help="where rank falls: its average at the end (the preset's default)"
     )
     method.add_argument(
-        "--targets", nargs="+", metavar="PATTERN", help="layers to adapt (all linear layers except the head)"
+        "--targets",
+        nargs="+",
+        metavar="PATTERN",
+        help="layers to adapt (all linear layers and convolutions but the head)",
     )
     method.add_argument(
         "--train", nargs="*", metavar="PATTERN", help="what trains beside them (the head, where it is new)"

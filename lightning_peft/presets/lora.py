@@ -23,7 +23,8 @@ def lora(
         rank: components per layer.
         alpha: update scale; the update is multiplied by alpha / rank.
         dropout: dropout on the adapters' input.
-        targets: layers to adapt; ``None`` for all linear layers except the head. See :func:`lightning_peft.inject`.
+        targets: layers to adapt; ``None`` for all linear layers and convolutions except the head. See
+            :func:`lightning_peft.inject`.
         train: what stays trainable beside them; ``None`` for the head.
 
     Reference:

@@ -129,7 +129,8 @@ class Importance(ABC):
             for site, flags in zip(group, odd.view(-1, len(group)).t().tolist(), strict=True)
             if any(flags)
         ]
-        torch._foreach_zero_(self._odd)
+        for odd in self._odd:
+            odd.zero_()
         return found
 
     def scores(self) -> dict[str, Tensor]:

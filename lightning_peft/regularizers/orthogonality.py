@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from lightning_peft.regularizers.base import Regularizer, Weight, low_rank
 
 Form = Literal["squared", "norm"]
+_WIDE = (torch.float32, torch.float64)
 
 
 def deviation(P: Tensor) -> Tensor:
@@ -39,7 +40,7 @@ class _Deviation(torch.autograd.Function):
         eyes: dict[tuple[Any, ...], Tensor] = {}
         for (is_row, *_), members in groups.items():
             stack = torch.stack([tensors[i] for i in members])
-            stack = stack.to(torch.promote_types(stack.dtype, torch.float32))
+            stack = stack if stack.dtype in _WIDE else stack.float()
             P = stack if is_row else stack.mT
             key = (P.shape[1], P.dtype, P.device)
             if key not in eyes:
@@ -62,7 +63,7 @@ class _Deviation(torch.autograd.Function):
         slopes = []
         for (is_row, *_), key, stack in zip(groups, places, stacks, strict=True):
             gram = next(parts[key])
-            slopes.append(gram @ stack if is_row else stack @ gram)
+            slopes.append(torch.bmm(gram, stack) if is_row else torch.bmm(stack, gram))
         ctx.groups, ctx.dtypes = list(groups.values()), [t.dtype for t in tensors]
         ctx.scale = scale * (2 if form == "norm" else 4)
         ctx.save_for_backward(*slopes)

@@ -35,7 +35,7 @@ class _Host(nn.Module):
         return isinstance(self.layer, nn.MultiheadAttention)
 
 
-def _conv1d() -> nn.Module:
+def _transformers_conv1d() -> nn.Module:
     from transformers.pytorch_utils import Conv1D  # seconds to import
 
     layer: nn.Module = Conv1D(D_OUT, D_IN)  # type: ignore[no-untyped-call]
@@ -49,12 +49,17 @@ def _attention() -> nn.Module:
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Linear(D_IN, D_OUT),
     "linear_no_bias": lambda: nn.Linear(D_IN, D_OUT, bias=False),
-    "conv1d": _conv1d,
+    "conv1d": _transformers_conv1d,
+    "convolution_1d": lambda: nn.Conv1d(8, D_OUT, 3, stride=2, padding=1),
+    "convolution_2d": lambda: nn.Conv2d(4, D_OUT, (3, 2), padding=1, padding_mode="circular"),
+    "convolution_3d": lambda: nn.Conv3d(8, D_OUT, (1, 3, 2), dilation=(1, 2, 1), groups=2),
     "embedding": lambda: nn.Embedding(D_IN, D_OUT),
     "attention_in": _attention,
     "attention_out": _attention,
 }
-"""The kinds of layer that an adapter is tried on."""
+"""The kinds of layer that an adapter is tried on: "conv1d" is transformers' Conv1D, a linear layer."""
+
+_PLACES = {"convolution_1d": (8, 7), "convolution_2d": (4, 4, 3), "convolution_3d": (8, 2, 6, 3)}
 
 _TARGETS = {"attention_in": "in_proj", "attention_out": "out_proj"}
 
@@ -109,11 +114,11 @@ class Case:
         return host
 
     def inputs(self, dtype: torch.dtype = torch.float32, seed: int = 2) -> Tensor:
-        """A batch for the model: (3, 5, 24), or (3, 5) indices for an embedding."""
+        """A batch for the model: (3, 5, 24), (3, 5) indices for an embedding, (3, c_in, *places) for a convolution."""
         generator = torch.Generator().manual_seed(seed)
         if self.kind == "embedding":
             return torch.randint(D_IN, (3, 5), generator=generator)
-        return torch.randn(3, 5, D_IN, generator=generator, dtype=dtype)
+        return torch.randn(3, *_PLACES.get(self.kind, (5, D_IN)), generator=generator, dtype=dtype)
 
     @staticmethod
     def adapter(host: nn.Module) -> Adapter:

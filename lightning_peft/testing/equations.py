@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 
 from lightning_peft.adapters.base import Adapter
-from lightning_peft.adapters.layers import is_transposed, stored
+from lightning_peft.adapters.layers import is_convolution, is_transposed, stored
 from lightning_peft.rank.budget import RankBudget
 from lightning_peft.rank.gate import Gate
 from lightning_peft.rank.importance import Taylor
@@ -37,7 +38,12 @@ def forward_is_effective_weight(case: Case) -> None:
         if adapter.gate is not None and len(adapter.gate) > 1:
             adapter.gate.keep(torch.arange(len(adapter.gate)) != 1)
         x, weight = case.inputs(dtype), adapter.effective_weight()
-        y = F.embedding(x, weight.t()) if case.kind == "embedding" else F.linear(x, weight, adapter.bias)
+        if case.kind == "embedding":
+            y = F.embedding(x, weight.t())
+        elif is_convolution(adapter.base):
+            y = functional_call(adapter.base, {"weight": stored(adapter.base, weight)}, x)
+        else:
+            y = F.linear(x, weight, adapter.bias)
         close(adapter(x), y, f"forward is not effective_weight() x + bias in {dtype}", tolerance, tolerance)
 
 

@@ -199,6 +199,18 @@ class Sideways(Conv1D):
     pass
 
 
+class SamePadded(nn.Conv2d):
+    """As some libraries have it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(F.pad(input, (1, 1, 1, 1)))
+
+
+class Flipped(nn.Conv2d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, weight.flip(-1), bias)
+
+
 def _patched() -> nn.Module:
     layer = nn.Linear(4, 4)
     layer.forward = lambda input: input  # type: ignore[method-assign]  # what some offloading libraries do
@@ -215,8 +227,13 @@ def _quantised() -> nn.Module:
     ("layer", "says"),
     [
         (
-            lambda: nn.Conv2d(4, 4, 1),
-            "LoRA cannot adapt this layer: Conv2d is not a Linear, Conv1D or Embedding layer.",
+            lambda: nn.LayerNorm(4),
+            "LoRA cannot adapt this layer: LayerNorm is not a Linear, Conv1d, Conv2d, Conv3d, Embedding or "
+            "transformers' Conv1D layer.",
+        ),
+        (
+            lambda: nn.ConvTranspose2d(4, 4, 1),
+            "LoRA cannot adapt this layer: ConvTranspose2d is a transposed convolution, for which there is no adapter.",
         ),
         (lambda: Doubled(4, 4), "Doubled computes something else than its base class does."),
         (lambda: Sideways(4, 4), "Sideways computes something else than its base class does."),
@@ -224,6 +241,10 @@ def _quantised() -> nn.Module:
         (_patched, "its forward was replaced on the instance"),
         (lambda: parametrizations.weight_norm(nn.Linear(4, 4)), "its weight is parametrized; call torch.nn.utils"),
         (_quantised, "its weight is of dtype torch.int8, which has no gradient."),
+        (lambda: SamePadded(4, 4, 3), "SamePadded computes something else than its base class does."),
+        (lambda: Flipped(4, 4, 3), "Flipped computes something else than its base class does."),
+        (lambda: parametrizations.weight_norm(nn.Conv1d(4, 4, 1)), "its weight is parametrized; call torch.nn.utils"),
+        (lambda: nn.LazyConv2d(4, 3), "its shape is not known yet; run one batch through the model first"),
         (lambda: nn.LazyLinear(4), "its shape is not known yet; run one batch through the model first"),
     ],
 )

@@ -144,7 +144,7 @@ STRATEGIES: dict[str, Callable[[int], Any]] = {
     "ddp find_unused": lambda world: DDPStrategy(find_unused_parameters=True),
     "ddp static": lambda world: DDPStrategy(static_graph=True),
     "fsdp1": lambda world: CpuFSDPStrategy(),
-    "fsdp1 nested": lambda world: CpuFSDPStrategy(auto_wrap_policy={Block, nn.Linear}),
+    "fsdp1 nested": lambda world: CpuFSDPStrategy(auto_wrap_policy={Block, nn.Linear, nn.Conv1d}),
     "fsdp2": lambda world: ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1),
     "fsdp2 around": lambda world: ModelParallelStrategy(data_parallel_size=world, tensor_parallel_size=1),
 }

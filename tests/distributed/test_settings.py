@@ -133,6 +133,19 @@ def attention() -> nn.Module:
     return Stack(*layers, Mean(), nn.Linear(16, 4))
 
 
+class LastMean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(-1)
+
+
+def convolutions() -> nn.Module:
+    # Narrow, and few places to sum a gradient over: Adam makes much of how a sum that nearly cancels is rounded.
+    first = nn.Conv1d(5, 12, 3, stride=2, padding=1, padding_mode="reflect")
+    return Stack(
+        Block(first, nn.Tanh()), Block(nn.Conv1d(12, 16, 5, stride=2), nn.Tanh()), LastMean(), nn.Linear(16, 4)
+    )
+
+
 class Bert(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -198,6 +211,9 @@ SETTINGS: dict[str, Setting] = {
     ),
     "BERT": Setting(Job(dora, {"build": Bert, "data": tokens}, sharded=ShardedBert), ("ddp", "fsdp1", "fsdp2")),
     "attention": Setting(Job(dora, {"build": attention, "data": sequences}), ("ddp", "fsdp1", "fsdp2 around")),
+    "convolutions": Setting(
+        Job(dora, {"build": convolutions, "data": sequences}), ("ddp", "fsdp1 nested", "fsdp2")
+    ),
     "embedding": Setting(
         Job(partial(dora, targets=["0", "2.0"]), {"build": embedding, "data": tokens}), ("ddp", "fsdp1", "fsdp2")
     ),

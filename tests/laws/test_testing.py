@@ -291,5 +291,7 @@ def test_every_law_and_layer_says_what_it_is_about() -> None:
     for law in (*LAWS.values(), *IMPORTANCE_LAWS.values(), *POLICY_LAWS.values()):
         assert (law.__doc__ or "").partition("\n")[0].endswith("."), law
         assert remedy(law).endswith("."), law
-    assert set(LAYERS) == {"linear", "linear_no_bias", "conv1d", "embedding", "attention_in", "attention_out"}
+    convolutions = {"convolution_1d", "convolution_2d", "convolution_3d"}
+    others = {"linear", "linear_no_bias", "conv1d", "embedding", "attention_in", "attention_out"}
+    assert set(LAYERS) == convolutions | others
     assert issubclass(Inapplicable, Exception)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class NoLinear(Encoder):
     def __init__(self) -> None:
         super().__init__()
         self.query = self.value = self.classifier = None  # type: ignore[assignment]
-        self.conv = nn.Conv1d(8, 8, 1)
+        self.recurrent = nn.GRU(8, 8)
 
 
 def quantized() -> nn.Module:
@@ -89,7 +90,15 @@ ROWS: Rows = {
     "a factory that builds something else": (lambda: inject(Encoder(), lambda layer: nn.Identity()), TypeError),  # type: ignore[arg-type, return-value]
     "a list of layers in place of a module": (lambda: inject([nn.Linear(8, 8)], LORA), TypeError),  # type: ignore[arg-type]
     "one layer in place of a module": (lambda: inject(nn.Linear(8, 8), LORA), TypeError),
-    "an adapter's class on a layer that it cannot adapt": (lambda: DynamicDoRA(nn.Conv1d(4, 4, 1)), TypeError),
+    "an adapter's class on a layer that it cannot adapt": (lambda: DynamicDoRA(nn.GRU(4, 4)), TypeError),
+    "a transposed convolution as a target": (
+        lambda: inject(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 3, 3)), LORA, ["1"]),
+        ValueError,
+    ),
+    "a rank above a depthwise convolution's limit": (
+        lambda: inject(nn.Sequential(nn.Conv2d(16, 16, 3, groups=16)), partial(LoRA, rank=16), ["0"]),
+        ValueError,
+    ),
     "a second injection": (lambda: inject(adapted("query"), LORA, ["value"]), ValueError),
     "injection under `torch.inference_mode`": (under_inference_mode, RuntimeError),
     "one of two tied layers is adapted and merged": (merge_one_of_two_tied, UserWarning),
