@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import sqrt
-from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -145,14 +144,14 @@ def convert(module: nn.Module, rank: int | float | Budget) -> Conversion:
 
 
 def _require_rank(rank: object) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, Real | Budget):
+    if isinstance(rank, bool) or not isinstance(rank, int | float | Budget):
         raise TypeError(
             f"rank is a number of components (8), a share of each update's energy (0.9), or a Budget. Got {rank!r}."
         )
-    if isinstance(rank, Integral):
+    if isinstance(rank, int):
         if rank < 1:
             raise ValueError(f"rank is how many components a layer keeps, at least 1. Got {rank}.")
-    elif isinstance(rank, Real) and not 0 < rank <= 1:
+    elif isinstance(rank, float) and not 0 < rank <= 1:
         raise ValueError(
             f"rank={rank} is no whole number, so it is a share of each update's energy, in (0, 1]. For a number of "
             "components give an int; for an average of them, Budget(rank=...)."
@@ -191,7 +190,7 @@ def _kept(values: dict[str, Tensor], rank: int | float | Budget, budget: RankBud
         worth = {name: S.square() / sizes[name] for name, S in values.items() if len(S)}
         masks = open_best(worth, sizes, rank.amount(budget))
         return {name: int(masks[name].sum()) if name in masks else 0 for name in values}
-    if isinstance(rank, Integral):
+    if isinstance(rank, int):
         return {name: min(int(rank), len(S)) for name, S in values.items()}
     return {name: _enough(S, float(rank)) for name, S in values.items()}
 
