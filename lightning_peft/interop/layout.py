@@ -25,7 +25,7 @@ from lightning_peft.functional.weight_decomposition import row_norms
 from lightning_peft.rank.budget import clean_name
 from lightning_peft.surgery import adapters
 
-Mode = Literal["padded", "compact", "folded"]
+Mode = Literal["padded", "compact", "folded", "adalora"]
 Rank = TypeVar("Rank", int, float)  # a share of a rank is what a size is estimated with
 PREFIX = "base_model.model."
 
@@ -197,6 +197,13 @@ def all_targets(host: nn.Module) -> list[Target]:
             f"layer {several!r} is a MultiheadAttention, and other layers train the lengths of their weights' rows: "
             "PEFT has such lengths in all layers of an adapter or in none, and does not know them on an attention. "
             "Export the merged model instead."
+        )
+    convolution = next((target.path for target in targets for part in target.parts if part.kernel), None)
+    if convolution is not None and has_lengths(targets):
+        raise TypeError(
+            f"layer {convolution!r} is a convolution, and other layers train the lengths of their weights' rows: PEFT "
+            "has such lengths in all layers of an adapter or in none, and others on a convolution. Export the merged "
+            "model instead."
         )
     return targets
 

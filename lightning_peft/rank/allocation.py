@@ -101,7 +101,8 @@ def open_highest(
 
     Layers take turns in the order of their worth, `each` components a turn, and begin again when all have had one. So
     the highest layers get them if the amount is small, and all do if it is large. What is too dear for what is left is
-    passed over. Within a layer the best closed component opens first. Ties are broken by layer order, then index.
+    passed over. Within a layer the best closed component opens first. Of layers that tie, those with fewer components
+    open go first, then the order of the layers decides; of components that tie, the lower index.
 
     Args:
         masks: layer -> (n,) bool, what is open now.
@@ -123,8 +124,8 @@ def open_highest(
     """
     opened = {name: mask.detach().cpu().bool().clone() for name, mask in masks.items()}
     queues = {name: _sorted(scores[name], ~opened[name], descending=True)[:limit] for name in opened}
-    # Sorting keeps the order of layers that tie.
-    turns = sorted(opened, key=lambda name: -worth[name] if isfinite(worth[name]) else float("inf"))
+    key = {n: (-worth[n] if isfinite(worth[n]) else float("inf"), int(mask.sum())) for n, mask in opened.items()}
+    turns = sorted(opened, key=lambda name: key[name])
     left, moving = amount, True
     while moving:
         moving = False
@@ -176,3 +177,50 @@ def _sorted(row: Tensor, among: Tensor, descending: bool = False) -> list[int]:
     """Indices of components by score; of those that tie the lower index first."""
     order: list[int] = _finite(row).argsort(descending=descending, stable=True).tolist()
     return [i for i in order if among[i]]
+
+
+def open_best(
+    scores: Mapping[str, Tensor], sizes: Mapping[str, int], amount: int, minimum: int = 0
+) -> dict[str, Tensor]:
+    """Open the components of highest score, over all layers together, for as long as `amount` lasts.
+
+    A component that does not fit into what is left is passed over for a cheaper one. Ties are broken by layer order,
+    then index, earlier opened first: of a layer whose scores do not rise, the first components are opened.
+
+    Args:
+        scores: layer -> (n,) worth of its components; what is not finite is worth least.
+        sizes: layer -> what one of its components counts; all 1 for a number of components.
+        amount: how much may be opened.
+        minimum: components that every layer gets whatever their score, its best ones, as far as it has them.
+
+    Returns:
+        layer -> (n,) bool on the CPU, True for the components that are open.
+
+    Raises:
+        ValueError: `amount` does not pay for `minimum`.
+
+    Example:
+        >>> open_best({"a": torch.tensor([0.9, 0.1]), "b": torch.tensor([0.5, 0.1])}, {"a": 1, "b": 1}, amount=3)
+        {'a': tensor([True, True]), 'b': tensor([ True, False])}
+    """
+    if not scores:
+        return {}
+    counts = [score.numel() for score in scores.values()]
+    flat = torch.cat([score.detach().reshape(-1) for score in scores.values()]).cpu().double()
+    flat = torch.where(torch.isfinite(flat), flat, -torch.inf)
+    if minimum:
+        for part in flat.split(counts):  # views
+            part[part.argsort(descending=True, stable=True)[:minimum]] = torch.inf
+    price = torch.repeat_interleave(torch.tensor([sizes[name] for name in scores]), torch.tensor(counts))
+    floor = int(price[flat == torch.inf].sum())
+    if amount < floor:
+        raise ValueError(f"{amount:,} does not pay for {minimum} components in every layer, which cost {floor:,}.")
+    order = flat.argsort(descending=True, stable=True)
+    mask = torch.zeros(flat.numel(), dtype=torch.bool)
+    left, cheapest = amount, min(sizes[name] for name in scores)
+    for index, cost in zip(order.tolist(), price[order].tolist(), strict=True):
+        if left < cheapest:
+            break
+        if cost <= left:
+            mask[index], left = True, left - cost
+    return dict(zip(scores, mask.split(counts), strict=True))

@@ -11,16 +11,21 @@ from torch import nn
 
 from lightning_peft import (
     DEM,
+    EVA,
     AdapterInjection,
     Budget,
+    Calibration,
     Cubic,
     DynamicDoRA,
+    Growth,
     LoRA,
     RankPolicy,
     RankPruning,
     Regularization,
+    SoftThreshold,
     Taylor,
     WeightDecomposed,
+    convert,
     inject,
     merge,
     presets,
@@ -71,6 +76,11 @@ ROWS: Rows = {
     "a rank that is no whole number": (lambda: lora(rank=4.0), TypeError),
     "a rank as text, from a sweep or a file": (lambda: lora(rank="4"), TypeError),
     "a rank of 0": (lambda: lora(rank=0), ValueError),
+    "calibration on no batch": (lambda: presets.eva(rank=2, batches=0), ValueError),
+    "a cap below the average rank": (lambda: presets.eva(rank=2, rho=0.5), ValueError),
+    "a probe's class, not a probe": (lambda: Calibration(EVA), TypeError),  # type: ignore[arg-type]
+    "a share above 1 to convert by": (lambda: convert(adapted(), 8.0), ValueError),
+    "adapters to convert that were never trained": (lambda: convert(adapted(), 2), ValueError),
     "a rank above the layer's limit": (lambda: fit(Encoder(), *presets.dynamic_dora(final_rank=8)), ValueError),
     "a negative alpha": (lambda: lora(alpha=-1), ValueError),
     "dropout in per cent": (lambda: lora(dropout=10), ValueError),
@@ -160,6 +170,24 @@ ROWS: Rows = {
         ),
         ValueError,
     ),
+    "a soft threshold on adapters without a gain": (
+        lambda: fit(Encoder(), AdapterInjection(LORA), RankPruning(SoftThreshold(3e-4))),
+        ValueError,
+    ),
+    "a soft threshold of 0": (lambda: presets.sora(0.0), ValueError),
+    "growth from adapters that are open": (
+        lambda: fit(Encoder(), AdapterInjection(LORA), RankPruning(Growth(Cubic(), Taylor(), Budget(rank=2)))),
+        ValueError,
+    ),
+    "growth that is cut as it goes": (
+        lambda: RankPruning(Growth(Cubic(), Taylor(), Budget(rank=2)), compact=2),
+        ValueError,
+    ),
+    "components weighed by cost where each counts as one": (
+        lambda: RankPolicy(Cubic(), Taylor(), Budget(rank=2), compare="worth_per_cost"),
+        ValueError,
+    ),
+    "growth to a budget that leaves the room open": (lambda: presets.increlora(budget=Budget(share=0.5)), ValueError),
     "a list of terms": (lambda: Regularization([DEM()]), TypeError),  # type: ignore[arg-type]
     "no term": (lambda: Regularization({}), TypeError),
     "a term's class in place of a term": (lambda: Regularization({"dem": DEM}), TypeError),  # type: ignore[dict-item]
