@@ -34,19 +34,20 @@ CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 # Rows that take turns: few at a time, because every other row's step leaves its own data in the cache.
 GROUPS = (
     ("floor", "peft-lora", "lora"),
-    ("floor", "peft-adalora", "dora"),
+    ("floor", "peft-adalora", "adalora", "dora"),
     ("no-gate", "dora-gate", "dora-no-dem", "dora"),
 )
 # What is promised: (row, against, {shape: at most}).
 TARGETS = (
     ("lora", "peft-lora", {"minilm": 0.95, "4x768": 0.95}),
     ("lora", "floor", {"minilm": 1.20, "4x768": 1.08}),
+    ("adalora", "peft-adalora", {"minilm": 0.85, "4x768": 0.85}),
     ("dora", "peft-adalora", {"minilm": 0.85, "4x768": 0.85}),
     ("dora-no-dem", "no-gate", {"minilm": 1.03, "4x768": 1.03}),
 )
 # Shown beside them.
 OTHERS = (("peft-lora", "floor"), ("dora", "dora-no-dem"), ("dora-no-dem", "dora-gate"), ("dora-gate", "no-gate"))
-OTHERS += (("no-gate", "plain"), ("dora", "floor"), ("peft-adalora", "floor"))
+OTHERS += (("adalora", "floor"), ("no-gate", "plain"), ("dora", "floor"), ("peft-adalora", "floor"))
 
 Times = dict[str, list[float]]
 

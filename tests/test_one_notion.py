@@ -26,6 +26,7 @@ from lightning_peft import Adapter, Importance, RankPolicy, Regularizer, presets
 PACKAGE = Path(lightning_peft.__file__).parent
 EXAMPLE = "an error's advice: an example of what to write"
 PEFT = "PEFT's name of its file format, not of a class of ours"
+READS = "it reads files of PEFT's, and which of our classes stands for which of PEFT's formats is what it knows"
 # Shared code that names a method: file, name -> why it is no special case.
 REASONED = {
     ("callbacks/pruning.py", "Taylor"): EXAMPLE,
@@ -34,7 +35,17 @@ REASONED = {
     ("rank/policy.py", "Taylor"): EXAMPLE,
     ("surgery.py", "LoRA"): EXAMPLE,
     ("interop/hf_peft.py", "LoRA"): PEFT,
+    ("interop/hf_peft.py", "adalora"): PEFT,
     ("interop/layout.py", "LoRA"): PEFT,
+    ("interop/layout.py", "adalora"): PEFT,
+    ("interop/triplets.py", "AdaLoRA"): PEFT,
+    ("interop/triplets.py", "LoRA"): PEFT,
+    ("interop/from_peft.py", "AdaLoRA"): READS,
+    ("interop/from_peft.py", "LoRA"): READS,
+    ("interop/from_peft.py", "WeightDecomposed"): READS,
+    ("interop/from_peft.py", "adalora"): READS,
+    ("interop/from_peft.py", "lora"): READS,
+    ("interop/from_peft.py", "weight_decomposed"): READS,
     ("planning/command.py", "lora"): "the preset that is planned if none is named; all are known by their signatures",
     ("testing/equations.py", "Taylor"): "a law about what the mask's gradient measures, which is this importance",
 }
