@@ -146,6 +146,61 @@ def dynamic_dora(classifier: TextClassifier, steps: int, rank: int) -> Prepared:
     return _ours(classifier, presets.dynamic_dora(final_rank=rank, targets=[ENCODER_LINEARS]))
 
 
+def adalora(classifier: TextClassifier, steps: int, rank: int) -> Prepared:
+    """This package's AdaLoRA, on the schedule that PEFT's has here."""
+    from lightning_peft import presets
+
+    return _ours(
+        classifier,
+        presets.adalora(
+            target_rank=rank,
+            init_rank=start_rank(rank),
+            alpha=ALPHA[rank],
+            warmup=0.1,
+            tail=0.3,
+            targets=[ENCODER_LINEARS],
+        ),
+    )
+
+
+def weight_decomposed(classifier: TextClassifier, steps: int, rank: int) -> Prepared:
+    """Weight decomposition whose rank moves by dynamic DoRA's policy."""
+    from lightning_peft import presets
+
+    return _ours(classifier, presets.weight_decomposed(final_rank=rank, targets=[ENCODER_LINEARS]))
+
+
+def sora(classifier: TextClassifier, steps: int, rank: int) -> Prepared:
+    """SoRA with a threshold under which half of the gates close that have no gradient: 0.7 is near their median."""
+    from lightning_peft import presets
+
+    return _ours(
+        classifier,
+        presets.sora(0.7 / steps, rank=2 * rank, alpha=2 * ALPHA[rank], targets=[ENCODER_LINEARS]),
+    )
+
+
+def increlora(classifier: TextClassifier, steps: int, rank: int) -> Prepared:
+    """IncreLoRA, from one component per layer."""
+    from lightning_peft import presets
+
+    return _ours(classifier, presets.increlora(rank, alpha=2 * ALPHA[rank], targets=[ENCODER_LINEARS]))
+
+
+def elalora(classifier: TextClassifier, steps: int, rank: int) -> Prepared:
+    """ElaLoRA, at the final budget from start to end."""
+    from lightning_peft import presets
+
+    return _ours(classifier, presets.elalora(rank, alpha=2 * ALPHA[rank], targets=[ENCODER_LINEARS]))
+
+
+def eva(classifier: TextClassifier, steps: int, rank: int) -> Prepared:
+    """LoRA whose ranks and first directions come from the layers' inputs."""
+    from lightning_peft import presets
+
+    return _ours(classifier, presets.eva(rank, alpha=ALPHA[rank], compact="at_once", targets=[ENCODER_LINEARS]))
+
+
 def _ours(classifier: TextClassifier, callbacks: list[Callback]) -> Prepared:
     from lightning_peft import RankBudget, to_hf_peft
 
@@ -180,6 +235,15 @@ def start_rank(rank: int) -> int:
     return ceil(1.5 * rank)
 
 
+def _double(rank: int) -> int:
+    return 2 * rank
+
+
+def _double_alpha(rank: int) -> int:
+    """alpha over twice the rank: the scale of the other methods where a layer has the average rank."""
+    return 2 * ALPHA[rank]
+
+
 def _settings(**own: Any) -> Callable[[int], Mapping[str, Any]]:
     """What all methods on the encoder's linear layers share, and what one adds; a function among it is of the rank."""
 
@@ -208,4 +272,23 @@ METHODS: dict[str, Method] = {
     ),
     "lora": Method("LoRA", lora, _settings(alpha=ALPHA.get, dropout=0.0)),
     "dynamic-dora": Method("dynamic DoRA", dynamic_dora, _settings(init=start_rank, preset="default")),
+    "adalora": Method(
+        "AdaLoRA",
+        adalora,
+        _settings(init=start_rank, alpha=ALPHA.get, dropout=0.0, warmup=0.1, tail=0.3, interval=10, orthogonality=0.5),
+    ),
+    "weight-decomposed": Method(
+        "weight-decomposed, dynamic rank", weight_decomposed, _settings(init=start_rank, preset="default")
+    ),
+    "eva": Method("EVA ranks", eva, _settings(alpha=ALPHA.get, dropout=0.0, rho=2, tau=0.99, batches=64), seeds=(0,)),
+    "sora": Method(
+        "SoRA",
+        sora,
+        _settings(init=_double, alpha=_double_alpha, dropout=0.0, threshold="0.7 / steps"),
+        seeds=(0,),
+    ),
+    "increlora": Method(
+        "IncreLoRA", increlora, _settings(most=_double, alpha=_double_alpha, preset="default"), seeds=(0,)
+    ),
+    "elalora": Method("ElaLoRA", elalora, _settings(most=_double, alpha=_double_alpha, preset="default"), seeds=(0,)),
 }

@@ -7,29 +7,47 @@ from lightning_peft.adapters import (
     AdapterFactory,
     CubicBudget,
     DynamicDoRA,
+    GoRA,
+    Growth,
     LoRA,
     LowRank,
+    ModuleSensitivity,
     NormShare,
+    PartlyOpen,
+    PruneAndGrow,
     SoftThreshold,
     SoRA,
     TripletImportance,
     WeightDecomposed,
 )
-from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, RankMonitor, RankPruning, Regularization
+from lightning_peft.callbacks import (
+    AdapterCheckpoint,
+    AdapterInjection,
+    Adoption,
+    Calibration,
+    RankAllocation,
+    RankMonitor,
+    RankPruning,
+    Regularization,
+)
 from lightning_peft.checkpoint import AdapterFileError, adapter_state_dict, load
+from lightning_peft.convert import Conversion, convert
 from lightning_peft.export import Merged, compact, merge
 from lightning_peft.heat_map import rank_heat_map
+from lightning_peft.interop.adoption import adopt, release
 from lightning_peft.interop.folder import Export
 from lightning_peft.interop.from_peft import from_hf_peft
 from lightning_peft.interop.hf_peft import to_hf_peft
 from lightning_peft.interop.merged import save_merged
 from lightning_peft.planning import Plan, plan
 from lightning_peft.rank import (
+    EVA,
     Budget,
     Cubic,
     Gate,
     Importance,
     Policy,
+    Probe,
     RankBudget,
     RankPolicy,
     Schedule,
@@ -44,27 +62,38 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DEM",
+    "EVA",
     "AdaLoRA",
     "Adapter",
     "AdapterCheckpoint",
     "AdapterFactory",
     "AdapterFileError",
     "AdapterInjection",
+    "Adoption",
     "Budget",
+    "Calibration",
+    "Conversion",
     "Cubic",
     "CubicBudget",
     "DynamicDoRA",
     "Export",
     "Gate",
+    "GoRA",
+    "Growth",
     "Importance",
     "Injection",
     "LoRA",
     "LowRank",
     "Merged",
+    "ModuleSensitivity",
     "NormShare",
     "Orthogonality",
+    "PartlyOpen",
     "Plan",
     "Policy",
+    "Probe",
+    "PruneAndGrow",
+    "RankAllocation",
     "RankBudget",
     "RankMonitor",
     "RankPolicy",
@@ -81,7 +110,9 @@ __all__ = [
     "UntilTail",
     "WeightDecomposed",
     "adapter_state_dict",
+    "adopt",
     "compact",
+    "convert",
     "eject",
     "from_hf_peft",
     "inject",
@@ -91,6 +122,7 @@ __all__ = [
     "presets",
     "rank_heat_map",
     "regularized",
+    "release",
     "save_merged",
     "small_parameters",
     "to_hf_peft",

@@ -3,8 +3,12 @@
 from lightning_peft.adapters.adalora import AdaLoRA, CubicBudget, TripletImportance
 from lightning_peft.adapters.base import Adapter, AdapterFactory
 from lightning_peft.adapters.dynamic_dora import DynamicDoRA, NormShare, component_shares
+from lightning_peft.adapters.elalora import PruneAndGrow
+from lightning_peft.adapters.gora import GoRA
+from lightning_peft.adapters.increlora import Growth, ModuleSensitivity
 from lightning_peft.adapters.lora import LoRA
 from lightning_peft.adapters.low_rank import LowRank
+from lightning_peft.adapters.partly_open import PartlyOpen
 from lightning_peft.adapters.sora import SoftThreshold, SoRA
 from lightning_peft.adapters.weight_decomposed import WeightDecomposed
 
@@ -14,9 +18,14 @@ __all__ = [
     "AdapterFactory",
     "CubicBudget",
     "DynamicDoRA",
+    "GoRA",
+    "Growth",
     "LoRA",
     "LowRank",
+    "ModuleSensitivity",
     "NormShare",
+    "PartlyOpen",
+    "PruneAndGrow",
     "SoRA",
     "SoftThreshold",
     "TripletImportance",

@@ -11,16 +11,20 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_peft.callbacks.injection import COPIERS
 from lightning_peft.callbacks.order import callbacks_of
+from lightning_peft.callbacks.placement import COPIERS
 from lightning_peft.compaction import compact_training
 from lightning_peft.rank.budget import RankBudget
 from lightning_peft.resizing import resized
 from lightning_peft.strategies import can_resize, unwrapped
 
 
-def require_compactable(trainer: Trainer) -> None:
+def require_compactable(trainer: Trainer, asked: str = "RankPruning(compact=...)") -> None:
     """Check that nothing in the Trainer holds on to the shapes of parameters.
+
+    Args:
+        trainer: the Trainer.
+        asked: who wants to change them.
 
     Raises:
         MisconfigurationException: the strategy shards or wraps parameters in a way of its own, a callback keeps a copy
@@ -31,7 +35,7 @@ def require_compactable(trainer: Trainer) -> None:
     strategy = trainer.strategy
     if not can_resize(strategy):
         raise MisconfigurationException(
-            f"RankPruning(compact=...) cuts parameters while training, and {type(strategy).__name__} has them sharded "
+            f"{asked} cuts parameters while training, and {type(strategy).__name__} has them sharded "
             "or wrapped in a way that does not allow it. Use compact='never': compaction happens at export there "
             "(lightning_peft.compact, to_hf_peft)."
         )
@@ -39,14 +43,27 @@ def require_compactable(trainer: Trainer) -> None:
     for other in others:
         if isinstance(other, COPIERS):
             raise MisconfigurationException(
-                f"RankPruning(compact=...) changes the shapes of parameters, and {type(other).__name__} keeps a copy "
+                f"{asked} changes the shapes of parameters, and {type(other).__name__} keeps a copy "
                 "of the weights in their old shapes. Use compact='never', or remove the callback."
             )
     if trainer.checkpoint_callbacks and not any(isinstance(other, AdapterCheckpoint) for other in others):
         raise MisconfigurationException(
-            "RankPruning(compact=...) changes the shapes of parameters, and without AdapterCheckpoint a checkpoint "
+            f"{asked} changes the shapes of parameters, and without AdapterCheckpoint a checkpoint "
             "does not say so: it could not be loaded again. Add AdapterCheckpoint() to the callbacks, or give the "
             "Trainer enable_checkpointing=False."
+        )
+
+
+def require_own(budget: RankBudget) -> None:
+    """Check that the adapters' tensors are ours to cut.
+
+    Raises:
+        MisconfigurationException: they live in another library's layers.
+    """
+    if any(site.adapter.hosted for site in budget.values()):
+        raise MisconfigurationException(
+            "RankPruning(compact=...) cuts parameters while training, and those of an adopted PEFT model are PEFT's "
+            "and stay. Use compact='never': to_hf_peft(model, folder, mode='compact') writes them at their true ranks."
         )
 
 

@@ -202,6 +202,9 @@ def _compare_updates(loaded: nn.Module, targets: Sequence[Target], config: Any) 
     for target in targets:
         layer: Any = loaded.get_submodule(target.path)
         for part in target.parts:
+            if config.use_dora:  # on no attention: its one part is the layer
+                got = layer.lora_magnitude_vector["default"].weight.detach()
+                worst = max(worst, _require(got, part.lengths(), part.lengths_name))
             if part.kernel:
                 worst = max(worst, _compare_kernels(layer, part))
                 continue

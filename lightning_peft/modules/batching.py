@@ -128,6 +128,10 @@ class PlannedLoader:
             self._given += 1
             yield batch
 
+    def __copy__(self) -> PlannedLoader:
+        """A loader of the same batches from the epoch's first on, which leaves this one where it is."""
+        return PlannedLoader(self._dataset, self.sampler, self._collate, self._num_workers)
+
     def state_dict(self) -> dict[str, int]:
         """The epoch, the batches of it that are done, and what the plan depends on."""
         done = self._given if self._finished is None else min(self._given, self._finished())

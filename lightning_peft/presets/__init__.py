@@ -3,8 +3,24 @@
 from lightning_peft.presets.adalora import adalora
 from lightning_peft.presets.base import Preset
 from lightning_peft.presets.dynamic_dora import dynamic_dora
+from lightning_peft.presets.elalora import elalora
+from lightning_peft.presets.eva import eva
+from lightning_peft.presets.gora import gora
+from lightning_peft.presets.increlora import increlora
 from lightning_peft.presets.lora import lora
 from lightning_peft.presets.sora import sora
 from lightning_peft.presets.weight_decomposed import weight_decomposed, weight_decomposed_fixed
 
-__all__ = ["Preset", "adalora", "dynamic_dora", "lora", "sora", "weight_decomposed", "weight_decomposed_fixed"]
+__all__ = [
+    "Preset",
+    "adalora",
+    "dynamic_dora",
+    "elalora",
+    "eva",
+    "gora",
+    "increlora",
+    "lora",
+    "sora",
+    "weight_decomposed",
+    "weight_decomposed_fixed",
+]

@@ -6,6 +6,13 @@ from typing import Any
 
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from lightning_peft.adapters.base import AdapterFactory
+from lightning_peft.adapters.layers import matrix, why_not
+from lightning_peft.adapters.lora import LoRA
+from lightning_peft.arguments import require_instance, require_integer
+from lightning_peft.rank.budget import Budget
 
 
 class Preset(list[Callback]):
@@ -23,3 +30,33 @@ class Preset(list[Callback]):
                 "callbacks=[*preset, ...]."
             )
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+def final_budget(final_rank: float | None, budget: Budget | None) -> Budget:
+    """The budget of a preset that takes it as an average rank, 8 if nothing is given, or in another unit.
+
+    Raises:
+        TypeError: budget is no Budget.
+        ValueError: both are given.
+    """
+    if budget is not None:
+        require_instance("budget", budget, Budget, "Budget(share=0.5)")
+    if final_rank is not None and budget is not None:
+        raise ValueError(f"give final_rank or budget, not both. Got final_rank={final_rank}, budget={budget}.")
+    return budget or Budget(rank=8 if final_rank is None else final_rank)
+
+
+def capped_lora(rank: int, cap: int, alpha: float, dropout: float) -> AdapterFactory:
+    """Builds LoRA with room for `cap` components per layer, or as many as the layer has, of which `rank` will be open.
+
+    The update is multiplied by alpha / rank in every layer, whatever its cap and whatever stays open.
+    """
+    require_integer("rank", rank)
+    if rank < 1:
+        raise ValueError(f"rank is the average number of components per layer, at least 1. Got {rank}.")
+
+    def build(layer: nn.Module) -> LoRA:
+        room = cap if why_not(layer) else min(cap, *matrix(layer).shape)
+        return LoRA(layer, room, alpha * room / rank, dropout)
+
+    return build

@@ -1,13 +1,16 @@
 """The one notion of rank: gates, their budget, and how it is spent over time."""
 
-from lightning_peft.rank.allocation import close_lowest
+from lightning_peft.rank.allocation import close_lowest, close_some, open_best, open_highest, weighed
 from lightning_peft.rank.budget import Budget, RankBudget, Site, clean_name
+from lightning_peft.rank.eva import EVA
 from lightning_peft.rank.gate import Gate
 from lightning_peft.rank.importance import Importance, Taylor
 from lightning_peft.rank.policy import Policy, RankPolicy
+from lightning_peft.rank.probe import Probe
 from lightning_peft.rank.schedule import Constant, Cubic, Linear, Schedule, SlowCubic, Step
 
 __all__ = [
+    "EVA",
     "Budget",
     "Constant",
     "Cubic",
@@ -15,6 +18,7 @@ __all__ = [
     "Importance",
     "Linear",
     "Policy",
+    "Probe",
     "RankBudget",
     "RankPolicy",
     "Schedule",
@@ -24,4 +28,8 @@ __all__ = [
     "Taylor",
     "clean_name",
     "close_lowest",
+    "close_some",
+    "open_best",
+    "open_highest",
+    "weighed",
 ]

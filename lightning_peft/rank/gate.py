@@ -48,10 +48,23 @@ class Gate(nn.Module):
         device = None if gain is None else gain.device
         self.register_buffer("mask", torch.ones(n, dtype=torch.float32, device=device))
         self.gain = None if gain is None else nn.Parameter(gain)
+        self._first = n
+
+    def start_with(self, count: int) -> None:
+        """Start with the first `count` components open and room for the others.
+
+        Raises:
+            ValueError: there are not as many, or it is negative.
+        """
+        if not 0 <= count <= len(self):
+            raise ValueError(f"a gate of {len(self)} components cannot start with {count} of them open.")
+        self._first = count
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Open all components: what a mask starts as that was built on the meta device. The gain is the adapter's."""
-        self.mask.detach().fill_(1.0)
+        """Open what is open at the start, for a mask that was built on the meta device. The gain is the adapter's."""
+        mask = self.mask.detach()
+        mask.copy_(torch.arange(len(mask), device=mask.device) < self._first)
 
     def __len__(self) -> int:
         return self.mask.numel()
@@ -62,6 +75,11 @@ class Gate(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         return h * self.value().to(h.dtype)
+
+    @property
+    def removes_softly(self) -> bool:
+        """Whether :meth:`keep` knows a soft removal here."""
+        return self.gain is not None
 
     def open(self) -> Tensor:
         """Components that act on the output now: (n,) bool."""

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_peft.arguments import require_instance, require_integer
-from lightning_peft.rank.allocation import close_lowest
+from lightning_peft.rank.allocation import Compare, close_lowest, weighed
 from lightning_peft.rank.budget import Budget, RankBudget, Unit
 from lightning_peft.rank.importance import Importance
 from lightning_peft.rank.schedule import Schedule
@@ -135,6 +135,21 @@ class Policy(ABC):
             )
 
 
+def require_comparable(compare: Compare, final: Budget) -> None:
+    """Check how components are to be compared.
+
+    Raises:
+        ValueError: it is unknown, or has no effect on this budget.
+    """
+    if compare not in ("worth", "worth_per_cost"):
+        raise ValueError(f"compare={compare!r}: choose 'worth' or 'worth_per_cost'.")
+    if compare == "worth_per_cost" and final.unit == "components":
+        raise ValueError(
+            f"compare='worth_per_cost' weighs components by their parameters, and {final} counts each as one. Give the "
+            "budget in parameters, share or megabytes, or use compare='worth'."
+        )
+
+
 class RankPolicy(Policy):
     """Close components on schedule.
 
@@ -150,10 +165,13 @@ class RankPolicy(Policy):
         interval: optimizer steps between two events; the last step of the window is always one.
         soft: removal before the last event only zeroes the gain, so that components may return.
         minimum: components that every layer keeps.
+        compare: "worth", the default, compares components as they are, as the papers do. "worth_per_cost" divides worth
+            by a component's parameters first, so that a budget in parameters, share or megabytes goes further: many
+            components of small layers can be worth more than few of large ones.
 
     Raises:
         TypeError: an argument is of another class.
-        ValueError: interval is below 1, or minimum is negative.
+        ValueError: interval is below 1, minimum is negative, or compare is unknown or of no effect.
     """
 
     def __init__(
@@ -164,15 +182,18 @@ class RankPolicy(Policy):
         interval: int = 10,
         soft: bool = False,
         minimum: int = 0,
+        compare: Compare = "worth",
     ) -> None:
         super().__init__(schedule, importance, interval)
         require_instance("final", final, Budget, "Budget(rank=8)")
         require_integer("minimum", minimum)
         if minimum < 0:
             raise ValueError(f"minimum is a number of components, at least 0. Got {minimum}.")
+        require_comparable(compare, final)
         self.final = final
         self.soft = soft
         self.minimum = minimum
+        self.compare = compare
         self._sizes: dict[str, int] = {}
         self._capacity = 0
         self._final = 0
@@ -199,7 +220,7 @@ class RankPolicy(Policy):
         Raises:
             ValueError: the final budget does not fit them, or soft removal is asked of gates without a gain.
         """
-        hard = [name for name, site in budget.items() if site.gate.gain is None]
+        hard = [name for name, site in budget.items() if not site.gate.removes_softly]
         if self.soft and hard:
             raise ValueError(
                 f"soft removal zeroes a component's gain, and the adapter at {hard[0]!r} has none; use soft=False."
@@ -246,6 +267,7 @@ class RankPolicy(Policy):
         self._warn_of_divergence()
         scores = self.importance.scores()
         ordered = {name: scores[name] for name in self._budget}  # module order, which is the order of ties
+        ordered = weighed(ordered, self._budget.sizes("parameters"), self.compare)
         amount = self._capacity - self.budget_at(step, total)
         # What was cut away is closed already; that may be more than is asked for, by less than one component.
         amount = max(0, self._lost + amount - self._away)

@@ -14,7 +14,7 @@ import transformers as hf
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lightning_peft.adapters import DynamicDoRA, LoRA
+from lightning_peft.adapters import DynamicDoRA, LoRA, WeightDecomposed
 from lightning_peft.export import merge
 from lightning_peft.interop import hf_peft
 from lightning_peft.interop.hf_peft import to_hf_peft
@@ -121,6 +121,16 @@ def test_what_peft_computes_otherwise_is_refused_by_name(odd: str, tmp_path: Pat
         to_hf_peft(model, "out")
     assert list(tmp_path.iterdir()) == []
     assert exported_bytes(model, None, lambda t: t.element_size()) is None
+
+
+def test_lengths_of_rows_beside_convolutions_are_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 8))
+    kinds = iter([LORA, partial(WeightDecomposed, rank=RANK)])
+    inject(model, lambda layer: next(kinds)(layer), ["0", "1"], train=[])
+    fill(model)
+    with pytest.raises(TypeError, match="layer '0' is a convolution, and other layers train the lengths of their"):
+        to_hf_peft(model, "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_peft_that_moves_kernels_otherwise_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
