@@ -52,6 +52,7 @@ REASONED = {
     ("interop/from_peft.py", "adalora"): READS,
     ("interop/from_peft.py", "lora"): READS,
     ("interop/from_peft.py", "weight_decomposed"): READS,
+    ("interop/from_peft.py", "eva"): "PEFT's name of a start that leaves the base as it is",
     ("planning/command.py", "lora"): "the preset that is planned if none is named; all are known by their signatures",
     **{
         ("interop/adoption.py", name): ADOPTS

@@ -204,7 +204,7 @@ def _compare_updates(loaded: nn.Module, targets: Sequence[Target], config: Any) 
         for part in target.parts:
             if config.use_dora:  # on no attention: its one part is the layer
                 got = layer.lora_magnitude_vector["default"].weight.detach()
-                worst = max(worst, _require(got, part.lengths(), part.lengths_name))
+                worst = max(worst, require_close(got, part.lengths(), part.lengths_name))
             if part.kernel:
                 worst = max(worst, _compare_kernels(layer, part))
                 continue
