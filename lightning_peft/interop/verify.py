@@ -211,9 +211,6 @@ def _compare_updates(loaded: nn.Module, targets: Sequence[Target], config: Any) 
             place = layer if part.key == PREFIX + target.path else layer.base_layer.out_proj
             wanted = part.update() if part.adapter is None else stored(part.adapter.base, part.update())
             worst = max(worst, require_close(place.get_delta_weight("default").detach(), wanted, part.key))
-            if config.use_dora:
-                got = place.lora_magnitude_vector["default"].weight.detach()
-                worst = max(worst, require_close(got, part.lengths(), part.lengths_name))
             if place is not layer and part.rank:
                 _require_added_once(layer, wanted, target.path)
     return worst

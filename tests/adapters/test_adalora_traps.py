@@ -331,7 +331,7 @@ def test_10_a_weighted_sum_of_adapters(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match:RuntimeWarning")
 def test_11_the_scale_is_a_constant(tmp_path: Path) -> None:
-    """PEFT 0.21.2 makes `ranknum` trainable where it casts it, as for a base in bfloat16, and does not save it."""
+    """PEFT 0.21.2 makes `ranknum` trainable where it casts or moves it, as for a bfloat16 base, and saves none."""
     config = AdaLoraConfig(target_modules=r"body\.\d+", init_r=INIT, target_r=TARGET, total_step=9)
     theirs = get_peft_model(Net().bfloat16(), config)
     trained = [name for name, p in theirs.named_parameters() if p.requires_grad and "ranknum" in name]
