@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 from lightning_peft import AdaLoRA, Cubic, DynamicDoRA, LoRA, NormShare, RankPolicy, SoRA, Taylor, WeightDecomposed
-from lightning_peft.adapters import adalora, dynamic_dora, sora
+from lightning_peft.adapters import adalora, dynamic_dora, elalora, increlora, sora
+from lightning_peft.adapters.partly_open import PartlyOpen
 from lightning_peft.testing import importance_laws, laws, policy_laws
 
 DROPPED = ("linear", "conv1d", "convolution_2d", "convolution_3d", "attention_in")
@@ -27,6 +28,7 @@ test_taylor = importance_laws(Taylor)
 test_taylor_of_lora = importance_laws(Taylor, partial(LoRA, rank=4))
 test_norm_share = importance_laws(NormShare)
 test_triplet_importance = importance_laws(adalora.TripletImportance, partial(AdaLoRA, rank=4))
+test_module_sensitivity = importance_laws(increlora.ModuleSensitivity, partial(AdaLoRA, rank=4))
 test_gain_magnitude = importance_laws(sora.GainMagnitude, partial(SoRA, rank=4))
 
 test_dynamic_doras_policy = policy_laws(partial(dynamic_dora.policy, interval=2))
@@ -35,4 +37,8 @@ test_hard_policy_by_taylor = policy_laws(
 )
 test_hard_policy_with_a_minimum = policy_laws(lambda final: RankPolicy(Cubic(), NormShare(), final, 2, minimum=1))
 test_adaloras_policy = policy_laws(partial(adalora.policy, interval=2), partial(AdaLoRA, rank=4))
+test_elaloras_policy = policy_laws(partial(elalora.policy, interval=2), partial(AdaLoRA, rank=4))
+test_increloras_policy = policy_laws(
+    partial(increlora.policy, interval=2), PartlyOpen(partial(AdaLoRA, rank=4), rank=1)
+)
 test_soras_policy = policy_laws(lambda final: sora.policy(0.05, tail=0.3, interval=2), partial(SoRA, rank=4))
