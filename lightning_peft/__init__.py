@@ -36,6 +36,7 @@ from lightning_peft.export import Merged, compact, merge
 from lightning_peft.heat_map import rank_heat_map
 from lightning_peft.interop.adoption import adopt, release
 from lightning_peft.interop.folder import Export
+from lightning_peft.interop.from_peft import from_hf_peft
 from lightning_peft.interop.hf_peft import to_hf_peft
 from lightning_peft.interop.merged import save_merged
 from lightning_peft.planning import Plan, plan
@@ -113,6 +114,7 @@ __all__ = [
     "compact",
     "convert",
     "eject",
+    "from_hf_peft",
     "inject",
     "load",
     "merge",

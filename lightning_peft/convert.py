@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import sqrt
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from lightning_peft.export import own_random, require_whole
 from lightning_peft.functional.product_svd import product_svd
 from lightning_peft.rank.allocation import open_best
 from lightning_peft.rank.budget import WHOLE, Budget, RankBudget
-from lightning_peft.surgery import adapters, replace
+from lightning_peft.surgery import adapters, refuse_hosted, replace
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def convert(module: nn.Module, rank: int | float | Budget) -> Conversion:
         The rule for a share is that of PEFT 0.21's `convert_to_lora`. Departures: from factors; the scaling is kept,
         not folded in; the factors are of equal size, where there B has all of S; a budget over all layers.
     """
-    _require_rank(rank)
+    wanted = _plain(rank)
     if isinstance(module, Adapter):
         raise ValueError(
             f"convert replaces adapters inside a module and got a single {type(module).__name__}; call it on the "
@@ -119,6 +120,7 @@ def convert(module: nn.Module, rank: int | float | Budget) -> Conversion:
     found = adapters(module)
     if not found:
         raise ValueError(f"convert found no adapter in {type(module).__name__}; inject puts them in.")
+    refuse_hosted(module, "convert")
     require_whole(module, "convert")
     low = {name: _low_rank(name, adapter) for name, adapter in found.items()}
     budget = RankBudget(dict(RankBudget.of(module)))  # what is there, without what was cut out before
@@ -128,7 +130,7 @@ def convert(module: nn.Module, rank: int | float | Budget) -> Conversion:
         raise ValueError(
             f"no adapter of {type(module).__name__} has an update: its factors are as they started. Train them first."
         )
-    kept = _kept({name: S for name, (_, S, _) in svds.items()}, rank, budget)
+    kept = _kept({name: S for name, (_, S, _) in svds.items()}, wanted, budget)
     new: dict[int, nn.Module] = {}
     done: dict[str, Converted] = {}
     with own_random(module):  # building an adapter draws its start, which is overwritten
@@ -143,19 +145,24 @@ def convert(module: nn.Module, rank: int | float | Budget) -> Conversion:
     return Conversion(done, (spent, RankBudget.of(module).spent_parameters))
 
 
-def _require_rank(rank: object) -> None:
-    if isinstance(rank, bool) or not isinstance(rank, int | float | Budget):
+def _plain(rank: object) -> int | float | Budget:
+    """How much is kept, as one of the three; numpy's numbers are Python's from here on."""
+    if isinstance(rank, Budget):
+        return rank
+    if isinstance(rank, bool) or not isinstance(rank, Real):
         raise TypeError(
             f"rank is a number of components (8), a share of each update's energy (0.9), or a Budget. Got {rank!r}."
         )
-    if isinstance(rank, int):
-        if rank < 1:
+    if isinstance(rank, Integral):
+        if int(rank) < 1:
             raise ValueError(f"rank is how many components a layer keeps, at least 1. Got {rank}.")
-    elif isinstance(rank, float) and not 0 < rank <= 1:
+        return int(rank)
+    if not 0 < float(rank) <= 1:
         raise ValueError(
             f"rank={rank} is no whole number, so it is a share of each update's energy, in (0, 1]. For a number of "
             "components give an int; for an average of them, Budget(rank=...)."
         )
+    return float(rank)
 
 
 def _low_rank(name: str, adapter: Adapter) -> LowRank:
@@ -191,8 +198,8 @@ def _kept(values: dict[str, Tensor], rank: int | float | Budget, budget: RankBud
         masks = open_best(worth, sizes, rank.amount(budget))
         return {name: int(masks[name].sum()) if name in masks else 0 for name in values}
     if isinstance(rank, int):
-        return {name: min(int(rank), len(S)) for name, S in values.items()}
-    return {name: _enough(S, float(rank)) for name, S in values.items()}
+        return {name: min(rank, len(S)) for name, S in values.items()}
+    return {name: _enough(S, rank) for name, S in values.items()}
 
 
 def _enough(S: Tensor, share: float) -> int:

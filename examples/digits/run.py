@@ -84,7 +84,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/digits"))
     options = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers")
+    for advice in (".*does not have many workers", ".*LeafSpec"):
+        warnings.filterwarnings("ignore", advice)
     try:
         train, test = old_job()
     except ModuleNotFoundError as missing:

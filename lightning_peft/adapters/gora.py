@@ -186,5 +186,5 @@ def gradient_start(G: Tensor, A: Tensor, scaling: float) -> Tensor:
         (d_out, r), in G's dtype.
     """
     wide = torch.float32 if A.device.type == "mps" else torch.float64
-    inverse: Tensor = torch.linalg.pinv(A.to(wide)).to(G)
-    return -(G @ inverse) / scaling
+    B: Tensor = -(G @ torch.linalg.pinv(A.to(wide)).to(G)) / scaling
+    return B

@@ -166,6 +166,10 @@ class Adopted(LowRank):
                 for part, parameter in holder[self.adapter_name].named_parameters():
                     yield f"{name}.{part}", parameter
 
+    def lasting_parameters(self) -> Iterator[nn.Parameter]:
+        own = dict(self.own_parameters())
+        return (p for name, p in own.items() if name.endswith(".bias") or name.startswith("lora_magnitude_vector"))
+
     def arguments(self) -> dict[str, Any]:
         names = ("adapter_name", "kind", "variant", "rank", "alpha", "scaling", "dropout", "config")
         return {name: getattr(self, name) for name in names}

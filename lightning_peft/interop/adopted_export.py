@@ -22,9 +22,9 @@ from lightning_peft.interop.verify import (
     WEIGHTS,
     _counted,
     _is_narrow,
-    _require,
     compare_outputs,
     made_up_inputs,
+    require_close,
 )
 from lightning_peft.surgery import adapters
 
@@ -53,6 +53,11 @@ class AdoptedLayout:
     def ranks(self) -> dict[str, int]:
         """Open components of every layer."""
         return {path: int(view.gate.open().sum()) for path, view in self.views.items()}
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Layers of which nothing is in the file."""
+        return tuple(path for path in self.views if not any(key.startswith(f"{PREFIX}{path}.") for key in self.tensors))
 
 
 def lay_out_adopted(module: nn.Module, mode: Mode, head: bool) -> AdoptedLayout:
@@ -231,7 +236,7 @@ def load_adopted(folder: Path, layout: AdoptedLayout, inputs: Any) -> tuple[floa
     source: Any = ours.get_base_model()
     own = {name.removeprefix(PREFIX): view for name, view in adapters(ours).items() if isinstance(view, Adopted)}
     for path, view in own.items():
-        worst = max(worst, _require(_update(loaded.get_submodule(path), view), view.update().detach(), path))
+        worst = max(worst, require_close(_update(loaded.get_submodule(path), view), view.update().detach(), path))
     samples = [inputs] if inputs is not None else made_up_inputs(source)
     difference = compare_outputs(ours, theirs, samples, given=inputs is not None)
     if difference is None:

@@ -217,7 +217,8 @@ class Budget:
         parameters: adapter parameters.
         share: share of the adapters' parameters at full rank, in (0, 1].
         megabytes: size of the exported adapter file in 10^6 bytes: float32 tensors of true rank (`to_hf_peft` with mode
-            "compact" or "folded") and their header; the head is not counted.
+            "compact" or "folded") and their header; the head is not counted. Adapters that have more than components
+            are counted with what they have; one that then has no component is written with one of zeros, uncounted.
 
     Raises:
         ValueError: not exactly one is given, or the one given is not positive.

@@ -26,7 +26,7 @@ from lightning_peft import (
 from lightning_peft.adapters import dynamic_dora
 from lightning_peft.compaction import compact_training
 
-STARTS = ("lora", "dynamic_dora")
+STARTS = ("lora", "dynamic_dora", "adalora")
 
 
 @pytest.fixture(autouse=True)
@@ -275,7 +275,7 @@ def test_built_without_memory() -> None:
 
 @pytest.mark.parametrize("components", ["dora", "", None])
 def test_unknown_components(components: Any) -> None:
-    with pytest.raises(ValueError, match="choose 'lora', 'dynamic_dora'"):
+    with pytest.raises(ValueError, match="choose 'lora', 'dynamic_dora', 'adalora'"):
         WeightDecomposed(nn.Linear(7, 5), components=components)
 
 
@@ -298,9 +298,10 @@ def peft_twin(base: nn.Module, layer: WeightDecomposed) -> nn.Module:
             twin.lora_embedding_A["default"].copy_(layer.A)
             twin.lora_embedding_B["default"].copy_(layer.B)
         else:
-            twin.lora_A["default"].weight.copy_(layer.A)
-            twin.lora_B["default"].weight.copy_(layer.B)
-        twin.lora_magnitude_vector["default"].weight.copy_(layer.magnitude.weight)
+            for mine, parameter in ((layer.A, twin.lora_A), (layer.B, twin.lora_B)):
+                parameter["default"].weight.copy_(mine.view(parameter["default"].weight.shape))
+        magnitude = twin.lora_magnitude_vector["default"].weight
+        magnitude.copy_(layer.magnitude.weight.view(magnitude.shape))
     return twin
 
 
@@ -322,7 +323,14 @@ KINDS = {
     "linear without bias": lambda: nn.Linear(30, 40, bias=False),
     "conv1d": conv1d,
     "embedding": lambda: nn.Embedding(30, 40),
+    "convolution": lambda: nn.Conv2d(5, 40, (3, 2), stride=2, padding=1),
 }
+
+
+def inputs(kind: str) -> Tensor:
+    if kind == "embedding":
+        return torch.randint(30, (3, 5))
+    return torch.randn(3, 5, 6, 6) if kind == "convolution" else torch.randn(3, 5, 30)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -330,15 +338,14 @@ KINDS = {
 def test_forward_and_gradients_are_those_of_pefts_dora(kind: str, training: bool) -> None:
     base = KINDS[kind]()
     layer = moved(WeightDecomposed(base, rank=4, alpha=6.0)).train(training)
-    twin = peft_twin(base, layer).train(training)
-    x = torch.randint(30, (3, 5)) if kind == "embedding" else torch.randn(3, 5, 30)
+    twin, x = peft_twin(base, layer).train(training), inputs(kind)
     ours, theirs = layer(x), twin(x)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
     weighing = torch.randn(ours.shape) / ours.numel()
     (ours * weighing).sum().backward()
     (theirs * weighing).sum().backward()
     for mine, parameter in zip((layer.A, layer.B, layer.magnitude.weight), peft_parameters(twin), strict=True):
-        torch.testing.assert_close(mine.grad, parameter.grad, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(mine.grad, parameter.grad.view(mine.shape), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -346,8 +353,8 @@ def test_a_training_step_is_that_of_pefts_dora(kind: str) -> None:
     base = KINDS[kind]()
     layer = WeightDecomposed(base, rank=4, alpha=6.0)
     twin = peft_twin(base, layer)
-    x = torch.randint(30, (3, 5)) if kind == "embedding" else torch.randn(3, 5, 30)
-    target = torch.randn(3, 5, 40)
+    x = inputs(kind)
+    target = torch.randn(layer(x).shape)
     ours = [layer.A, layer.B, layer.magnitude.weight]
     for parameters, module in ((ours, layer), (peft_parameters(twin), twin)):
         optimizer = torch.optim.SGD(parameters, lr=1.0)
@@ -357,5 +364,5 @@ def test_a_training_step_is_that_of_pefts_dora(kind: str) -> None:
             optimizer.step()
     assert all(p.grad.any() for p in ours)
     for mine, parameter in zip(ours, peft_parameters(twin), strict=True):
-        torch.testing.assert_close(mine, parameter, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(mine, parameter.view(mine.shape), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(layer(x), twin(x), rtol=1e-6, atol=1e-6)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
@@ -187,14 +188,11 @@ LOADERS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("checkpoint", [False, True], ids=["", "resumable"])
+@pytest.mark.parametrize(("kind", "checkpoint"), [*((kind, False) for kind in LOADERS), ("shuffled", True)])
 @pytest.mark.parametrize("probe", [Listener, Gradients])
-@pytest.mark.parametrize("kind", LOADERS)
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork")
 def test_a_run_is_what_it_is_without_calibration(kind: str, probe: type[Listener], checkpoint: bool) -> None:
     """Bit for bit: batches, weights, buffers, metrics, random numbers, and every line that is logged."""
-    if checkpoint and kind != "shuffled":
-        pytest.skip("one loader is enough to see that the two go together")
     results = []
     for listening in (False, True):
         net, lines, listener = Net(), Lines(), probe()
@@ -491,6 +489,12 @@ class Manual(Net):
 def test_a_wrong_setup_is_told(wrong: Callable[[], object], sentence: str) -> None:
     with pytest.raises(MisconfigurationException, match=sentence):
         wrong()
+
+
+def test_gradients_need_a_scale_that_is_known() -> None:
+    with pytest.raises(MisconfigurationException, match="GoRA reads gradients, and float16 gradients need"):
+        fit(Net(), Batches(1), *presets.gora(rank=2, targets=["0"]), plugins=[MixedPrecision("16-mixed", "cpu")])
+    fit(Net(), Batches(1), *presets.eva(rank=2, targets=["0"]), plugins=[MixedPrecision("16-mixed", "cpu")])
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,9 @@ test_weight_decomposed_with_gains = laws(partial(WeightDecomposed, rank=4, compo
 test_weight_decomposed_with_dropout = laws(
     partial(WeightDecomposed, rank=3, dropout=0.2, components="dynamic_dora"), ("linear", "conv1d", "attention_in")
 )
+test_weight_decomposed_with_triplets = laws(
+    partial(WeightDecomposed, rank=3, components="adalora"), ("linear", "convolution_1d")
+)
 
 test_taylor = importance_laws(Taylor)
 test_taylor_of_lora = importance_laws(Taylor, partial(LoRA, rank=4))

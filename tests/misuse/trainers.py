@@ -15,11 +15,15 @@ from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_peft import (
     DEM,
+    EVA,
     AdapterCheckpoint,
     AdapterInjection,
+    Calibration,
+    RankBudget,
     RankMonitor,
     Regularization,
     eject,
@@ -124,6 +128,28 @@ def stop(trainer: Trainer, module: Any) -> None:
     trainer.should_stop = True
 
 
+def pretrained() -> Encoder:
+    """Adapters that have learned something."""
+    module = adapted()
+    with torch.no_grad():
+        for site in RankBudget.of(module).values():
+            site.adapter.B.fill_(0.1)
+    return module
+
+
+def stream(*also: Any) -> object:
+    """Training data that can be read once."""
+
+    class Stream(IterableDataset[Tensor]):
+        def __iter__(self) -> Any:
+            return iter(torch.randn(24, 8))
+
+    trainer = Trainer(accelerator="cpu", max_steps=2, logger=False, enable_checkpointing=False,
+                      enable_progress_bar=False, enable_model_summary=False, callbacks=list(also))  # fmt: skip
+    trainer.fit(Encoder(), DataLoader(Stream(), batch_size=2))
+    return trainer
+
+
 ROWS: Rows = {
     "a preset that is not unpacked": (lambda: fit(Encoder(), presets.lora(rank=4)), MisconfigurationException),
     "a Trainer from `pytorch_lightning`": (lambda: other(AdapterInjection(LORA)), MisconfigurationException),
@@ -199,6 +225,32 @@ ROWS: Rows = {
     "`ModelPruning` beside adapters": (
         lambda: fit(Encoder(), *presets.lora(rank=4), callbacks.ModelPruning("l1_unstructured", amount=0.5)),
         MisconfigurationException,
+    ),
+    "`Calibration` before `AdapterInjection`": (
+        lambda: fit(Encoder(), Calibration(EVA(2)), AdapterInjection(LORA)),
+        MisconfigurationException,
+    ),
+    "`RankMonitor` before `Calibration`": (
+        lambda: fit(Encoder(), AdapterInjection(LORA), RankMonitor(), Calibration(EVA(2))),
+        MisconfigurationException,
+    ),
+    "`Calibration` without adapters": (lambda: fit(Encoder(), Calibration(EVA(2))), MisconfigurationException),
+    "calibration of adapters that are trained": (
+        lambda: fit(pretrained(), Calibration(EVA(2))),
+        RuntimeError,
+    ),
+    "calibration with manual optimization": (
+        lambda: fit(Manual(), *presets.eva(rank=2)),
+        MisconfigurationException,
+    ),
+    "calibration without a batch": (
+        lambda: fit(Encoder(), *presets.eva(rank=2), limit_train_batches=0),
+        MisconfigurationException,
+    ),
+    "calibration on a stream": (lambda: stream(*presets.eva(rank=2)), MisconfigurationException),
+    "calibration by layers that are not used": (
+        lambda: fit(Unused(), *presets.eva(rank=2, targets=["query"])),
+        RuntimeError,
     ),
     "`RankPruning` without adapters": (lambda: fit(Encoder(), pruning(rank=2)), MisconfigurationException),
     "`RankMonitor` without adapters": (lambda: fit(Encoder(), RankMonitor()), MisconfigurationException),
