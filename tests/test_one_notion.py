@@ -155,6 +155,19 @@ def test_shared_code_names_no_method() -> None:
     assert found == set(REASONED)
 
 
+def test_every_method_is_under_the_laws() -> None:
+    """Every adapter and every importance of the package has its line in tests/laws; adopted ones need a PEFT model."""
+    methods()  # imports all
+    lines = (Path(__file__).parent / "laws" / "test_laws.py").read_text(encoding="utf-8")
+    wanted = {leaf for kind in (Adapter, Importance) for leaf in leaves(kind)}
+    missing = {
+        leaf.__name__
+        for leaf in wanted
+        if not leaf.__module__.startswith("lightning_peft.interop.") and not re.search(rf"\b{leaf.__name__}\b", lines)
+    }
+    assert missing == set()
+
+
 @pytest.mark.parametrize(
     "source",
     [
