@@ -194,6 +194,13 @@ def elalora(classifier: TextClassifier, steps: int, rank: int) -> Prepared:
     return _ours(classifier, presets.elalora(rank, alpha=2 * ALPHA[rank], targets=[ENCODER_LINEARS]))
 
 
+def eva(classifier: TextClassifier, steps: int, rank: int) -> Prepared:
+    """LoRA whose ranks and first directions come from the layers' inputs."""
+    from lightning_peft import presets
+
+    return _ours(classifier, presets.eva(rank, alpha=ALPHA[rank], compact="at_once", targets=[ENCODER_LINEARS]))
+
+
 def _ours(classifier: TextClassifier, callbacks: list[Callback]) -> Prepared:
     from lightning_peft import RankBudget, to_hf_peft
 
@@ -273,6 +280,7 @@ METHODS: dict[str, Method] = {
     "weight-decomposed": Method(
         "weight-decomposed, dynamic rank", weight_decomposed, _settings(init=start_rank, preset="default")
     ),
+    "eva": Method("EVA ranks", eva, _settings(alpha=ALPHA.get, dropout=0.0, rho=2, tau=0.99, batches=64), seeds=(0,)),
     "sora": Method(
         "SoRA",
         sora,

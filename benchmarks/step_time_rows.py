@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from lightning_peft import DEM, Budget, DynamicDoRA, LoRA, RankBudget, RankPolicy, inject
+from lightning_peft import DEM, Budget, DynamicDoRA, LoRA, RankBudget, RankPolicy, WeightDecomposed, inject
 from lightning_peft.adapters import dynamic_dora
 from lightning_peft.functional.low_rank import low_rank_linear, low_rank_linear_reference
 from lightning_peft.regularizers import regularized
@@ -98,6 +98,14 @@ def our_lora(run: Run) -> Row:
     return _step(run, model)
 
 
+def our_decomposed(run: Run) -> Row:
+    """`WeightDecomposed`, rank 8."""
+    model = run.shape.encoder()
+    factory = partial(WeightDecomposed, rank=RANK, alpha=ALPHA, dropout=run.dropout)
+    inject(model, factory, [ENCODER_LINEARS], ["classifier"])
+    return _step(run, model)
+
+
 def our_dora(run: Run, scoring: bool = True, dem: bool = True) -> Row:
     """`DynamicDoRA`, 12 to 8; scores after every step, DEM in every loss, a cut after every tenth step."""
     model = run.shape.encoder()
@@ -148,8 +156,8 @@ class _NoGate(nn.Module):
         return self.linear(x, self.base.weight, self.base.bias, self.A, self.B, self.value, self.dropout)
 
 
-def peft_lora(run: Run) -> Row:
-    """HF PEFT's LoRA, rank 8."""
+def peft_lora(run: Run, weight_decomposed: bool = False) -> Row:
+    """HF PEFT's LoRA, rank 8; with lengths of the weights' rows it is its DoRA."""
     from peft import LoraConfig, TaskType, get_peft_model
 
     config = LoraConfig(
@@ -158,6 +166,7 @@ def peft_lora(run: Run) -> Row:
         lora_alpha=int(ALPHA),
         lora_dropout=run.dropout,
         target_modules=rf".*{ENCODER_LINEARS}\.(query|key|value|dense)",
+        use_dora=weight_decomposed,
     )
     return _step(run, get_peft_model(run.shape.encoder(), config))
 
@@ -186,6 +195,8 @@ ROWS: dict[str, tuple[str, Callable[[Run], Row]]] = {
     "floor": ("floor: frozen forward, gradient to the inputs", floor),
     "peft-lora": ("PEFT LoRA r=8", peft_lora),
     "lora": ("LoRA r=8", our_lora),
+    "peft-decomposed": ("PEFT LoRA r=8 with use_dora", partial(peft_lora, weight_decomposed=True)),
+    "decomposed": ("WeightDecomposed r=8", our_decomposed),
     "peft-adalora": ("PEFT AdaLoRA 12→8, allocator every step", peft_adalora),
     "dora": ("DynamicDoRA 12→8, scores and DEM every step", our_dora),
     "dora-no-dem": ("DynamicDoRA 12→8, scores every step", partial(our_dora, dem=False)),

@@ -23,7 +23,9 @@ from lightning_peft.adapters import (
 from lightning_peft.callbacks import (
     AdapterCheckpoint,
     AdapterInjection,
+    Adoption,
     Calibration,
+    RankAllocation,
     RankMonitor,
     RankPruning,
     Regularization,
@@ -32,7 +34,9 @@ from lightning_peft.checkpoint import AdapterFileError, adapter_state_dict, load
 from lightning_peft.convert import Conversion, convert
 from lightning_peft.export import Merged, compact, merge
 from lightning_peft.heat_map import rank_heat_map
+from lightning_peft.interop.adoption import adopt, release
 from lightning_peft.interop.folder import Export
+from lightning_peft.interop.from_peft import from_hf_peft
 from lightning_peft.interop.hf_peft import to_hf_peft
 from lightning_peft.interop.merged import save_merged
 from lightning_peft.planning import Plan, plan
@@ -65,6 +69,7 @@ __all__ = [
     "AdapterFactory",
     "AdapterFileError",
     "AdapterInjection",
+    "Adoption",
     "Budget",
     "Calibration",
     "Conversion",
@@ -88,6 +93,7 @@ __all__ = [
     "Policy",
     "Probe",
     "PruneAndGrow",
+    "RankAllocation",
     "RankBudget",
     "RankMonitor",
     "RankPolicy",
@@ -104,9 +110,11 @@ __all__ = [
     "UntilTail",
     "WeightDecomposed",
     "adapter_state_dict",
+    "adopt",
     "compact",
     "convert",
     "eject",
+    "from_hf_peft",
     "inject",
     "load",
     "merge",
@@ -114,6 +122,7 @@ __all__ = [
     "presets",
     "rank_heat_map",
     "regularized",
+    "release",
     "save_merged",
     "small_parameters",
     "to_hf_peft",

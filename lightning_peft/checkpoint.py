@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -41,10 +41,11 @@ VERSION = 1
 _FLOATING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
-def _is_plain(value: object) -> bool:
-    if isinstance(value, dict):
+def _is_plain(value: Any) -> bool:
+    # Exact types, as `check_plain` wants them when the file is read: a subclass would be saved and never load.
+    if type(value) is dict:
         return all(type(key) is str and _is_plain(item) for key, item in value.items())
-    if isinstance(value, list | tuple):
+    if type(value) in (list, tuple):
         return all(map(_is_plain, value))
     return value is None or type(value) in (bool, int, float, str)
 
@@ -242,6 +243,25 @@ def load(module: nn.Module, path: str | PathLike[str]) -> nn.Module:
     checkpoint, source = read(path), str(path)
     check_entry(checkpoint, source)
     entry = checkpoint[ENTRY]
+    undo = None if adapters(module) else _take_over(module, entry["recipe"], source)
+    try:
+        return _load(module, checkpoint, source)
+    except BaseException:
+        if undo is not None:
+            undo()
+        raise
+
+
+def _take_over(module: nn.Module, recipe: Mapping[str, Any], source: str) -> Callable[[], None] | None:
+    """Have the adapters that live in another library's layers, which are there; ``None`` if the file has none such."""
+    if not recipe["adapters"]:
+        return None
+    kind = adapter_class(recipe["adapters"][0]["class"], source)
+    return kind.take_over(module, recipe, source) if kind.hosted else None
+
+
+def _load(module: nn.Module, checkpoint: Mapping[str, Any], source: str) -> nn.Module:
+    entry = checkpoint[ENTRY]
     layers = adaptable(module)
     prefix = _prefix(entry["recipe"], {*layers, *adapters(module)}, source)
     if prefix:
@@ -274,6 +294,8 @@ def _plan(
     plan: dict[str, tuple[nn.Module, AdapterFactory]] = {}
     for group in checkpoint[ENTRY]["recipe"]["adapters"]:
         kind, arguments = adapter_class(group["class"], source), group["arguments"]
+        if kind.hosted:
+            raise AdapterFileError(f"{source} mixes {kind.__name__} with adapters of other kinds; use another copy.")
         check_arguments(kind, arguments, source)
         for name in group["layers"]:
             if name not in layers:

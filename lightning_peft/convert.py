@@ -16,7 +16,7 @@ from lightning_peft.export import own_random, require_whole
 from lightning_peft.functional.product_svd import product_svd
 from lightning_peft.rank.allocation import open_best
 from lightning_peft.rank.budget import WHOLE, Budget, RankBudget
-from lightning_peft.surgery import adapters, replace
+from lightning_peft.surgery import adapters, refuse_hosted, replace
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,7 @@ def convert(module: nn.Module, rank: int | float | Budget) -> Conversion:
     found = adapters(module)
     if not found:
         raise ValueError(f"convert found no adapter in {type(module).__name__}; inject puts them in.")
+    refuse_hosted(module, "convert")
     require_whole(module, "convert")
     low = {name: _low_rank(name, adapter) for name, adapter in found.items()}
     budget = RankBudget(dict(RankBudget.of(module)))  # what is there, without what was cut out before

@@ -20,7 +20,7 @@ from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.layers import stored
 from lightning_peft.distributed import is_shard
 from lightning_peft.rank.budget import clean_name
-from lightning_peft.surgery import adapters, eject, is_flattened, replace
+from lightning_peft.surgery import adapters, eject, is_flattened, refuse_hosted, replace
 
 A = TypeVar("A", bound=Adapter)
 
@@ -181,6 +181,7 @@ def _found(module: nn.Module, verb: str) -> dict[str, Adapter]:
     found = adapters(module)
     if not found:
         raise ValueError(f"{verb} found no adapter in {type(module).__name__}; inject puts them in.")
+    refuse_hosted(module, verb)
     return found
 
 

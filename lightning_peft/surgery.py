@@ -19,8 +19,9 @@ from lightning_peft.rank.budget import WHOLE, clean_name, layer_name
 
 # Attribute of the module that inject was called on: requires_grad before, by name, where inject changed it.
 _BEFORE = "_requires_grad_before_inject"
+KEPT = "_kept_by_inject"
+"""Likewise: names of what stayed trainable beside the adapters."""
 _DEFAULT = "all linear layers and convolutions except the head"  # what targets=None means, in sentences
-_KEPT = "_kept_by_inject"  # likewise: names of what stayed trainable beside the adapters
 
 
 @dataclass(frozen=True)
@@ -114,12 +115,19 @@ def inject(
         )
     first = next((name for name, child in module.named_modules() if isinstance(child, Adapter)), None)
     if first is not None:
+        refuse_hosted(module, "inject")
         # Adding to them would freeze them, and the layers left over are no longer where the head can be told from.
         raise ValueError(
             f"{type(module).__name__} has adapters already, the first at {clean_name(first)!r}: call eject first, or "
             "inject all layers in one call. Parts of a model can have adapters of their own: call inject on each part."
         )
     for name, child in module.named_modules():
+        # By its class's name, for PEFT may not be installed; its layers hold the linear layers A and B.
+        if any(c.__name__ == "BaseTunerLayer" and c.__module__.startswith("peft.") for c in type(child).__mro__):
+            raise ValueError(
+                f"{type(module).__name__} is a PEFT model: {clean_name(name)!r} has an adapter of PEFT's. Keep it, "
+                "with adopt(model) or the callback Adoption; or inject into the base model alone."
+            )
         if name.rpartition(".")[2] == "_orig_mod" and why_not(child) is None:
             raise ValueError(
                 f"the layer {clean_name(name)!r} is compiled, and what was compiled knows no adapter: inject first, "
@@ -186,7 +194,7 @@ def install(
     for parameter in module.parameters():
         if id(parameter) not in own:  # an adapter knows itself what it trains
             parameter.requires_grad_(id(parameter) in kept_ids)
-    module.__dict__[_KEPT] = tuple(sorted(names))
+    module.__dict__[KEPT] = tuple(sorted(names))
     module.__dict__[_BEFORE] = {name: wanted for name, wanted in trainable.items() if wanted != (name in names)}
     return Injection(
         adapted=tuple(built),
@@ -206,15 +214,30 @@ def eject(module: nn.Module) -> None:
         ValueError: there is no adapter.
     """
     found = [child for child in module.modules() if isinstance(child, Adapter)]
+    refuse_hosted(module, "eject")
     if not found:
         raise ValueError(f"eject found no adapter in {type(module).__name__}; inject puts them in.")
     replace(module, {id(adapter): adapter.base for adapter in found})
     for owner in list(module.modules()):
         before = owner.__dict__.pop(_BEFORE, {})
-        owner.__dict__.pop(_KEPT, None)
+        owner.__dict__.pop(KEPT, None)
         owner.__dict__.pop(WHOLE, None)
         for name, parameter in owner.named_parameters():
             parameter.requires_grad_(before.get(clean_name(name), parameter.requires_grad))
+
+
+def refuse_hosted(module: nn.Module, verb: str) -> None:
+    """Refuse adapters that live in another library's layers, which we neither put in nor take out.
+
+    Raises:
+        ValueError: there is one.
+    """
+    name = next((name for name, adapter in adapters(module).items() if adapter.hosted), None)
+    if name is not None:
+        raise ValueError(
+            f"{verb} is for adapters that stand in a layer's place, and the one at {name!r} is PEFT's own, adopted. "
+            "Call release(model), which leaves a PEFT model of the same outputs; its merge_and_unload() merges."
+        )
 
 
 def replace(module: nn.Module, new: Mapping[int, nn.Module]) -> None:
@@ -257,7 +280,7 @@ def trained(module: nn.Module) -> dict[str, nn.Parameter]:
     """
     ids = {id(p) for adapter in adapters(module).values() for _, p in adapter.own_parameters()}
     for owner in module.modules():
-        kept = owner.__dict__.get(_KEPT, ())
+        kept = owner.__dict__.get(KEPT, ())
         if kept:
             ids |= {id(p) for name, p in owner.named_parameters() if clean_name(name) in kept}
     named = module.named_parameters(remove_duplicate=False)

@@ -17,6 +17,8 @@ from transformers import (
     GPT2LMHeadModel,
     T5Config,
     T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from lightning_peft import LoRA, inject
@@ -26,6 +28,9 @@ BERT = BertConfig(
     hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=40, num_labels=3
 )
 GPT2 = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=40, n_positions=16, bos_token_id=0, eos_token_id=0)
+VIT = ViTConfig(
+    hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4
+)
 T5 = T5Config(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, vocab_size=40)
 
 BERT_LINEAR = {
@@ -35,6 +40,13 @@ BERT_LINEAR = {
     "encoder.layer.0.attention.output.dense",
     "encoder.layer.0.intermediate.dense",
     "encoder.layer.0.output.dense",
+}
+
+
+VIT_LAYERS = {
+    name
+    for name, layer in ViTForImageClassification(VIT).vit.named_modules(prefix="vit")
+    if isinstance(layer, (nn.Linear, nn.Conv2d))
 }
 
 
@@ -59,6 +71,15 @@ class MLP(nn.Module):
         self.body = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
         self.head = nn.Linear(8, 3)
         self.norm = nn.LayerNorm(3)
+
+
+def labels_every_pixel() -> nn.Module:
+    down, up = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), nn.ConvTranspose2d(8, 8, 2)
+    return nn.ModuleDict({"down": down, "up": up, "out": nn.Conv2d(8, 4, 1)})
+
+
+def convolutions() -> nn.Module:
+    return nn.Sequential(nn.Conv1d(4, 8, 3), nn.Conv1d(8, 8, 3, groups=2), nn.Conv1d(8, 8, 3), nn.Linear(8, 2))
 
 
 def transformer() -> nn.Module:
@@ -92,6 +113,10 @@ def transformer() -> nn.Module:
         ),
         (MLP, {"body.0", "body.2"}, {"head.weight", "head.bias"}),
         (lambda: nn.Sequential(nn.Linear(8, 8)), {"0"}, set()),
+        (convolutions, {"0", "2"}, {"3.weight", "3.bias"}),
+        (labels_every_pixel, {"down.0"}, {"out.weight", "out.bias"}),
+        (lambda: nn.Sequential(nn.Conv3d(4, 8, 2)), {"0"}, set()),
+        (lambda: ViTForImageClassification(VIT), VIT_LAYERS, {"classifier.weight", "classifier.bias"}),
         (
             transformer,
             {"0.self_attn.in_proj", "0.self_attn.out_proj", "0.linear1", "0.linear2"},
@@ -108,6 +133,10 @@ def transformer() -> nn.Module:
         "own_head",
         "mlp",
         "one_layer",
+        "convolutions",
+        "labels_every_pixel",
+        "one_convolution",
+        "vit",
         "transformer",
         "attention_last",
     ],

@@ -22,10 +22,14 @@ import pytest
 
 import lightning_peft
 from lightning_peft import Adapter, Importance, RankPolicy, Regularizer, presets
+from lightning_peft.rank.policy import Policy
 
 PACKAGE = Path(lightning_peft.__file__).parent
 EXAMPLE = "an error's advice: an example of what to write"
 PEFT = "PEFT's name of its file format, not of a class of ours"
+ADOPTS = "it makes the views of PEFT's layers, or says which of PEFT's methods it takes; nothing shared asks for these"
+DRIVES = "a callback for PEFT's own AdaLoRA, and nothing else"
+THEIRS = "the terms that stand for PEFT's own losses, where a model has them"
 # Shared code that names a method: file, name -> why it is no special case.
 REASONED = {
     ("callbacks/pruning.py", "Taylor"): EXAMPLE,
@@ -33,10 +37,30 @@ REASONED = {
     ("cli.py", "dynamic_dora"): "an option's help: an example of what to write",
     ("rank/policy.py", "Taylor"): EXAMPLE,
     ("surgery.py", "LoRA"): EXAMPLE,
+    ("convert.py", "LoRA"): "what it makes of any low-rank adapter: the plain sum of components",
+    ("convert.py", "lora"): "its import",
     ("interop/hf_peft.py", "LoRA"): PEFT,
     ("interop/layout.py", "LoRA"): PEFT,
     ("planning/command.py", "lora"): "the preset that is planned if none is named; all are known by their signatures",
+    **{
+        ("interop/adoption.py", name): ADOPTS
+        for name in ("Adopted", "AdoptedAdaLoRA", "AdoptedLoRA", "AdaLoRA", "KaSA")
+    },
+    **{("interop/adoption.py", name): ADOPTS for name in ("LoRA", "lora")},
+    **{("interop/adopted_export.py", name): ADOPTS for name in ("Adopted", "AdoptedAdaLoRA", "AdoptedLoRA", "AdaLoRA")},
+    ("interop/adopted_export.py", "eva"): "PEFT's name of a start that leaves the base as it is",
+    **{("callbacks/allocation.py", name): DRIVES for name in ("AdaLoRA", "LoRA")},
+    **{("callbacks/peft_losses.py", name): THEIRS for name in ("AdaLoRAOrthogonality", "KaSA", "MonteCLoRA")},
+    ("testing/trial.py", "DynamicDoRA"): "what laws of importances are tried on unless another adapter is given",
+    ("testing/trial.py", "dynamic_dora"): "its import",
     ("testing/equations.py", "Taylor"): "a law about what the mask's gradient measures, which is this importance",
+}
+# Files that are about methods of PEFT as PEFT has them, by its names: they serve no method of ours.
+OF_PEFT = {
+    "callbacks/allocation.py": "drives PEFT's own AdaLoRA, which has a schedule and a budget of its own",
+    "callbacks/peft_losses.py": "adds to the loss what PEFT's own methods want added",
+    "interop/adoption.py": "tells the layers apart that PEFT has injected",
+    "interop/adopted_export.py": "writes them in the formats that PEFT has for them",
 }
 
 
@@ -60,8 +84,8 @@ def methods() -> dict[str, set[Path]]:
     for name in modules():
         import_module(name)
     found: dict[str, set[Path]] = {}
-    for kind in (Adapter, Importance, RankPolicy, Regularizer):
-        for leaf in leaves(kind):
+    for kind in (Adapter, Importance, Policy, Regularizer):
+        for leaf in set(leaves(kind)) - {RankPolicy}:  # of schedule and importance: the notion itself
             file = Path(inspect.getfile(leaf))
             for name in (leaf.__name__, *([file.stem] if file.parent.name == "adapters" else [])):
                 found.setdefault(name, set()).add(file)
@@ -77,7 +101,10 @@ def shared() -> list[Path]:
     return [
         path
         for path in sorted(PACKAGE.rglob("*.py"))
-        if path not in own and path.name != "__init__.py" and path.parent.name != "presets"
+        if path not in own
+        and path.name != "__init__.py"
+        and path.parent.name != "presets"
+        and path.relative_to(PACKAGE).as_posix() not in OF_PEFT
     ]
 
 
@@ -122,6 +149,7 @@ def test_shared_code_names_no_method() -> None:
     wanted += ("rank/budget.py", "rank/policy.py", "callbacks/monitor.py", "callbacks/checkpoint.py")
     wanted += ("interop/layout.py", "planning/estimate.py", "planning/command.py", "rebuild.py", "validation.py")
     assert set(wanted) <= set(files)
+    assert all((PACKAGE / file).is_file() for file in OF_PEFT)
     names = set(methods())
     found = {(file, name) for file in files for name in named((PACKAGE / file).read_text(encoding="utf-8"), names)}
     assert found == set(REASONED)

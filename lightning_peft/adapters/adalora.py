@@ -36,13 +36,14 @@ class AdaLoRA(LowRank):
     entry of E and a column of B. A, B and E are trained, W and b are frozen.
 
     Args:
-        base: Linear, Conv1D or Embedding layer; frozen and kept.
+        base: Linear, Conv1d, Conv2d, Conv3d, Embedding or transformers' Conv1D layer; frozen and kept.
         rank: number of triplets r at the start, PEFT's `init_r`; the paper takes 1.5 times the final average.
         alpha: update scale; the update is multiplied by alpha / r for the whole run, however many triplets are open.
         dropout: probability of dropout on the adapter's input, while training.
 
     Shape:
-        x: (..., d_in) -> (..., d_out); for an embedding (...) indices -> (..., d_out)
+        x: (..., d_in) -> (..., d_out); for an embedding (...) indices -> (..., d_out);
+        for a convolution ([N,] c_in, *places) -> ([N,] d_out, *places), with d_in = c_in / groups * prod(kernel)
 
     Raises:
         TypeError: the layer is of a kind that cannot be adapted.

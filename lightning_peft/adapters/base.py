@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -33,10 +33,13 @@ class Adapter(nn.Module, ABC):
     Attributes:
         mergeable: whether `effective_weight` says all, so that the adapter can be merged into its base.
         identity_at_start: whether a new adapter gives the base's output bit for bit.
+        hosted: whether its tensors live in another library's layer, which computes. Such an adapter stands in no
+            layer's place, so it is neither put in, taken out, merged nor cut here.
     """
 
     mergeable: ClassVar[bool] = True
     identity_at_start: ClassVar[bool] = True
+    hosted: ClassVar[bool] = False
 
     base: nn.Module
     gate: Gate | None
@@ -92,6 +95,17 @@ class Adapter(nn.Module, ABC):
         no such constant.
         """
         yield
+
+    @classmethod
+    def take_over(cls, module: nn.Module, recipe: Mapping[str, Any], source: str) -> Callable[[], None]:
+        """Have hosted adapters where a checkpoint's recipe has them, before it is loaded; returns the undoing.
+
+        Args:
+            module: has the other library's layers already.
+            recipe: what the checkpoint says of its adapters.
+            source: what to call the checkpoint.
+        """
+        raise TypeError(f"{cls.__name__} is not hosted: it is built around a layer.")
 
     def arguments(self) -> dict[str, Any]:
         """The constructor's arguments but `base`, so that `type(self)(base, **arguments)` builds the same structure."""

@@ -23,7 +23,8 @@ class LowRank(Adapter):
 
         y = W x + b + scaling * B diag(value) A drop(x)
 
-    A subclass makes the gate (its mask, and the paper's gain if it has one), fills A and B, and says what scaling is.
+    A subclass fills A and B in `reset_parameters`, and that is all it must do. It may make a gate with the paper's gain
+    in `_make_gate`, freeze a factor (`self.A.requires_grad_(False)`), and say what scaling is.
 
     A: (r, d_in).  B: (d_out, r).  value: (r,), the gate's gain times its mask.  All are float32, or the base's dtype
     where that is wider, whatever the dtype of the base.
@@ -47,7 +48,7 @@ class LowRank(Adapter):
     B: nn.Parameter
     gate: Gate
 
-    def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float) -> None:
+    def __init__(self, base: nn.Module, rank: int = 8, alpha: float = 16.0, dropout: float = 0.0) -> None:
         reason = why_not(base)
         if reason is not None:
             raise TypeError(f"{type(self).__name__} cannot adapt this layer: {reason}.")
@@ -84,9 +85,9 @@ class LowRank(Adapter):
             with torch.no_grad():
                 self.A[:, base.padding_idx] = 0
 
-    @abstractmethod
     def _make_gate(self, d_in: int, d_out: int) -> Gate:
-        """The gate of `self.rank` components."""
+        """The gate of `self.rank` components, by default without a gain; A and B are there, and not yet filled."""
+        return Gate(self.rank, cost=d_in + d_out).to(self.A.device)
 
     @abstractmethod
     def reset_parameters(self) -> None:

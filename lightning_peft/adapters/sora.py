@@ -31,13 +31,14 @@ class SoRA(LowRank):
     By itself nothing makes g sparse: :class:`SoftThreshold` does.
 
     Args:
-        base: Linear, Conv1D or Embedding layer; frozen and kept.
+        base: Linear, Conv1d, Conv2d, Conv3d, Embedding or transformers' Conv1D layer; frozen and kept.
         rank: number of components R at the start.
         alpha: update scale; the update is multiplied by alpha / R and never rescaled as components close.
         dropout: probability of dropout on the adapter's input, while training.
 
     Shape:
-        x: (..., d_in) -> (..., d_out); for an embedding (...) indices -> (..., d_out)
+        x: (..., d_in) -> (..., d_out); for an embedding (...) indices -> (..., d_out);
+        for a convolution ([N,] c_in, *places) -> ([N,] d_out, *places), with d_in = c_in / groups * prod(kernel)
 
     Raises:
         TypeError: the layer is of a kind that cannot be adapted.

@@ -7,25 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_peft.adapters.adalora import AdaLoRA
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.dynamic_dora import DynamicDoRA
 from lightning_peft.adapters.layers import is_convolution, is_transformers_conv1d, matrix
 from lightning_peft.adapters.lora import LoRA
 from lightning_peft.adapters.low_rank import LowRank
-from lightning_peft.functional.low_rank import low_rank_update
 from lightning_peft.functional.weight_decomposition import decomposed_linear, rescaled, row_norms
 from lightning_peft.rank.gate import Gate
 
-Components = Literal["lora", "dynamic_dora"]
+Components = Literal["lora", "dynamic_dora", "adalora"]
 
 # Whose gate and whose start the components have.
-_METHODS: dict[str, type[LowRank]] = {"lora": LoRA, "dynamic_dora": DynamicDoRA}
+_METHODS: dict[str, type[LowRank]] = {"lora": LoRA, "dynamic_dora": DynamicDoRA, "adalora": AdaLoRA}
 
 
 class Magnitude(nn.Module):
@@ -70,12 +70,14 @@ class WeightDecomposed(LowRank):
     costs d_out parameters whatever the rank: budgets count components, and do not count it.
 
     Args:
-        base: Linear, Conv1D or Embedding layer; frozen and kept.
+        base: Linear, Conv1d, Conv2d, Conv3d, Embedding or transformers' Conv1D layer; frozen and kept. A row of a
+            convolution's weight is the kernel of one output.
         rank: number of components r; at most min(d_in, d_out).
         alpha: update scale; the update is multiplied by alpha / r, with the rank given here.
         dropout: probability of dropout on the update's input, while training.
-        components: "lora" for components that start as LoRA's, with no gain (hard policies); "dynamic_dora" for those
-            of :class:`~lightning_peft.DynamicDoRA`, with a gain c (every policy, soft ones too).
+        components: "lora" for components that start as LoRA's, with no gain (hard policies); "dynamic_dora" or
+            "adalora" for those of :class:`~lightning_peft.DynamicDoRA` or :class:`~lightning_peft.AdaLoRA`, with a gain
+            c (every policy, soft ones too).
 
     Shape:
         x: (..., d_in) -> (..., d_out); for an embedding (...) indices -> (..., d_out)
@@ -109,11 +111,6 @@ class WeightDecomposed(LowRank):
     ) -> None:
         if components not in _METHODS:
             raise ValueError(f"components={components!r}: choose {', '.join(map(repr, get_args(Components)))}.")
-        if is_convolution(base):
-            raise TypeError(
-                f"WeightDecomposed cannot adapt this layer: {type(base).__name__} is a convolution. "
-                "Adapt it with LoRA or DynamicDoRA."
-            )
         self.components = components  # before the parts are built, which asks for it
         super().__init__(base, rank, alpha, dropout)
         self._held: Tensor | None = None
@@ -134,21 +131,26 @@ class WeightDecomposed(LowRank):
         return scale[:, None] * (weight.to(self.A.dtype) + self.update())
 
     def forward(self, x: Tensor) -> Tensor:
-        base, value = self.base, self.value()
+        base: Any = self.base
+        value = self.value()
         p = self.dropout if self.training else 0.0
         heard = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
         if not heard and (isinstance(base, nn.Linear) or is_transformers_conv1d(base)):
             weight = matrix(base)
             scale = self.magnitude(self._norms(weight))
-            return decomposed_linear(x, weight, base.bias, self.A, self.B, value, scale, p)  # type: ignore[arg-type]
+            return decomposed_linear(x, weight, base.bias, self.A, self.B, value, scale, p)
         y, norms, bias = self._called(x)
         if self._indexed:
-            padding: int | None = base.padding_idx  # type: ignore[assignment]
-            h = F.embedding(x, self.A.t(), padding) * value.to(self.A.dtype)
+            h = F.embedding(x, self.A.t(), base.padding_idx) * value.to(self.A.dtype)
             update = F.linear(h, self.B)
         else:
-            update = low_rank_update(x, self.A, self.B, value, p)
-        return rescaled(y + update.to(y.dtype), bias, self.magnitude(norms))
+            update = self._added(x, p)
+        scale = self.magnitude(norms)
+        if self._kernel is not None:
+            # A convolution's outputs are not the last dimension, but the first, or the second in a batch.
+            shape = (-1, *[1] * (len(self._kernel) - 1))
+            scale, bias = scale.view(shape), None if bias is None else bias.view(shape)
+        return rescaled(y + update.to(y.dtype), bias, scale)
 
     def _norms(self, weight: Tensor) -> Tensor:
         """Norms of the rows of the base's weight with the update; a constant for the gradient."""
@@ -157,7 +159,9 @@ class WeightDecomposed(LowRank):
     def _called(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The base's output, because somebody listens to it or it was wrapped; and norms and bias, read on the way."""
         layer = next(
-            m for m in self.base.modules() if isinstance(m, (nn.Linear, nn.Embedding)) or is_transformers_conv1d(m)
+            m
+            for m in self.base.modules()
+            if isinstance(m, (nn.Linear, nn.Embedding)) or is_convolution(m) or is_transformers_conv1d(m)
         )
         read: list[tuple[Tensor, Tensor | None]] = []
 

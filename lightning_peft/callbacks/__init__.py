@@ -1,5 +1,7 @@
 """Callbacks say when; the plain functions that they call say what."""
 
+from lightning_peft.callbacks.adoption import Adoption
+from lightning_peft.callbacks.allocation import RankAllocation
 from lightning_peft.callbacks.calibration import Calibration
 from lightning_peft.callbacks.checkpoint import AdapterCheckpoint
 from lightning_peft.callbacks.injection import AdapterInjection
@@ -10,7 +12,9 @@ from lightning_peft.callbacks.regularization import Regularization
 __all__ = [
     "AdapterCheckpoint",
     "AdapterInjection",
+    "Adoption",
     "Calibration",
+    "RankAllocation",
     "RankMonitor",
     "RankPruning",
     "Regularization",

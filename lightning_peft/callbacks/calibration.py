@@ -17,9 +17,9 @@ from torch import Tensor
 from lightning_peft.arguments import require_instance, require_integer
 from lightning_peft.callbacks.apart import training_batches
 from lightning_peft.callbacks.compaction import compact_in_training, require_compactable
-from lightning_peft.callbacks.injection import AdapterInjection
 from lightning_peft.callbacks.monitor import RankMonitor
 from lightning_peft.callbacks.order import callbacks_of, require_before
+from lightning_peft.callbacks.placement import AdapterPlacement
 from lightning_peft.callbacks.preflight import Preflight
 from lightning_peft.callbacks.pruning import RankPruning
 from lightning_peft.callbacks.steps import scaler_of
@@ -96,7 +96,7 @@ class Calibration(Preflight):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.done = False  # a checkpoint of this run says otherwise later
         super().setup(trainer, pl_module, stage)
-        require_before(trainer, self, AdapterInjection)
+        require_before(trainer, self, AdapterPlacement)
         for other in callbacks_of(trainer):
             if isinstance(other, RankPruning | RankMonitor):
                 require_before(trainer, other, Calibration)
@@ -109,6 +109,11 @@ class Calibration(Preflight):
             raise MisconfigurationException(
                 "Calibration found no adapter. Put AdapterInjection before it in the Trainer's callbacks, or call "
                 "inject() on the module first."
+            )
+        if any(site.adapter.hosted for site in RankBudget.of(pl_module).values()):
+            raise MisconfigurationException(
+                "Calibration gives our adapters their ranks and first values, and an adopted PEFT model has PEFT's. "
+                "Take Calibration out; PEFT has such starts of its own (init_lora_weights)."
             )
         if not pl_module.automatic_optimization:
             raise MisconfigurationException(

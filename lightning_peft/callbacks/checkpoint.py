@@ -17,8 +17,8 @@ from lightning_peft.adapters.base import Adapter
 from lightning_peft.archive import check_archive, reading
 from lightning_peft.callbacks.checkpoint_io import write_checkpoints_whole
 from lightning_peft.callbacks.compaction import fitting
-from lightning_peft.callbacks.injection import AdapterInjection
 from lightning_peft.callbacks.order import require_before
+from lightning_peft.callbacks.placement import AdapterPlacement
 from lightning_peft.callbacks.preflight import Preflight
 from lightning_peft.checkpoint import (
     ENTRY,
@@ -81,7 +81,7 @@ class AdapterCheckpoint(Preflight):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        require_before(trainer, self, AdapterInjection)
+        require_before(trainer, self, AdapterPlacement)
         self._detach()
         self._restored = self._gradients = self._stopped = None
         if not flattens(trainer.strategy):

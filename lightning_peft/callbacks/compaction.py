@@ -11,8 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_peft.callbacks.injection import COPIERS
 from lightning_peft.callbacks.order import callbacks_of
+from lightning_peft.callbacks.placement import COPIERS
 from lightning_peft.compaction import compact_training
 from lightning_peft.rank.budget import RankBudget
 from lightning_peft.resizing import resized
@@ -51,6 +51,19 @@ def require_compactable(trainer: Trainer, asked: str = "RankPruning(compact=...)
             f"{asked} changes the shapes of parameters, and without AdapterCheckpoint a checkpoint "
             "does not say so: it could not be loaded again. Add AdapterCheckpoint() to the callbacks, or give the "
             "Trainer enable_checkpointing=False."
+        )
+
+
+def require_own(budget: RankBudget) -> None:
+    """Check that the adapters' tensors are ours to cut.
+
+    Raises:
+        MisconfigurationException: they live in another library's layers.
+    """
+    if any(site.adapter.hosted for site in budget.values()):
+        raise MisconfigurationException(
+            "RankPruning(compact=...) cuts parameters while training, and those of an adopted PEFT model are PEFT's "
+            "and stay. Use compact='never': to_hf_peft(model, folder, mode='compact') writes them at their true ranks."
         )
 
 

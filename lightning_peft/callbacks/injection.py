@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from lightning.pytorch import LightningModule, Trainer, callbacks
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import nn
-from torch.optim import Optimizer
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_peft.adapters.base import Adapter, AdapterFactory
-from lightning_peft.callbacks.order import callbacks_of, require_before, require_one
-from lightning_peft.callbacks.preflight import Preflight
-from lightning_peft.distributed import average_gradients, broadcast
-from lightning_peft.rank.budget import RankBudget
-from lightning_peft.seams import when_built, wrap_method
-from lightning_peft.strategies import (
-    averaged,
-    clip_by_norm,
-    clip_by_value,
-    is_sharded,
-    keep_masks_wide,
-    keep_whole,
-    small,
-)
-from lightning_peft.surgery import Injection, inject, is_flattened, require_factory
-
-# They copy the module in their setup and later meet it parameter by parameter. The second is not in every release.
-COPIERS = tuple(
-    vars(callbacks)[name] for name in ("StochasticWeightAveraging", "WeightAveraging") if hasattr(callbacks, name)
-)
+from lightning_peft.adapters.base import AdapterFactory
+from lightning_peft.callbacks.order import require_one
+from lightning_peft.callbacks.placement import AdapterPlacement
+from lightning_peft.surgery import Injection, adapters, inject, require_factory
 
 
-class AdapterInjection(Preflight):
+class AdapterInjection(AdapterPlacement):
     """Inject adapters into any LightningModule, at the one safe moment, and say what was done.
 
     In `setup` if the module's layers exist by then, else right after its `setup` or `configure_model`: always before
@@ -58,8 +38,6 @@ class AdapterInjection(Preflight):
         RuntimeError: after a step, adapters are not the same on all processes.
     """
 
-    averages_gradients = True
-
     def __init__(
         self,
         adapter: AdapterFactory,
@@ -67,91 +45,20 @@ class AdapterInjection(Preflight):
         train: Sequence[str] | None = None,
         verbose: bool = True,
     ) -> None:
+        super().__init__()
         require_factory(adapter)
         self.adapter = adapter
         self.targets = targets
         self.train = train
         self.verbose = verbose
         self.injection: Injection | None = None
-        self._unchecked = False
-        self._averaged: list[nn.Parameter] = []
-        self._undo: list[Callable[[], object]] = []
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
+    def _require_alone(self, trainer: Trainer) -> None:
         require_one(trainer, AdapterInjection, "name all layers in one: AdapterInjection(adapter, targets=[...])")
-        for other in callbacks_of(trainer):
-            if isinstance(other, COPIERS):
-                require_before(trainer, other, AdapterInjection)
-                if stage == "fit" and is_sharded(trainer.strategy):
-                    raise MisconfigurationException(
-                        f"{type(other).__name__} averages a copy of the whole module, and "
-                        f"{type(trainer.strategy).__name__} shards it. Average on one device or under DDP."
-                    )
-            if isinstance(other, callbacks.ModelPruning):
-                raise MisconfigurationException(
-                    "ModelPruning puts masked weights in place of those that adapters stand on, and the two cannot be "
-                    "combined. Prune ranks with RankPruning, or call merge() after training and prune then."
-                )
-        when_built(pl_module, self._inject)
-        when_built(pl_module, lambda module: keep_whole(trainer.strategy, module))
-        if is_sharded(trainer.strategy) and not self._undo:
-            self._undo = [
-                wrap_method(trainer.precision_plugin, "clip_grad_by_norm", clip_by_norm),
-                wrap_method(trainer.precision_plugin, "clip_grad_by_value", clip_by_value),
-                wrap_method(trainer.strategy, "setup", keep_masks_wide),
-            ]
 
-    def _inject(self, module: LightningModule) -> None:
-        if any(isinstance(child, Adapter) for child in module.modules()):
+    def _place(self, module: LightningModule) -> None:
+        if adapters(module):
             return
-        if any(map(is_flattened, module.parameters())):
-            raise MisconfigurationException(
-                f"configure_model of {type(module).__name__} has wrapped its layers in FSDP1, and adapters must be in "
-                "before that. Leave the wrapping to FSDPStrategy, or call inject there first and wrap with "
-                "ignored_states=small_parameters(self)."
-            )
         self.injection = inject(module, self.adapter, self.targets, self.train)
         if self.verbose:
             rank_zero_info(str(self.injection))
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_fit_start(trainer, pl_module)
-        self._averaged = averaged(trainer.strategy, pl_module)
-        if self._averaged:
-            broadcast(list(small(pl_module).values()))
-        self._unchecked = True
-
-    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Before gradients are unscaled and looked at: an overflow on one process is then one on all.
-        if self._averaged and not (pl_module.automatic_optimization and trainer.fit_loop._should_accumulate()):
-            average_gradients(self._averaged)
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        # Once: an adapter that took no part in the first loss stands where nobody calls it or reads its weight.
-        if not self._unchecked or all(p.grad is None for p in pl_module.parameters()):
-            return  # done, or there was no loss yet: training_step may return None
-        self._unchecked = False
-        idle = []
-        for name, site in RankBudget.of(pl_module).items():
-            trained = [p for _, p in site.adapter.own_parameters() if p.requires_grad]
-            if trained and all(p.grad is None for p in trained):
-                idle.append(name)
-        if idle:
-            rank_zero_warn(
-                f"{len(idle)} adapters took no part in the first loss: {', '.join(idle[:5])}"
-                f"{', ...' if len(idle) > 5 else ''}. The model neither calls these layers nor reads their weight "
-                "from them (it may hold the old layers elsewhere, or skip them): leave them out of the targets. Or it "
-                "recomputes them by re-entrant checkpointing, which gives no gradient: set use_reentrant=False."
-            )
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._release()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._release()
-
-    def _release(self) -> None:
-        self._averaged = []
-        while self._undo:
-            self._undo.pop()()

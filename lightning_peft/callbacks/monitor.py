@@ -11,8 +11,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_peft.callbacks.board import Hyperparameters, Pictures, boards, lay_out
-from lightning_peft.callbacks.injection import AdapterInjection
 from lightning_peft.callbacks.order import callbacks_of, require_before
+from lightning_peft.callbacks.placement import AdapterPlacement
 from lightning_peft.callbacks.preflight import Preflight
 from lightning_peft.callbacks.pruning import RankPruning
 from lightning_peft.rank.budget import RankBudget, Unit, whole
@@ -56,7 +56,7 @@ class RankMonitor(Preflight):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        require_before(trainer, self, AdapterInjection, RankPruning)
+        require_before(trainer, self, AdapterPlacement, RankPruning)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)

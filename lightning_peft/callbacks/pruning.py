@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_peft.arguments import require_instance
-from lightning_peft.callbacks.compaction import compact_in_training, require_compactable
-from lightning_peft.callbacks.injection import AdapterInjection
+from lightning_peft.callbacks.compaction import compact_in_training, require_compactable, require_own
 from lightning_peft.callbacks.order import require_before
+from lightning_peft.callbacks.placement import AdapterPlacement
 from lightning_peft.callbacks.preflight import Preflight
 from lightning_peft.callbacks.steps import TakenSteps, scaler_of, unscales_itself
 from lightning_peft.distributed import agreed, gather_objects
@@ -87,7 +87,7 @@ class RankPruning(Preflight):
         if stage == "fit" and self.compact != "never":
             require_compactable(trainer)
         super().setup(trainer, pl_module, stage)
-        require_before(trainer, self, AdapterInjection)
+        require_before(trainer, self, AdapterPlacement)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
@@ -97,6 +97,8 @@ class RankPruning(Preflight):
                 "RankPruning found no adapter to prune. Put AdapterInjection before it in the Trainer's callbacks, or "
                 "call inject() on the module first."
             )
+        if self.compact != "never":
+            require_own(budget)
         self._count_steps(trainer, pl_module)
         self._steps = TakenSteps()
         self._seen = self._event_at = 0

@@ -10,8 +10,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_peft.callbacks.injection import AdapterInjection
 from lightning_peft.callbacks.order import require_before, require_one
+from lightning_peft.callbacks.placement import AdapterPlacement
 from lightning_peft.callbacks.preflight import Preflight, optimized
 from lightning_peft.regularizers.base import Regularizer, regularized
 from lightning_peft.seams import when_built, wrap_method
@@ -58,7 +58,7 @@ class Regularization(Preflight):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        require_before(trainer, self, AdapterInjection)
+        require_before(trainer, self, AdapterPlacement)
         require_one(trainer, Regularization, "give all terms to one: Regularization({'first': ..., 'second': ...})")
         when_built(pl_module, self._register)
         when_built(pl_module, lambda module: keep_whole(trainer.strategy, module))

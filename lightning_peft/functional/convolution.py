@@ -107,7 +107,7 @@ def is_merged(x: Tensor, weight: Tensor, A: Tensor, groups: int = 1, dropout: fl
     """
     if dropout > 0 or not x.dtype == weight.dtype == A.dtype or weight.dtype not in _WIDE:
         return False
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
         return False
     d_out, (r, d_in) = weight.shape[0], A.shape
     return d_out * d_in <= 3 * max(r, _TILE) * (groups * d_in + d_out)

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -57,22 +58,18 @@ def row_norms(weight: Tensor, A: Tensor, B: Tensor, value: Tensor) -> Tensor:
         weight, A, B, value = (t.detach() for t in (weight, A, B, value))
         dtype = torch.promote_types(torch.promote_types(weight.dtype, A.dtype), torch.float32)
         A, Bv = A.to(dtype), B.to(dtype) * value.to(dtype)
-        piece = _PIECE if kind == "cpu" else _PIECE_ELSEWHERE
+        size = _PIECE if kind == "cpu" else _PIECE_ELSEWHERE
         d_out, d_in = weight.shape
         if weight.is_contiguous() or not weight.t().is_contiguous():
-            n = max(1, piece // d_in)
-            starts = range(0, d_out, n)
-            parts = [_norm(weight[i : i + n].to(dtype), Bv[i : i + n], A, dim=1) for i in starts]
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
-        # Stored as (d_in, d_out): a piece is some inputs of all rows, and the rows' norms come together from theirs.
-        At, vBt, n = A.t(), Bv.t(), max(1, piece // d_out)
-        parts = [_norm(weight.t()[i : i + n].to(dtype), At[i : i + n], vBt, dim=0) for i in range(0, d_in, n)]
-        return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0)
-
-
-def _norm(weight: Tensor, left: Tensor, right: Tensor, dim: int) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(torch.addmm(weight, left, right), dim=dim)
-    return norm
+            n = max(1, size // d_in)
+            rows = [slice(i, i + n) for i in range(0, d_out, n)]
+            return torch.cat([torch.addmm(weight[some].to(dtype), Bv[some], A).norm(dim=1) for some in rows])
+        # Stored as (d_in, d_out): a piece is some inputs of all rows. Summed by `sum`, which adds up in a tree: a norm
+        # along this dimension adds one by one, and loses digits over the tokens of a vocabulary.
+        Wt, At, vBt, n = weight.t(), A.t(), Bv.t(), max(1, size // d_out)
+        inputs = [slice(i, i + n) for i in range(0, d_in, n)]
+        squares = [torch.addmm(Wt[some].to(dtype), At[some], vBt).square_().sum(0) for some in inputs]
+        return torch.stack(squares).sum(0).sqrt()
 
 
 def rescaled(y: Tensor, bias: Tensor | None, scale: Tensor, out: Tensor | None = None) -> Tensor:
@@ -206,7 +203,7 @@ class _DecomposedLinear(torch.autograd.Function):
             value if B_grad else None,
             scale if x_grad or A_grad or B_grad or value_grad else None,
             Bv if x_grad or A_grad else None,
-            hT if B_grad or value_grad else None,
+            hT if B_grad or value_grad or (scale_grad and bias is not None) else None,
             # Not y, from which u can be had: what follows may change y in place, as it may change a linear layer's.
             u if scale_grad else None,
         )
@@ -227,16 +224,21 @@ class _DecomposedLinear(torch.autograd.Function):
         inner, noise, weight, bias, A, B, value, scale, Bv, hT, u = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1]).contiguous()
         dx = dbias = dA = dB = dvalue = dscale = None
-        if bias_grad or bias is not None:
-            dbias = g.sum(0)
         wide = _cast(g, ctx.dtype)
         if scale_grad:
             dscale = _products_summed(g, u.view(-1, u.shape[-1]), torch.promote_types(g.dtype, torch.float32))
-            if bias is not None:
-                dscale -= bias * dbias
+        if scale_grad and bias is not None:
+            # A row of ones sums over tokens: one more row in a product that is made anyway.
+            sums = F.pad(hT, (0, 0, 0, 1), value=1.0) @ wide
+            dscale -= bias * sums[-1]
+            products = sums[:-1]
+        elif B_grad or value_grad:
+            products = hT @ wide
+        if bias_grad:
+            dbias = g.sum(0)
         if B_grad or value_grad:
             # Not `contiguous()`, which leaves one column of stride d_out as it is: DDP's buckets want B's own strides.
-            P = _cast(hT @ wide, B.dtype).t().clone(memory_format=torch.contiguous_format).mul_(scale[:, None])
+            P = _cast(products, B.dtype).t().clone(memory_format=torch.contiguous_format).mul_(scale[:, None])
             if value_grad:
                 dvalue = (P * B).sum(0)
             if B_grad:
@@ -255,4 +257,4 @@ class _DecomposedLinear(torch.autograd.Function):
             else:
                 weight = _cast(weight * scale[:, None], g.dtype)
             dx = _cast(dx.addmm_(g, weight).view(ctx.x_shape), ctx.x_dtype)
-        return dx, None, dbias if bias_grad else None, dA, dB, dvalue, dscale, None
+        return dx, None, dbias, dA, dB, dvalue, dscale, None

@@ -35,7 +35,7 @@ class Export:
 
     Attributes:
         folder: where it is.
-        mode: "padded", "compact", "folded" or "merged".
+        mode: "padded", "compact", "folded", "adalora" or "merged".
         ranks: open components of every adapted layer.
         head: names of the modules whose trained weights were written beside the adapters.
         bytes: size of the weights' files.

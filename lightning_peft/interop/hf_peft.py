@@ -10,6 +10,9 @@ from typing import Any, Literal
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_peft.interop.adopted_export import lay_out_adopted, load_adopted, read_adopted
+from lightning_peft.interop.adoption import adopt as adopt
+from lightning_peft.interop.adoption import release as release
 from lightning_peft.interop.folder import Export, public_name, refuse_to_overwrite, whole_folder, write_card
 from lightning_peft.interop.host import below, find_host, trained_beside, whole_modules, with_statistics
 from lightning_peft.interop.layout import (
@@ -22,8 +25,10 @@ from lightning_peft.interop.layout import (
     target_modules,
     task_type,
 )
+from lightning_peft.interop.triplets import lay_out_triplets, read_triplets
 from lightning_peft.interop.verify import CONFIG, WEIGHTS, by_reading, with_peft
 from lightning_peft.rank.budget import RankBudget, clean_name
+from lightning_peft.surgery import adapters
 
 Check = Literal["auto", "peft", "files"]
 
@@ -50,13 +55,18 @@ def to_hf_peft(
     have lengths of their own. Lengths are for all layers of a PEFT folder or for none: where one layer has some, the
     others get those that change nothing.
 
+    A fourth, "adalora", writes PEFT's AdaLoRA format: A, E and B of the open triplets. PEFT alone reads it.
+
+    An adopted PEFT model (:func:`lightning_peft.adopt`) is written with its own config, cut to what is open: LoRA and
+    DoRA as above, AdaLoRA in its own format, or as a plain LoRA with "folded".
+
     The module is not changed. For a check with stock PEFT, memory for one more copy of the model is needed, for two in
     float32 if the model is narrower than that.
 
     Args:
         module: a transformers model, a LightningModule that holds one, or any module; with adapters inside.
         folder: adapter_config.json, adapter_model.safetensors and a model card README.md are written here, all or none.
-        mode: "padded", "compact" or "folded".
+        mode: "padded", "compact", "folded" or "adalora".
         head: keep the modules that were trained beside the adapters, such as a new classifier. A loaded base gets them
             with the adapters. Some servers refuse adapters with a head. Layers of the base with running statistics
             (batch norm) are kept likewise, because training changes these though the layer is frozen.
@@ -73,15 +83,17 @@ def to_hf_peft(
 
     Raises:
         ValueError: no adapter or none of a rank above 0; something trained cannot be expressed; a wrong mode or check.
-        TypeError: an adapter cannot be expressed in PEFT's LoRA format.
+        TypeError: an adapter cannot be expressed in PEFT's LoRA format, or its layer not in the AdaLoRA format.
         FileExistsError: the folder holds something else.
         ModuleNotFoundError: check="peft" without PEFT.
         RuntimeError: the check failed. No folder is left.
     """
     folder = Path(folder)
+    if any(adapter.hosted for adapter in adapters(module).values()):
+        return _write_adopted(module, folder, mode, head, check, inputs, base_model_name_or_path, overwrite)
     name, host = find_host(module, "to_hf_peft")
     targets = find_targets(host)
-    tensors, config = lay_out(targets, mode)
+    tensors, config = lay_out_triplets(targets) if mode == "adalora" else lay_out(targets, mode)
     checked = _how_to_check(check)
     refuse_to_overwrite(folder, overwrite)
     paths = [target.path for target in targets]
@@ -89,8 +101,8 @@ def to_hf_peft(
     statistics = with_statistics(host, trained)
     kept = _states(trained | statistics) if head else {}
     base = base_model_name_or_path or getattr(getattr(host, "config", None), "_name_or_path", None) or None
+    config = {"peft_type": "LORA"} | config
     config |= {
-        "peft_type": "LORA",
         "task_type": task_type(host, kept),
         "base_model_name_or_path": base,
         "target_modules": target_modules(host, paths),
@@ -116,9 +128,40 @@ def to_hf_peft(
         if checked == "peft":
             difference, how = with_peft(new, host, targets, kept, inputs)
         else:
-            difference, how = by_reading(new, targets, kept)
+            read = read_triplets if mode == "adalora" else by_reading
+            difference, how = read(new, targets, kept)
         size = (new / WEIGHTS).stat().st_size
     return Export(folder, mode, ranks, tuple(trained), size, difference, how, notes, left_out)
+
+
+def _write_adopted(
+    module: nn.Module,
+    folder: Path,
+    mode: Mode,
+    head: bool,
+    check: Check,
+    inputs: Any,
+    base: str | None,
+    overwrite: bool,
+) -> Export:
+    """:func:`to_hf_peft` for a PEFT model that was adopted: its own config and tensors, cut to what is open."""
+    layout = lay_out_adopted(module, mode, head)
+    checked = _how_to_check(check)
+    refuse_to_overwrite(folder, overwrite)
+    host = layout.model.get_base_model()
+    base = base or getattr(getattr(host, "config", None), "_name_or_path", None) or None
+    config = layout.config | {"base_model_name_or_path": base}
+    if config["task_type"] is None and hasattr(host, "config"):
+        config["auto_mapping"] = {"base_model_class": type(host).__name__, "parent_library": type(host).__module__}
+    with whole_folder(folder, overwrite) as new:
+        save_file(layout.tensors, new / WEIGHTS, metadata={"format": "pt"})
+        (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_card(
+            new, "peft", public_name(base), _card(host, public_name(base), mode, layout.ranks, layout.left_out, ())
+        )
+        compare = load_adopted(new, layout, inputs) if checked == "peft" else read_adopted(new, layout)
+        size = (new / WEIGHTS).stat().st_size
+    return Export(folder, mode, layout.ranks, layout.head, size, *compare, left_out=layout.left_out)
 
 
 def _how_to_check(check: Check) -> Check:

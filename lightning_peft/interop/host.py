@@ -12,7 +12,7 @@ from lightning_peft.export import require_whole
 from lightning_peft.heads import find_head, hub_models
 from lightning_peft.rank.budget import clean_name
 from lightning_peft.regularizers.base import Regularizer
-from lightning_peft.surgery import adapters
+from lightning_peft.surgery import adapters, refuse_hosted
 
 # Lists and dictionaries of modules are never called, so other tools cannot put a trained copy in their place.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
@@ -28,6 +28,7 @@ def find_host(module: nn.Module, verb: str) -> tuple[str, nn.Module]:
     found = adapters(module)
     if not found:
         raise ValueError(f"{verb} found no adapter in {type(module).__name__}; inject puts them in.")
+    refuse_hosted(module, verb)
     require_whole(module, verb)
     hosts = {
         clean_name(name): model

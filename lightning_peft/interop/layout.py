@@ -25,7 +25,7 @@ from lightning_peft.functional.weight_decomposition import row_norms
 from lightning_peft.rank.budget import clean_name
 from lightning_peft.surgery import adapters
 
-Mode = Literal["padded", "compact", "folded"]
+Mode = Literal["padded", "compact", "folded", "adalora"]
 Rank = TypeVar("Rank", int, float)  # a share of a rank is what a size is estimated with
 PREFIX = "base_model.model."
 
@@ -56,13 +56,21 @@ class Part:
         return f"{self.key}.lora_magnitude_vector"
 
     @property
+    def lengths_shape(self) -> tuple[int, ...]:
+        """Shape of the rows' lengths in the file: (d_out,), or (1, d_out, 1, ...) for a convolution."""
+        d_out = self.shape[0]
+        return (1, d_out, *[1] * (len(self.kernel) - 1)) if self.kernel else (d_out,)
+
+    @property
     def has_lengths(self) -> bool:
         """Whether the layer has lengths of its own: then it is more than its update, also where that is zero."""
         return self.adapter is not None and self.adapter.lengths() is not None
 
     @torch.no_grad()
     def lengths(self) -> Tensor:
-        """Lengths of the rows, (d_out,): the layer's own, or those with which PEFT's DoRA does what the layer does.
+        """Lengths of the rows: the layer's own, or those with which PEFT's DoRA does what the layer does.
+
+        In their :attr:`lengths_shape`.
 
         Raises:
             TypeError: there are none such.
@@ -77,7 +85,7 @@ class Part:
                 "theirs: its outputs would not be numbers. Leave the layer out, or export the merged model."
             )
         own = adapter.lengths()
-        return (norms if own is None else own.detach()).cpu().contiguous()
+        return (norms if own is None else own.detach()).cpu().contiguous().view(self.lengths_shape)
 
     def names(self) -> tuple[str, str]:
         """Names of A and B in the file."""

@@ -46,7 +46,7 @@ def exported_bytes(module: nn.Module, share: float | None, width: Callable[[Tens
             inner, outer = part.shapes(float(rank))
             tensors += [(name_a, inner, bytes_each), (name_b, outer, bytes_each)]
             if has_lengths(targets):
-                tensors.append((part.lengths_name, part.shape[:1], bytes_each))
+                tensors.append((part.lengths_name, part.lengths_shape, bytes_each))
     for kept, child in head.items():
         state = child.state_dict(keep_vars=True)
         tensors += [(f"{PREFIX}{kept}.{clean_name(key)}", tuple(t.shape), width(t)) for key, t in state.items()]

@@ -69,7 +69,7 @@ def with_peft(folder: Path, host: nn.Module, targets: Sequence[Target], head: He
         wrapper: Any = loaded.get_submodule(name)
         got = wrapper.modules_to_save["default"].state_dict()
         for key, tensor in kept.items():
-            _require(got[key], tensor, f"{name}.{key}")
+            require_close(got[key], tensor, f"{name}.{key}")
     samples = [inputs] if inputs is not None else made_up_inputs(host)
     difference = compare_outputs(ours, theirs, samples, given=inputs is not None)
     if difference is None:
@@ -86,22 +86,22 @@ def by_reading(folder: Path, targets: Sequence[Target], head: Head) -> tuple[flo
     config, tensors = _read(folder)
     worst = 0.0
     for target in targets:
-        rank = _first(config["rank_pattern"], target.path, config["r"])
-        scale = _first(config["alpha_pattern"], target.path, config["lora_alpha"]) / rank
+        rank = first_match(config["rank_pattern"], target.path, config["r"])
+        scale = first_match(config["alpha_pattern"], target.path, config["lora_alpha"]) / rank
         for part in target.parts:
-            A, B = (_take(tensors, name) for name in part.names())
+            A, B = (take(tensors, name) for name in part.names())
             wanted = part.update().cpu()
             # Before they are multiplied: a product can be far larger than its factors.
             if (tuple(A.shape), tuple(B.shape)) != part.shapes(rank):
                 raise RuntimeError(
                     f"{_WRONG}: {part.key} is of shape {tuple(A.shape)}, not of rank {rank} as configured."
                 )
-            worst = max(worst, _require((scale * B.flatten(1)) @ A.flatten(1), wanted, part.key))
+            worst = max(worst, require_close((scale * B.flatten(1)) @ A.flatten(1), wanted, part.key))
             if config["use_dora"]:
-                worst = max(worst, _require(_take(tensors, part.lengths_name), part.lengths(), part.lengths_name))
+                worst = max(worst, require_close(take(tensors, part.lengths_name), part.lengths(), part.lengths_name))
     for name, kept in head.items():
         for key, tensor in kept.items():
-            _require(_take(tensors, f"{PREFIX}{name}.{key}"), tensor, f"{name}.{key}")
+            require_close(take(tensors, f"{PREFIX}{name}.{key}"), tensor, f"{name}.{key}")
     if tensors:
         raise RuntimeError(f"{_WRONG}: {WEIGHTS} holds tensors that belong nowhere: {', '.join(sorted(tensors)[:3])}.")
     return worst, "files read again and every tensor compared; PEFT did not load them"
@@ -202,15 +202,15 @@ def _compare_updates(loaded: nn.Module, targets: Sequence[Target], config: Any) 
     for target in targets:
         layer: Any = loaded.get_submodule(target.path)
         for part in target.parts:
+            if config.use_dora:  # on no attention: its one part is the layer
+                got = layer.lora_magnitude_vector["default"].weight.detach()
+                worst = max(worst, require_close(got, part.lengths(), part.lengths_name))
             if part.kernel:
                 worst = max(worst, _compare_kernels(layer, part))
                 continue
             place = layer if part.key == PREFIX + target.path else layer.base_layer.out_proj
             wanted = part.update() if part.adapter is None else stored(part.adapter.base, part.update())
-            worst = max(worst, _require(place.get_delta_weight("default").detach(), wanted, part.key))
-            if config.use_dora:
-                got = place.lora_magnitude_vector["default"].weight.detach()
-                worst = max(worst, _require(got, part.lengths(), part.lengths_name))
+            worst = max(worst, require_close(place.get_delta_weight("default").detach(), wanted, part.key))
             if place is not layer and part.rank:
                 _require_added_once(layer, wanted, target.path)
     return worst
@@ -224,7 +224,7 @@ def _compare_kernels(layer: Any, part: Part) -> float:
     adapter: Any = part.adapter
     A, B = layer.lora_A["default"], layer.lora_B["default"]
     update, scale = part.update(), layer.scaling["default"]
-    worst = _require((scale * B.weight.detach().flatten(1)) @ A.weight.detach().flatten(1), update, part.key)
+    worst = require_close((scale * B.weight.detach().flatten(1)) @ A.weight.detach().flatten(1), update, part.key)
     base = adapter.base
     # Large enough that places without padding are among the output's.
     size = [3 * step + edge for step, edge in zip(base.stride, base.kernel_size, strict=True)]
@@ -232,7 +232,7 @@ def _compare_kernels(layer: Any, part: Part) -> float:
     x = x.view(1, base.in_channels, *size)
     with torch.no_grad():
         wanted = base._conv_forward(x, stored(base, update.to(x)), None)
-        return max(worst, _require(scale * B(A(x)), wanted, part.key))
+        return max(worst, require_close(scale * B(A(x)), wanted, part.key))
 
 
 def _require_added_once(attention: Any, update: Tensor, path: str) -> None:
@@ -243,7 +243,7 @@ def _require_added_once(attention: Any, update: Tensor, path: str) -> None:
     added = plain.weight.detach() - before
     attention.unmerge()
     try:
-        _require(added, update, path)
+        require_close(added, update, path)
     except RuntimeError as error:
         raise RuntimeError(
             f"layer {path + '.out_proj'!r}: the installed PEFT does not apply an adapter on an attention's out_proj "
@@ -252,7 +252,7 @@ def _require_added_once(attention: Any, update: Tensor, path: str) -> None:
         ) from error
 
 
-def _require(got: Tensor, wanted: Tensor, name: str) -> float:
+def require_close(got: Tensor, wanted: Tensor, name: str) -> float:
     """The difference, if it is within the tolerance.
 
     Raises:
@@ -299,11 +299,17 @@ def _beyond(name: str, difference: float) -> str:
     return f"{_WRONG}: {name} differs by {difference:.2e} (tolerance {TOLERANCE:.0e}). Nothing was written."
 
 
-def _first(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+def first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """What PEFT takes from a pattern for a layer: the first whose expression matches the end of its path."""
     return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
 
 
-def _take(tensors: dict[str, Tensor], name: str) -> Tensor:
+def take(tensors: dict[str, Tensor], name: str) -> Tensor:
+    """Take a tensor out of those that were read.
+
+    Raises:
+        RuntimeError: it is not there.
+    """
     if name not in tensors:
         raise RuntimeError(f"{_WRONG}: {WEIGHTS} has no tensor {name!r}.")
     return tensors.pop(name)

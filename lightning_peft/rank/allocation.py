@@ -101,7 +101,8 @@ def open_highest(
 
     Layers take turns in the order of their worth, `each` components a turn, and begin again when all have had one. So
     the highest layers get them if the amount is small, and all do if it is large. What is too dear for what is left is
-    passed over. Within a layer the best closed component opens first. Ties are broken by layer order, then index.
+    passed over. Within a layer the best closed component opens first. Of layers that tie, those with fewer components
+    open go first, then the order of the layers decides; of components that tie, the lower index.
 
     Args:
         masks: layer -> (n,) bool, what is open now.
@@ -123,8 +124,8 @@ def open_highest(
     """
     opened = {name: mask.detach().cpu().bool().clone() for name, mask in masks.items()}
     queues = {name: _sorted(scores[name], ~opened[name], descending=True)[:limit] for name in opened}
-    # Sorting keeps the order of layers that tie.
-    turns = sorted(opened, key=lambda name: -worth[name] if isfinite(worth[name]) else float("inf"))
+    key = {n: (-worth[n] if isfinite(worth[n]) else float("inf"), int(mask.sum())) for n, mask in opened.items()}
+    turns = sorted(opened, key=lambda name: key[name])
     left, moving = amount, True
     while moving:
         moving = False

@@ -24,6 +24,12 @@ WHOLE = "_adapters_before_compaction"
 Plain data: `class` (module:name), `arguments`, `components`, and `cost` of one component.
 """
 
+BESIDE = "_adopted"
+"""Child of a module that holds adapters whose tensors live in another library's layers, by the paths of these layers.
+
+    model._adopted.encoder.query        is the adapter of the layer        model.encoder.query
+"""
+
 # What sharding, compilation and data-parallel wrappers put into a module's name.
 _WRAPPERS = frozenset({"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"})
 
@@ -39,9 +45,9 @@ def clean_name(name: str) -> str:
 
 
 def layer_name(path: str, adapted: Container[str]) -> str:
-    """The name of the layer that the adapter at `path` adapts: an adapter around it adds no `base` to it."""
+    """The name of the layer that the adapter at `path` adapts: neither `base` nor :data:`BESIDE` is a part of it."""
     parts = path.split(".")
-    kept = [p for i, p in enumerate(parts) if not (p == "base" and ".".join(parts[:i]) in adapted)]
+    kept = [p for i, p in enumerate(parts) if p != BESIDE and not (p == "base" and ".".join(parts[:i]) in adapted)]
     return clean_name(".".join(kept))
 
 
@@ -211,7 +217,8 @@ class Budget:
         parameters: adapter parameters.
         share: share of the adapters' parameters at full rank, in (0, 1].
         megabytes: size of the exported adapter file in 10^6 bytes: float32 tensors of true rank (`to_hf_peft` with mode
-            "compact" or "folded") and their header; the head is not counted.
+            "compact" or "folded") and their header; the head is not counted. Adapters that have more than components
+            are counted with what they have; one that then has no component is written with one of zeros, uncounted.
 
     Raises:
         ValueError: not exactly one is given, or the one given is not positive.

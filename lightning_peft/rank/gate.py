@@ -76,6 +76,11 @@ class Gate(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         return h * self.value().to(h.dtype)
 
+    @property
+    def removes_softly(self) -> bool:
+        """Whether :meth:`keep` knows a soft removal here."""
+        return self.gain is not None
+
     def open(self) -> Tensor:
         """Components that act on the output now: (n,) bool."""
         # Both, not their product: a gain that has diverged to NaN does not reopen a closed component.

@@ -220,7 +220,7 @@ class RankPolicy(Policy):
         Raises:
             ValueError: the final budget does not fit them, or soft removal is asked of gates without a gain.
         """
-        hard = [name for name, site in budget.items() if site.gate.gain is None]
+        hard = [name for name, site in budget.items() if not site.gate.removes_softly]
         if self.soft and hard:
             raise ValueError(
                 f"soft removal zeroes a component's gain, and the adapter at {hard[0]!r} has none; use soft=False."

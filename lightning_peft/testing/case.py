@@ -76,6 +76,24 @@ class Case:
     factory: AdapterFactory
     kind: str
 
+    def name(self) -> str:
+        """The adapter, as its class and arguments say it."""
+        adapter = self.adapter(self.host(start=True))
+        try:
+            arguments = adapter.arguments()
+        except Exception:  # a law is about that
+            return type(adapter).__name__
+        return f"{type(adapter).__name__}({', '.join(f'{name}={value!r}' for name, value in arguments.items())})"
+
+    def where(self) -> str:
+        """Where it was tried, as the end of a sentence."""
+        return f" on {self.kind}"
+
+    @property
+    def target(self) -> str:
+        """The pattern that names the layer in the model."""
+        return _TARGETS.get(self.kind, "layer")
+
     def plain(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The model without an adapter, in eval mode; the same one at every call."""
         with torch.random.fork_rng(devices=[]):
@@ -87,7 +105,7 @@ class Case:
         host = self.plain(dtype)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            inject(host, self.factory, targets=[_TARGETS.get(self.kind, "layer")], train=[])
+            inject(host, self.factory, targets=[self.target], train=[])
             if not start:
                 with torch.no_grad():
                     for _, parameter in self.adapter(host).own_parameters():
@@ -125,7 +143,10 @@ class Case:
 def same(actual: Tensor, expected: Tensor, says: str) -> None:
     """Equal bit for bit."""
     if not torch.equal(actual, expected):
-        raise AssertionError(f"{says}: the largest difference is {(actual - expected).abs().max().item():.3g}.")
+        if actual.shape != expected.shape:
+            raise AssertionError(f"{says}: it is of shape {tuple(actual.shape)}, not {tuple(expected.shape)}.")
+        largest = (actual.double() - expected.double()).abs().max().item()
+        raise AssertionError(f"{says}: the largest difference is {largest:.3g}.")
 
 
 def close(actual: Tensor, expected: Tensor, says: str, rtol: float = 1e-5, atol: float = 1e-5) -> None:

@@ -16,7 +16,10 @@ from lightning_peft.testing.case import Case, Inapplicable, close, holds, same
 
 
 def starts_as_base(case: Case) -> None:
-    """A new adapter gives the base's output bit for bit, in training too, where the class says so."""
+    """A new adapter gives the base's output bit for bit, in training too, where the class says so.
+
+    Fix: start the update at exactly zero (a factor, or the gate's gain), or set `identity_at_start = False`.
+    """
     plain, host, x = case.plain(), case.host(start=True), case.inputs()
     if not case.adapter(host).identity_at_start:
         raise Inapplicable("identity_at_start is False")
@@ -25,7 +28,10 @@ def starts_as_base(case: Case) -> None:
 
 
 def forward_is_effective_weight(case: Case) -> None:
-    """`forward(x)` is `effective_weight() x + bias`, with components open and closed."""
+    """`forward(x)` is `effective_weight() x + bias`, with components open and closed.
+
+    Fix: compute the same equation in both, gate and scale included, or set `mergeable = False` if no weight says all.
+    """
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
         host = case.host(dtype)
         adapter = case.mergeable(host)
@@ -42,7 +48,10 @@ def forward_is_effective_weight(case: Case) -> None:
 
 
 def weight_is_what_acts(case: Case) -> None:
-    """Code that reads `weight` gets the effective one, in the base's layout: a plain layer with it acts the same."""
+    """Code that reads `weight` gets the effective one, in the base's layout: a plain layer with it acts the same.
+
+    Fix: return (d_out, d_in) from `effective_weight` and leave `weight` to the base class, which transposes it.
+    """
     host, plain, x = case.host(), case.plain(), case.inputs()
     adapter = case.mergeable(host)
     base_weight: Tensor = adapter.base.weight  # type: ignore[assignment]
@@ -59,7 +68,10 @@ def weight_is_what_acts(case: Case) -> None:
 
 
 def closed_component_changes_nothing(case: Case) -> None:
-    """Components add up, each by itself; closing removes one whatever its gain, and opening brings it back."""
+    """Components add up, each by itself; closing removes one whatever its gain, and opening brings it back.
+
+    Fix: multiply component i by `gate.value()[i]`, once and in every method that computes, and couple no components.
+    """
     host = case.host(torch.float64)
     gate, adapter = case.gated(host), case.mergeable(host)
     with adapter.constants_held():
@@ -90,7 +102,10 @@ def _add_up(gate: Gate, adapter: Adapter) -> None:
 
 
 def closed_component_is_scored(case: Case) -> None:
-    """The mask's gradient measures a closed component too, so that it may come back."""
+    """The mask's gradient measures a closed component too, so that it may come back.
+
+    Fix: use `gate.value()` in the graph as it is: not detached, not indexed by what is open, not compared.
+    """
     host = case.host()
     gate = case.gated(host)
     taylor = Taylor(beta=0.0)
@@ -104,7 +119,10 @@ def closed_component_is_scored(case: Case) -> None:
 
 
 def only_adapters_get_gradients(case: Case) -> None:
-    """Every trainable parameter of the adapter gets a gradient, and the base none."""
+    """Every trainable parameter of the adapter gets a gradient, and the base none.
+
+    Fix: freeze what is not trained with `requires_grad_(False)`, use what is, and leave the base as `Adapter` froze it.
+    """
     host = case.host().train()
     own = {id(p) for _, p in case.adapter(host).own_parameters() if p.requires_grad}
     holds(bool(own), "the adapter has nothing to train")
@@ -119,6 +137,8 @@ def mask_gradient_is_finite_difference(case: Case) -> None:
     """The mask's gradient is the derivative of the loss, at open and at closed components, in float64.
 
     Of the loss as the gradient sees it: with the adapter's constants held.
+
+    Fix: let the mask enter the output linearly, in the adapter's dtype; no straight-through estimate, no rounding.
     """
     host, x = case.host(torch.float64), case.inputs(torch.float64)
     gate = case.gated(host)

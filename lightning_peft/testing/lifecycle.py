@@ -16,7 +16,10 @@ from lightning_peft.testing.case import Case, Inapplicable, close, holds, same
 
 
 def survives_copies(case: Case) -> None:
-    """deepcopy, pickle and state_dict give the same outputs, and a copy is one of its own."""
+    """deepcopy, pickle and state_dict give the same outputs, and a copy is one of its own.
+
+    Fix: keep tensors in parameters and registered buffers, and nothing else that the output depends on.
+    """
     host, x = case.host(), case.inputs()
     if (gate := case.adapter(host).gate) is not None:
         gate.keep(torch.arange(len(gate)) != 0)
@@ -33,7 +36,10 @@ def survives_copies(case: Case) -> None:
 
 
 def survives_casts(case: Case) -> None:
-    """`.to(dtype)` keeps the adapter working, and its mask a float32 leaf that may require grad."""
+    """`.to(dtype)` keeps the adapter working, and its mask a float32 leaf that may require grad.
+
+    Fix: cast `gate.value()` to the dtype of what it multiplies, and return the output in the base's dtype.
+    """
     host = case.host()
     gate = case.adapter(host).gate
     if gate is not None:
@@ -48,7 +54,10 @@ def survives_casts(case: Case) -> None:
 
 
 def arguments_rebuild(case: Case) -> None:
-    """`type(adapter)(base, **adapter.arguments())` is an adapter of the same structure."""
+    """`type(adapter)(base, **adapter.arguments())` is an adapter of the same structure.
+
+    Fix: keep every argument of the constructor but `base` unchanged, as an attribute of its own name.
+    """
     adapter = case.adapter(case.host())
     arguments = adapter.arguments()
     other = type(adapter)(case.adapter(case.host(start=True, seed=5)).base, **arguments)
@@ -61,14 +70,20 @@ def arguments_rebuild(case: Case) -> None:
 
 
 def same_seed_same_start(case: Case) -> None:
-    """The start depends on the global seed alone."""
+    """The start depends on the global seed alone.
+
+    Fix: draw with torch's global generator, or from a seed that is an argument; not from time, ids or other modules.
+    """
     first, second = (case.host(start=True, seed=9).state_dict() for _ in range(2))
     for key, value in first.items():
         same(value, second[key], f"two adapters from one seed differ in {key}")
 
 
 def merges(case: Case) -> None:
-    """Merged into its base, the adapter is gone and the output stays."""
+    """Merged into its base, the adapter is gone and the output stays.
+
+    Fix: make `effective_weight` the whole of what the adapter does, or set `mergeable = False`.
+    """
     from lightning_peft.export import merge
 
     host, x = case.host(), case.inputs()
@@ -87,6 +102,8 @@ def compacts(case: Case) -> None:
 
     Without any, the base is back, if that is how the adapter then acts; one that does more than its components do is
     left with a single closed one.
+
+    Fix: let `compacted` keep the scale that components were trained with, and return `None` if none is left.
     """
     from lightning_peft.export import compact
 
@@ -119,7 +136,10 @@ def compacts(case: Case) -> None:
 
 
 def ejects(case: Case) -> None:
-    """Taken out again, nothing is left of the adapter: weights, structure and requires_grad are the base's."""
+    """Taken out again, nothing is left of the adapter: weights, structure and requires_grad are the base's.
+
+    Fix: do not write into the base's tensors or attributes, and add no hook to it; keep what you need in the adapter.
+    """
     host, plain, x = case.host(), case.plain(), case.inputs()
     eject(host)
     holds(list(host.state_dict()) == list(plain.state_dict()), "eject leaves other parameters than there were")
@@ -128,7 +148,10 @@ def ejects(case: Case) -> None:
 
 
 def compiles(case: Case) -> None:
-    """Compiled as one graph it gives the same outputs and gradients, and a mask written in place recompiles nothing."""
+    """Compiled as one graph it gives the same outputs and gradients, and a mask written in place recompiles nothing.
+
+    Fix: do not read tensors in Python on the way (`if`, `.item()`, `float()`, indexing by a mask); multiply instead.
+    """
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch._dynamo.reset()
@@ -140,7 +163,10 @@ def compiles(case: Case) -> None:
     for closed in (None, 0):
         if closed is not None and gate is not None:
             gate.keep(torch.arange(len(gate)) != closed)
-        expected, actual = host(x), compiled(x)
+        try:
+            expected, actual = host(x), compiled(x)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise AssertionError(f"it cannot be compiled as one graph: {str(error).splitlines()[0]}.") from error
         close(actual, expected, "the compiled output differs")
         wanted = torch.autograd.grad(expected.square().sum(), own)
         for one, other in zip(torch.autograd.grad(actual.square().sum(), own), wanted, strict=True):
@@ -149,7 +175,10 @@ def compiles(case: Case) -> None:
 
 
 def resumes(case: Case) -> None:
-    """Training that is stopped, saved, built anew and loaded ends bit for bit where training through ends."""
+    """Training that is stopped, saved, built anew and loaded ends bit for bit where training through ends.
+
+    Fix: register all that changes in training as parameter or buffer, a step count or a random state included.
+    """
 
     def train(host: nn.Module, steps: range, saved: dict[str, Any] | None = None) -> dict[str, Any]:
         optimizer = torch.optim.AdamW([p for p in host.parameters() if p.requires_grad], lr=0.01)

@@ -68,7 +68,7 @@ class Theirs:
         self.model: Any = get_peft_model(Net(dtype), self.config).base_model  # its forward adds the penalty
         self.layers = {f"body.{name}": self.model.model.body[int(name)] for name in LAYERS}
         for layer in self.layers.values():
-            # In float64 PEFT 0.21 makes it trainable by mistake, and the scale drifts: test_adalora_traps.py.
+            # In float64 PEFT 0.21 makes it trainable by mistake, and the scale drifts: see test_adalora_traps.py.
             layer.ranknum["default"].requires_grad_(False)
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=0.02)
         self.dtype = dtype

@@ -1,11 +1,12 @@
-"""Every adapter x every law x every kind of layer. A new method adds a line."""
+"""Every adapter x every law x every kind of layer; importances and policies. A new method adds a line."""
 
 from __future__ import annotations
 
 from functools import partial
 
-from lightning_peft import AdaLoRA, DynamicDoRA, LoRA, SoRA, WeightDecomposed
-from lightning_peft.testing import laws
+from lightning_peft import AdaLoRA, Cubic, DynamicDoRA, LoRA, NormShare, RankPolicy, SoRA, Taylor, WeightDecomposed
+from lightning_peft.adapters import adalora, dynamic_dora, sora
+from lightning_peft.testing import importance_laws, laws, policy_laws
 
 DROPPED = ("linear", "conv1d", "convolution_2d", "convolution_3d", "attention_in")
 
@@ -21,3 +22,20 @@ test_weight_decomposed_with_gains = laws(partial(WeightDecomposed, rank=4, compo
 test_weight_decomposed_with_dropout = laws(
     partial(WeightDecomposed, rank=3, dropout=0.2, components="dynamic_dora"), ("linear", "conv1d", "attention_in")
 )
+test_weight_decomposed_with_triplets = laws(
+    partial(WeightDecomposed, rank=3, components="adalora"), ("linear", "convolution_1d")
+)
+
+test_taylor = importance_laws(Taylor)
+test_taylor_of_lora = importance_laws(Taylor, partial(LoRA, rank=4))
+test_norm_share = importance_laws(NormShare)
+test_triplet_importance = importance_laws(adalora.TripletImportance, partial(AdaLoRA, rank=4))
+test_gain_magnitude = importance_laws(sora.GainMagnitude, partial(SoRA, rank=4))
+
+test_dynamic_doras_policy = policy_laws(partial(dynamic_dora.policy, interval=2))
+test_hard_policy_by_taylor = policy_laws(
+    lambda final: RankPolicy(Cubic(0.1, 0.2), Taylor(), final, 3), partial(LoRA, rank=4)
+)
+test_hard_policy_with_a_minimum = policy_laws(lambda final: RankPolicy(Cubic(), NormShare(), final, 2, minimum=1))
+test_adaloras_policy = policy_laws(partial(adalora.policy, interval=2), partial(AdaLoRA, rank=4))
+test_soras_policy = policy_laws(lambda final: sora.policy(0.05, tail=0.3, interval=2), partial(SoRA, rank=4))

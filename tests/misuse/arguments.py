@@ -17,17 +17,21 @@ from lightning_peft import (
     Calibration,
     Cubic,
     DynamicDoRA,
+    Growth,
     LoRA,
     RankPolicy,
     RankPruning,
     Regularization,
+    SoftThreshold,
     Taylor,
+    WeightDecomposed,
     convert,
     inject,
     merge,
     presets,
     small_parameters,
 )
+from lightning_peft.adapters import dynamic_dora
 
 
 class NoLinear(Encoder):
@@ -98,6 +102,22 @@ ROWS: Rows = {
     "a factory that builds something else": (lambda: inject(Encoder(), lambda layer: nn.Identity()), TypeError),  # type: ignore[arg-type, return-value]
     "a list of layers in place of a module": (lambda: inject([nn.Linear(8, 8)], LORA), TypeError),  # type: ignore[arg-type]
     "one layer in place of a module": (lambda: inject(nn.Linear(8, 8), LORA), TypeError),
+    "components of no known method": (
+        lambda: WeightDecomposed(nn.Linear(8, 8), components="dora"),  # type: ignore[arg-type]
+        ValueError,
+    ),
+    "a final rank and a budget for decomposed layers": (
+        lambda: presets.weight_decomposed(final_rank=4, budget=Budget(share=0.5)),
+        ValueError,
+    ),
+    "decomposed layers of components without a gain, removed softly": (
+        lambda: fit(
+            Encoder(),
+            AdapterInjection(partial(WeightDecomposed, rank=4)),
+            RankPruning(dynamic_dora.policy(Budget(rank=2))),
+        ),
+        ValueError,
+    ),
     "an adapter's class on a layer that it cannot adapt": (lambda: DynamicDoRA(nn.GRU(4, 4)), TypeError),
     "a transposed convolution as a target": (
         lambda: inject(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 3, 3)), LORA, ["1"]),
@@ -150,6 +170,24 @@ ROWS: Rows = {
         ),
         ValueError,
     ),
+    "a soft threshold on adapters without a gain": (
+        lambda: fit(Encoder(), AdapterInjection(LORA), RankPruning(SoftThreshold(3e-4))),
+        ValueError,
+    ),
+    "a soft threshold of 0": (lambda: presets.sora(0.0), ValueError),
+    "growth from adapters that are open": (
+        lambda: fit(Encoder(), AdapterInjection(LORA), RankPruning(Growth(Cubic(), Taylor(), Budget(rank=2)))),
+        ValueError,
+    ),
+    "growth that is cut as it goes": (
+        lambda: RankPruning(Growth(Cubic(), Taylor(), Budget(rank=2)), compact=2),
+        ValueError,
+    ),
+    "components weighed by cost where each counts as one": (
+        lambda: RankPolicy(Cubic(), Taylor(), Budget(rank=2), compare="worth_per_cost"),
+        ValueError,
+    ),
+    "growth to a budget that leaves the room open": (lambda: presets.increlora(budget=Budget(share=0.5)), ValueError),
     "a list of terms": (lambda: Regularization([DEM()]), TypeError),  # type: ignore[arg-type]
     "no term": (lambda: Regularization({}), TypeError),
     "a term's class in place of a term": (lambda: Regularization({"dem": DEM}), TypeError),  # type: ignore[dict-item]

@@ -17,6 +17,7 @@ _SMALL: dict[str, Any] = {
     "initial_rank": 4,
     "init_rank": 4,
     "interval": 2,
+    "threshold": 0.03,
 }
 
 
