@@ -128,34 +128,6 @@ def fingerprint(tensor: Tensor) -> Tensor:
     return (bits * ((2 * torch.arange(len(bits), device=bits.device) + 1) * -0x61C8864680B583EB)).sum()
 
 
-class Everyone:
-    """All processes, as a probe asks them; see :class:`lightning_peft.rank.probe.Processes`."""
-
-    @property
-    def count(self) -> int:
-        return world_size()
-
-    def gather(self, value: Any) -> list[Any]:
-        """A tensor of one shape on all processes, or a plain value, of every process, by rank."""
-        if not isinstance(value, Tensor) or world_size() == 1:
-            return gather_objects(value)
-        values = [torch.empty_like(value) for _ in range(world_size())]
-        dist.all_gather(values, value.contiguous())
-        return values
-
-    def mean(self, tensor: Tensor) -> Tensor:
-        """The mean of all; a new tensor unless there is one process."""
-        if world_size() == 1:
-            return tensor
-        total = tensor.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total.div_(world_size())
-
-    def whole(self, tensor: Tensor) -> Tensor:
-        """The tensor in one piece; see :func:`whole`."""
-        return whole(tensor)
-
-
 def is_shard(tensor: Tensor) -> bool:
     """Whether this process holds only a part of the tensor (FSDP2's DTensor)."""
     return isinstance(tensor, DTensor)

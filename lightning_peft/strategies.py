@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -65,6 +65,11 @@ def unwrapped(strategy: Strategy) -> Iterator[None]:
     finally:
         strategy.configure_ddp()
         strategy._pl_static_graph_delay_done = False  # manual optimization tells the new reducer as it did the old
+
+
+def each_alone(strategy: Strategy) -> AbstractContextManager[None]:
+    """For a forward and a backward in which every process's gradients stay its own; DDP's reducer does not notice."""
+    return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else nullcontext()
 
 
 def flattens(strategy: Strategy) -> bool:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from contextlib import nullcontext
 from itertools import islice
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
 
 from lightning_peft.arguments import require_instance, require_integer
 from lightning_peft.callbacks.apart import training_batches
@@ -25,11 +24,11 @@ from lightning_peft.callbacks.preflight import Preflight
 from lightning_peft.callbacks.pruning import RankPruning
 from lightning_peft.callbacks.steps import scaler_of
 from lightning_peft.callbacks.undisturbed import undisturbed
-from lightning_peft.distributed import Everyone, agreed, broadcast, gather_objects
+from lightning_peft.distributed import agreed, broadcast, gather_objects, whole
 from lightning_peft.listening import heard, positions
 from lightning_peft.rank.budget import RankBudget
 from lightning_peft.rank.probe import Probe
-from lightning_peft.strategies import flattens, small
+from lightning_peft.strategies import each_alone, flattens, small
 
 _NONE = object()
 
@@ -153,7 +152,7 @@ class Calibration(Preflight):
             return
         self.done = False
         budget = RankBudget.of(pl_module)
-        self.probe.begin(budget, Everyone())
+        self.probe.begin(budget, _Everyone(trainer))
         self._look(trainer, pl_module, budget)
         masks = agreed(self.probe.act(), trainer.strategy.root_device)
         unseen = self.probe.unseen()
@@ -216,12 +215,11 @@ class Calibration(Preflight):
     ) -> None:
         """One batch as Lightning itself would run it, up to the backward; each process alone."""
         strategy = trainer.strategy
-        alone = strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else nullcontext()
         batch = trainer.precision_plugin.convert_input(batch)
         batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
         batch = strategy.batch_to_device(batch, dataloader_idx=0)
         indexed = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-        with alone, heard(self.probe, budget, wanted, positions(batch)):
+        with each_alone(strategy), heard(self.probe, budget, wanted, positions(batch)):
             outputs = strategy.training_step(*((batch, i) if indexed else (batch,)))
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
             if self.probe.reads == "gradients" and loss is not None:
@@ -234,3 +232,28 @@ class Calibration(Preflight):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.done = bool(state_dict["done"])
+
+
+class _Everyone:
+    """All processes of a Trainer, as a probe asks them; see :class:`lightning_peft.rank.probe.Processes`."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.count = trainer.world_size
+        self._rank = trainer.global_rank
+        self._strategy = trainer.strategy
+
+    def gather(self, value: Any) -> list[Any]:
+        if not isinstance(value, Tensor):
+            return gather_objects(value)
+        # Each in a row of its own: to add zeros is exact.
+        every = value.new_zeros(self.count, *value.shape)
+        every[self._rank] = value
+        every = self._strategy.reduce(every, reduce_op="sum")
+        return list(every)
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        mean: Tensor = self._strategy.reduce(tensor.clone(), reduce_op="mean")
+        return mean
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        return whole(tensor)

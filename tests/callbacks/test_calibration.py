@@ -10,6 +10,7 @@ import lightning.pytorch as L
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -510,3 +511,26 @@ def test_gradients_need_a_scale_that_is_known() -> None:
 def test_arguments_are_checked(arguments: dict[str, Any], kind: type[Exception], sentence: str) -> None:
     with pytest.raises(kind, match=sentence):
         Calibration(**{"probe": EVA(2), **arguments})
+
+
+class Rated(Net):
+    def __init__(self, lr: float = 1e-2) -> None:
+        super().__init__()
+        self.lr = lr
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.lr)
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_a_learning_rate_finder_trains_uncalibrated_adapters_and_leaves_no_trace(place: str) -> None:
+    finder = LearningRateFinder(num_training_steps=20, early_stop_threshold=None)
+    preset = presets.eva(rank=2, targets=["0", "4"])
+    found = Rated()
+    fit(found, LOADERS["a sequence"](), *([finder, *preset] if place == "before" else [*preset, finder]))
+    plain = Rated(found.lr)
+    fit(plain, LOADERS["a sequence"](), *presets.eva(rank=2, targets=["0", "4"]))
+    assert found.lr != 1e-2
+    assert RankBudget.of(found).spent == 4
+    for name, value in plain.state_dict().items():
+        assert torch.equal(found.state_dict()[name], value), name
