@@ -34,20 +34,22 @@ CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 # Rows that take turns: few at a time, because every other row's step leaves its own data in the cache.
 GROUPS = (
     ("floor", "peft-lora", "lora"),
+    ("floor", "peft-adalora", "adalora", "dora"),
     ("peft-lora", "peft-decomposed", "lora", "decomposed"),
-    ("floor", "peft-adalora", "dora"),
     ("no-gate", "dora-gate", "dora-no-dem", "dora"),
 )
 # What is promised: (row, against, {shape: at most}).
 TARGETS = (
     ("lora", "peft-lora", {"minilm": 0.95, "4x768": 0.95}),
     ("lora", "floor", {"minilm": 1.20, "4x768": 1.08}),
+    ("adalora", "peft-adalora", {"minilm": 0.85, "4x768": 0.85}),
     ("decomposed", "lora", {"minilm": 1.15, "4x768": 1.15}),
     ("dora", "peft-adalora", {"minilm": 0.85, "4x768": 0.85}),
     ("dora-no-dem", "no-gate", {"minilm": 1.03, "4x768": 1.03}),
 )
 # Shown beside them.
 OTHERS = (("peft-lora", "floor"), ("dora", "dora-no-dem"), ("dora-no-dem", "dora-gate"), ("dora-gate", "no-gate"))
+OTHERS += (("adalora", "floor"),)
 OTHERS += (("peft-decomposed", "peft-lora"), ("decomposed", "peft-decomposed"))
 OTHERS += (("no-gate", "plain"), ("dora", "floor"), ("peft-adalora", "floor"))
 

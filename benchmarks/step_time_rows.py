@@ -10,8 +10,19 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from lightning_peft import DEM, Budget, DynamicDoRA, LoRA, RankBudget, RankPolicy, WeightDecomposed, inject
-from lightning_peft.adapters import dynamic_dora
+from lightning_peft import (
+    DEM,
+    AdaLoRA,
+    Budget,
+    DynamicDoRA,
+    LoRA,
+    Orthogonality,
+    RankBudget,
+    RankPolicy,
+    WeightDecomposed,
+    inject,
+)
+from lightning_peft.adapters import adalora, dynamic_dora
 from lightning_peft.functional.low_rank import low_rank_linear, low_rank_linear_reference
 from lightning_peft.regularizers import regularized
 
@@ -131,6 +142,29 @@ def our_dora(run: Run, scoring: bool = True, dem: bool = True) -> Row:
     return _step(run, model, loss=loss, after=after)
 
 
+def our_adalora(run: Run) -> Row:
+    """`AdaLoRA`, 12 to 8; statistics after every backward, the penalty in every loss, a cut after every tenth step."""
+    model = run.shape.encoder()
+    factory = partial(AdaLoRA, rank=START_RANK, alpha=ALPHA, dropout=run.dropout)
+    inject(model, factory, [ENCODER_LINEARS], ["classifier"])
+    term = Orthogonality(form="norm")
+    # After the step, as PEFT's allocator reads them. No warm-up and no tail: every timed step pays.
+    policy = adalora.policy(Budget(rank=RANK), warmup=0.0, tail=0.0, interval=INTERVAL, mode="peft")
+    policy.track(RankBudget.of(model))
+
+    def loss(inputs: Mapping[str, Tensor]) -> Tensor:
+        task: Tensor = model(**inputs).loss
+        return regularized(task, {"orthogonality": term(model, inputs, task)}, {"orthogonality": 0.5})
+
+    def after(step: int) -> None:
+        if policy.observes(step, run.steps + 2):
+            policy.importance.update()
+        if policy.is_event(step, run.steps + 2):
+            policy.apply(policy.decide(step, run.steps + 2), step, run.steps + 2)
+
+    return _step(run, model, loss=loss, after=after)
+
+
 def no_gate(run: Run, plainly: bool = False) -> Row:
     """Rank 12 with a constant for the gate's value: what the gate, scores and DEM are measured against."""
     model = run.shape.encoder().requires_grad_(False)
@@ -198,6 +232,7 @@ ROWS: dict[str, tuple[str, Callable[[Run], Row]]] = {
     "peft-decomposed": ("PEFT LoRA r=8 with use_dora", partial(peft_lora, weight_decomposed=True)),
     "decomposed": ("WeightDecomposed r=8", our_decomposed),
     "peft-adalora": ("PEFT AdaLoRA 12→8, allocator every step", peft_adalora),
+    "adalora": ("AdaLoRA 12→8, statistics and penalty every step", our_adalora),
     "dora": ("DynamicDoRA 12→8, scores and DEM every step", our_dora),
     "dora-no-dem": ("DynamicDoRA 12→8, scores every step", partial(our_dora, dem=False)),
     "dora-gate": ("DynamicDoRA r=12, gate only", partial(our_dora, scoring=False, dem=False)),

@@ -198,13 +198,6 @@ def all_targets(host: nn.Module) -> list[Target]:
             "PEFT has such lengths in all layers of an adapter or in none, and does not know them on an attention. "
             "Export the merged model instead."
         )
-    convolution = next((target.path for target in targets for part in target.parts if part.kernel), None)
-    if convolution is not None and has_lengths(targets):
-        raise TypeError(
-            f"layer {convolution!r} is a convolution, and other layers train the lengths of their weights' rows: PEFT "
-            "has such lengths in all layers of an adapter or in none, and others on a convolution. Export the merged "
-            "model instead."
-        )
     return targets
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
-from hosts import BATCHES, GLOBAL_BATCH, Block, Job, Sharded, Stack, change, mlp, train_all
+from hosts import BATCHES, GLOBAL_BATCH, Block, Job, Sharded, ShardedAroundAdapters, Stack, change, mlp, train_all
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -33,6 +33,7 @@ from lightning_peft import (
     Regularizer,
     Taylor,
     UntilTail,
+    WeightDecomposed,
     presets,
 )
 from lightning_peft.testing.processes import run_processes
@@ -59,6 +60,10 @@ EVERYWHERE = ("ddp", "fsdp1", "fsdp1 nested", "fsdp2")
 
 def dora(dropout: float = 0.0, **options: Any) -> list[L.Callback]:
     return presets.dynamic_dora(final_rank=4, interval=3, dropout=dropout, **options)
+
+
+def decomposed(**options: Any) -> list[L.Callback]:
+    return presets.weight_decomposed(final_rank=4, interval=3, dropout=0.0, **options)
 
 
 def taylor() -> list[L.Callback]:
@@ -168,6 +173,10 @@ class Narrow(Sharded):
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
+class AroundDecomposed(ShardedAroundAdapters):
+    adapter = partial(WeightDecomposed, rank=6, alpha=8.0, dropout=0.0, components="dynamic_dora")
+
+
 class FromMeta(Sharded):
     """Built without memory and sharded; then the module itself gives it memory and its weights."""
 
@@ -217,6 +226,17 @@ SETTINGS: dict[str, Setting] = {
     "embedding": Setting(
         Job(partial(dora, targets=["0", "2.0"]), {"build": embedding, "data": tokens}), ("ddp", "fsdp1", "fsdp2")
     ),
+    "decomposed": Setting(Job(decomposed), ("fsdp1 nested",)),  # a base that is whole in its own forward alone
+    "decomposed attention": Setting(
+        Job(decomposed, {"build": attention, "data": sequences}, around=AroundDecomposed), ("fsdp1", "fsdp2 around")
+    ),
+    "decomposed convolutions": Setting(
+        Job(decomposed, {"build": convolutions, "data": sequences}), ("ddp", "fsdp1 nested", "fsdp2")
+    ),
+    "decomposed embedding": Setting(
+        Job(partial(decomposed, targets=["0", "2.0"]), {"build": embedding, "data": tokens}), ("fsdp1", "fsdp2")
+    ),
+    "decomposed, from meta": Setting(Job(decomposed, sharded=FromMeta), ("fsdp2",)),
     "early stopping": Setting(Job(stopped, trainer={"max_epochs": 8}), EVERYWHERE),
     "averages": Setting(Job(partial(beside, WeightAveraging), trainer={"max_epochs": 8}), ("ddp",)),
     "moving averages": Setting(Job(partial(beside, EMAWeightAveraging), trainer={"max_epochs": 8}), ("ddp",)),

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft_models import CONFIGS, Job, base, build, fit, ids, lora
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from lightning_peft import (
     DEM,
@@ -44,6 +45,7 @@ from lightning_peft import (
     save_merged,
     to_hf_peft,
 )
+from lightning_peft.checkpoint import ENTRY, digest
 from lightning_peft.interop.adoption import folded
 
 pytestmark = [
@@ -379,6 +381,44 @@ def test_checkpoint_of_another_config_is_refused(tmp_path: Path) -> None:
         load(base(), tmp_path / "some.ckpt")
     with pytest.raises(AdapterFileError, match="adapter_name='default': there is 'mine'"):
         load(get_peft_model(base(), lora(), "mine"), tmp_path / "some.ckpt")
+
+
+def test_crafted_recipes_are_refused(tmp_path: Path) -> None:
+    job = Job("lora")
+    fit(job, *callbacks(), max_epochs=1).save_checkpoint(tmp_path / "some.ckpt")
+    checkpoint = torch.load(tmp_path / "some.ckpt", weights_only=True)
+    entry = checkpoint[ENTRY]
+    (group,) = entry["recipe"]["adapters"]
+    inside = [f"{name}.base_layer" for name in group["layers"]]
+    ours = {"class": "lightning_peft.adapters.lora:LoRA", "arguments": {"rank": 4}, "layers": ["model.query"]}
+    for groups, sentence in (
+        ([{**group, "arguments": {}}], "holds the PEFT adapter 'None'"),
+        ([group, ours], "has an adapter for 'model.base_model.model.query', a layer that this model does not have"),
+        ([{**ours, "layers": []}, {**group, "layers": inside}], "mixes AdoptedLoRA with adapters of other kinds"),
+    ):
+        entry["recipe"]["adapters"] = groups
+        entry["digest"] = digest(checkpoint["state_dict"], entry)
+        torch.save(checkpoint, tmp_path / "crafted.ckpt")
+        fresh = Job("lora")
+        with pytest.raises(AdapterFileError, match=sentence):
+            load(fresh, tmp_path / "crafted.ckpt")
+        assert len(RankBudget.of(fresh)) == 0
+
+
+@pytest.mark.parametrize("kind", ["lora", "adalora"])
+def test_masks_change_without_compiling_again(kind: str) -> None:
+    model = build(kind, moved=True).eval()
+    adopt(model)
+    compiled = torch.compile(model, backend="eager")
+    counters.clear()
+    with torch.no_grad():
+        assert torch.equal(compiled(ids()), out(model))
+        graphs = counters["stats"]["unique_graphs"]
+        assert graphs > 0
+        half_open(model)
+        assert torch.equal(compiled(ids()), out(model))
+    assert counters["stats"]["unique_graphs"] == graphs
+    torch._dynamo.reset()
 
 
 def test_release_at_the_end() -> None:

@@ -123,14 +123,17 @@ def test_what_peft_computes_otherwise_is_refused_by_name(odd: str, tmp_path: Pat
     assert exported_bytes(model, None, lambda t: t.element_size()) is None
 
 
-def test_lengths_of_rows_beside_convolutions_are_refused(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Linear(8, 8))
-    kinds = iter([LORA, partial(WeightDecomposed, rank=RANK)])
-    inject(model, lambda layer: next(kinds)(layer), ["0", "1"], train=[])
-    fill(model)
-    with pytest.raises(TypeError, match="layer '0' is a convolution, and other layers train the lengths of their"):
-        to_hf_peft(model, "out")
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("first", [LORA, partial(WeightDecomposed, rank=RANK)])
+def test_lengths_of_rows_beside_convolutions(first: Any, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(1), nn.Linear(8, 8)).eval()
+    kinds = iter([first, partial(WeightDecomposed, rank=RANK)])
+    inject(model, lambda layer: next(kinds)(layer), targets=["0", "2"])
+    with torch.no_grad():
+        for site in RankBudget.of(model).values():
+            for _, parameter in site.adapter.own_parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    report = to_hf_peft(model, tmp_path / "out", check="peft", inputs=torch.randn(3, 4, 3, 3))
+    assert report.max_difference <= 1e-6
 
 
 def test_a_peft_that_moves_kernels_otherwise_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from functools import partial
 
-from lightning_peft import AdaLoRA, Cubic, DynamicDoRA, LoRA, NormShare, RankPolicy, SoRA, Taylor, WeightDecomposed
+from lightning_peft import (
+    AdaLoRA,
+    Cubic,
+    DynamicDoRA,
+    LoRA,
+    ModuleSensitivity,
+    NormShare,
+    PartlyOpen,
+    RankPolicy,
+    SoRA,
+    Taylor,
+    WeightDecomposed,
+)
 from lightning_peft.adapters import adalora, dynamic_dora, elalora, increlora, sora
-from lightning_peft.adapters.partly_open import PartlyOpen
 from lightning_peft.testing import importance_laws, laws, policy_laws
 
 DROPPED = ("linear", "conv1d", "convolution_2d", "convolution_3d", "attention_in")
@@ -31,7 +42,7 @@ test_taylor = importance_laws(Taylor)
 test_taylor_of_lora = importance_laws(Taylor, partial(LoRA, rank=4))
 test_norm_share = importance_laws(NormShare)
 test_triplet_importance = importance_laws(adalora.TripletImportance, partial(AdaLoRA, rank=4))
-test_module_sensitivity = importance_laws(increlora.ModuleSensitivity, partial(AdaLoRA, rank=4))
+test_module_sensitivity = importance_laws(ModuleSensitivity, partial(AdaLoRA, rank=4))
 test_gain_magnitude = importance_laws(sora.GainMagnitude, partial(SoRA, rank=4))
 
 test_dynamic_doras_policy = policy_laws(partial(dynamic_dora.policy, interval=2))
@@ -45,3 +56,7 @@ test_increloras_policy = policy_laws(
     partial(increlora.policy, interval=2), PartlyOpen(partial(AdaLoRA, rank=4), rank=1)
 )
 test_soras_policy = policy_laws(lambda final: sora.policy(0.05, tail=0.3, interval=2), partial(SoRA, rank=4))
+test_increloras_policy = policy_laws(
+    partial(increlora.policy, interval=2), PartlyOpen(partial(AdaLoRA, rank=4), rank=1)
+)
+test_elaloras_policy = policy_laws(partial(elalora.policy, interval=2), PartlyOpen(partial(AdaLoRA, rank=4), rank=2))

@@ -19,6 +19,7 @@ from lightning_peft import (
     DynamicDoRA,
     Growth,
     LoRA,
+    Orthogonality,
     RankPolicy,
     RankPruning,
     Regularization,
@@ -193,4 +194,9 @@ ROWS: Rows = {
     "a term's class in place of a term": (lambda: Regularization({"dem": DEM}), TypeError),  # type: ignore[dict-item]
     "a term's name that no log can hold": (lambda: Regularization({"loss/dem": DEM()}), ValueError),
     "a misspelt normalizer": (lambda: presets.dynamic_dora(dem_normalizer="paper"), ValueError),  # type: ignore[arg-type]
+    "a misspelt mode of AdaLoRA": (lambda: presets.adalora(mode="post"), ValueError),  # type: ignore[arg-type]
+    "a target rank and a budget": (lambda: presets.adalora(4, budget=Budget(share=0.5)), ValueError),
+    "a budget that leaves AdaLoRA's start open": (lambda: presets.adalora(budget=Budget(share=0.5)), ValueError),
+    "a negative penalty": (lambda: presets.adalora(orthogonality=-0.5), ValueError),
+    "a misspelt form of the penalty": (lambda: Orthogonality(form="frobenius"), ValueError),  # type: ignore[arg-type]
 }

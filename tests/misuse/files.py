@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
 from misuse.setups import LORA, Encoder, Rows, Told, adapted, cli, fit, saved
 from torch import nn
 
-from lightning_peft import AdapterFileError, compact, eject, load, merge, presets, to_hf_peft
+from lightning_peft import AdapterFileError, compact, eject, from_hf_peft, load, merge, presets, to_hf_peft
 
 
 def a_list() -> str:
@@ -42,6 +43,16 @@ def after_injection() -> None:
     fit(Encoder(), *presets.lora(rank=4), ckpt_path="base.ckpt")
 
 
+def peft_folder(**config: object) -> str:
+    """A folder of PEFT's with these options, without weights."""
+    Path("peft").mkdir()
+    Path("peft", "adapter_config.json").write_text(json.dumps(config))
+    Path("peft", "adapter_model.safetensors").touch()
+    return "peft"
+
+
+LORA_FOLDER = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+
 ROWS: Rows = {
     "`fit(ckpt_path=...)` on another base model": (
         lambda: fit(Encoder(seed=1), *presets.dynamic_dora(final_rank=2), ckpt_path=saved()),
@@ -65,6 +76,20 @@ ROWS: Rows = {
     "`compact` of one adapter": (lambda: compact(LORA(nn.Linear(8, 8))), ValueError),
     "`to_hf_peft` into a folder that holds other files": (into_other_files, FileExistsError),
     "`to_hf_peft` without adapters": (lambda: to_hf_peft(Encoder(), "out"), ValueError),
+    "`from_hf_peft` of a folder that is none of PEFT's": (lambda: from_hf_peft(Encoder(), "."), AdapterFileError),
+    "`from_hf_peft` of another method": (
+        lambda: from_hf_peft(Encoder(), peft_folder(peft_type="IA3")),
+        AdapterFileError,
+    ),
+    "`from_hf_peft` of an adapter that changed its base": (
+        lambda: from_hf_peft(Encoder(), peft_folder(**LORA_FOLDER, init_lora_weights="pissa")),
+        AdapterFileError,
+    ),
+    "`from_hf_peft` of a file that is cut short": (
+        lambda: from_hf_peft(Encoder(), peft_folder(**LORA_FOLDER)),
+        AdapterFileError,
+    ),
+    "`from_hf_peft` into a module with adapters": (lambda: from_hf_peft(adapted("query"), "."), ValueError),
     "command line: a checkpoint that is not there": (lambda: cli("inspect", "none.ckpt"), Told),
     "command line: an option of the other format": (
         lambda: cli("export", saved(), "out", "--format", "merged", "--no-head"),
