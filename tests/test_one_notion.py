@@ -27,9 +27,6 @@ from lightning_peft.rank.policy import Policy
 PACKAGE = Path(lightning_peft.__file__).parent
 EXAMPLE = "an error's advice: an example of what to write"
 PEFT = "PEFT's name of its file format, not of a class of ours"
-ADOPTS = "it makes the views of PEFT's layers, or says which of PEFT's methods it takes; nothing shared asks for these"
-DRIVES = "a callback for PEFT's own AdaLoRA, and nothing else"
-THEIRS = "the terms that stand for PEFT's own losses, where a model has them"
 # Shared code that names a method: file, name -> why it is no special case.
 REASONED = {
     ("callbacks/pruning.py", "Taylor"): EXAMPLE,
@@ -42,15 +39,6 @@ REASONED = {
     ("interop/hf_peft.py", "LoRA"): PEFT,
     ("interop/layout.py", "LoRA"): PEFT,
     ("planning/command.py", "lora"): "the preset that is planned if none is named; all are known by their signatures",
-    **{
-        ("interop/adoption.py", name): ADOPTS
-        for name in ("Adopted", "AdoptedAdaLoRA", "AdoptedLoRA", "AdaLoRA", "KaSA")
-    },
-    **{("interop/adoption.py", name): ADOPTS for name in ("LoRA", "lora")},
-    **{("interop/adopted_export.py", name): ADOPTS for name in ("Adopted", "AdoptedAdaLoRA", "AdoptedLoRA", "AdaLoRA")},
-    ("interop/adopted_export.py", "eva"): "PEFT's name of a start that leaves the base as it is",
-    **{("callbacks/allocation.py", name): DRIVES for name in ("AdaLoRA", "LoRA")},
-    **{("callbacks/peft_losses.py", name): THEIRS for name in ("AdaLoRAOrthogonality", "KaSA", "MonteCLoRA")},
     ("testing/trial.py", "DynamicDoRA"): "what laws of importances are tried on unless another adapter is given",
     ("testing/trial.py", "dynamic_dora"): "its import",
     ("testing/equations.py", "Taylor"): "a law about what the mask's gradient measures, which is this importance",
