@@ -153,8 +153,8 @@ def adalora(classifier: TextClassifier, steps: int, rank: int) -> Prepared:
     return _ours(
         classifier,
         presets.adalora(
-            target_rank=rank,
-            init_rank=start_rank(rank),
+            final_rank=rank,
+            initial_rank=start_rank(rank),
             alpha=ALPHA[rank],
             warmup=0.1,
             tail=0.3,

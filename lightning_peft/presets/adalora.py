@@ -10,18 +10,17 @@ from lightning.pytorch import Callback
 
 from lightning_peft.adapters import adalora as paper
 from lightning_peft.adapters.adalora import AdaLoRA, Mode
-from lightning_peft.arguments import require_instance
 from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, RankMonitor, RankPruning, Regularization
-from lightning_peft.presets.base import Preset
+from lightning_peft.presets.base import Preset, falling_rank
 from lightning_peft.rank.budget import Budget
 from lightning_peft.regularizers import Orthogonality
 
 
 def adalora(
-    target_rank: float | None = None,
+    final_rank: float | None = None,
     *,
     budget: Budget | None = None,
-    init_rank: int | None = None,
+    initial_rank: int | None = None,
     alpha: float = 8.0,
     dropout: float = 0.0,
     warmup: float = 0.15,
@@ -36,13 +35,13 @@ def adalora(
     train: Sequence[str] | None = None,
     compact: Literal["never", "final"] = "never",
 ) -> Preset:
-    """AdaLoRA: rank by the sensitivity of triplets, under the names of HF PEFT where it has one.
+    """AdaLoRA: rank by the sensitivity of triplets; PEFT's `target_r` and `init_r` are final_rank and initial_rank here.
 
     Args:
-        target_rank: average rank per layer at the end; 8 if neither it nor `budget` is given.
+        final_rank: average rank per layer at the end; 8 if neither it nor `budget` is given.
         budget: the end in another unit: parameters, share of capacity, or megabytes of adapter file.
-        init_rank: triplets per layer at the start; ceil(1.5 target_rank) if not given, which is 12 for 8.
-        alpha: update scale; the update is multiplied by alpha / init_rank.
+        initial_rank: triplets per layer at the start; ceil(1.5 final_rank) if not given, which is 12 for 8.
+        alpha: update scale; the update is multiplied by alpha / initial_rank.
         dropout: dropout on the adapters' input.
         warmup: share of the run before the first cut.
         tail: share of the run after the last one.
@@ -58,26 +57,18 @@ def adalora(
             smaller; see :class:`~lightning_peft.RankPruning`.
 
     Raises:
-        ValueError: target_rank and budget are both given, a budget other than a rank comes without `init_rank`, or the
-            penalty's weight is negative.
+        ValueError: final_rank and budget are both given, a budget other than a rank comes without `initial_rank`, or
+            the penalty's weight is negative.
 
     Reference:
         Zhang et al., AdaLoRA, ICLR 2023, arXiv 2303.10512.
     """
-    if budget is not None:
-        require_instance("budget", budget, Budget, "Budget(share=0.5)")
     if orthogonality < 0:
         raise ValueError(f"orthogonality is the weight of a penalty, at least 0. Got {orthogonality}.")
-    if target_rank is not None and budget is not None:
-        raise ValueError(f"give target_rank or budget, not both. Got target_rank={target_rank}, budget={budget}.")
-    final = budget or Budget(rank=8 if target_rank is None else target_rank)
-    if init_rank is None:
-        if final.rank is None:
-            raise ValueError(f"{final} does not say how many triplets to start with; give init_rank as well.")
-        init_rank = paper.initial_rank(final.rank)
+    final, initial_rank = falling_rank(final_rank, budget, initial_rank, paper.initial_rank)
     policy = paper.policy(final, warmup, tail, interval, beta1, beta2, mode, minimum)
     callbacks: list[Callback] = [
-        AdapterInjection(partial(AdaLoRA, rank=init_rank, alpha=alpha, dropout=dropout), targets, train),
+        AdapterInjection(partial(AdaLoRA, rank=initial_rank, alpha=alpha, dropout=dropout), targets, train),
         RankPruning(policy, compact),
     ]
     if orthogonality:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import Callback
@@ -44,6 +45,29 @@ def final_budget(final_rank: float | None, budget: Budget | None) -> Budget:
     if final_rank is not None and budget is not None:
         raise ValueError(f"give final_rank or budget, not both. Got final_rank={final_rank}, budget={budget}.")
     return budget or Budget(rank=8 if final_rank is None else final_rank)
+
+
+def falling_rank(
+    final_rank: float | None, budget: Budget | None, initial_rank: int | None, start: Callable[[float], int]
+) -> tuple[Budget, int]:
+    """Where rank falls to, as :func:`final_budget` takes it, and how many components a layer has at the start.
+
+    Args:
+        final_rank: average rank per layer at the end.
+        budget: the end in another unit.
+        initial_rank: components per layer at the start; ``None`` for what the paper says.
+        start: that, as a function of the final average rank.
+
+    Raises:
+        TypeError: budget is no Budget.
+        ValueError: final_rank and budget are both given, or a budget other than a rank comes without `initial_rank`.
+    """
+    final = final_budget(final_rank, budget)
+    if initial_rank is not None:
+        return final, initial_rank
+    if final.rank is None:
+        raise ValueError(f"{final} does not say how many components to start with; give initial_rank as well.")
+    return final, start(final.rank)
 
 
 def capped_lora(rank: int, cap: int, alpha: float, dropout: float) -> AdapterFactory:

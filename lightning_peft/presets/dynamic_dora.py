@@ -10,9 +10,8 @@ from lightning.pytorch import Callback
 
 from lightning_peft.adapters import dynamic_dora as dora
 from lightning_peft.adapters.dynamic_dora import DynamicDoRA
-from lightning_peft.arguments import require_instance
 from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, RankMonitor, RankPruning, Regularization
-from lightning_peft.presets.base import Preset
+from lightning_peft.presets.base import Preset, falling_rank
 from lightning_peft.rank.budget import Budget
 from lightning_peft.regularizers import DEM, UntilTail
 from lightning_peft.regularizers.dem import Normalizer
@@ -63,17 +62,9 @@ def dynamic_dora(
     Reference:
         Mao et al., DoRA, ACL 2024, arXiv 2405.17357.
     """
-    if budget is not None:
-        require_instance("budget", budget, Budget, "Budget(share=0.5)")
     if dem_weight < 0:
         raise ValueError(f"dem_weight is the weight of a penalty, at least 0. Got {dem_weight}.")
-    if final_rank is not None and budget is not None:
-        raise ValueError(f"give final_rank or budget, not both. Got final_rank={final_rank}, budget={budget}.")
-    final = budget or Budget(rank=8 if final_rank is None else final_rank)
-    if initial_rank is None:
-        if final.rank is None:
-            raise ValueError(f"{final} does not say how many components to start with; give initial_rank as well.")
-        initial_rank = dora.initial_rank(final.rank)
+    final, initial_rank = falling_rank(final_rank, budget, initial_rank, dora.initial_rank)
     callbacks: list[Callback] = [
         AdapterInjection(partial(DynamicDoRA, rank=initial_rank, alpha=alpha, dropout=dropout), targets, train),
         RankPruning(dora.policy(final, warmup, tail, interval, beta, minimum=minimum), compact),

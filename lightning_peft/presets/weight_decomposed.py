@@ -10,9 +10,8 @@ from lightning.pytorch import Callback
 
 from lightning_peft.adapters import dynamic_dora as dora
 from lightning_peft.adapters.weight_decomposed import WeightDecomposed
-from lightning_peft.arguments import require_instance
 from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, RankMonitor, RankPruning, Regularization
-from lightning_peft.presets.base import Preset
+from lightning_peft.presets.base import Preset, falling_rank
 from lightning_peft.rank.budget import Budget
 from lightning_peft.regularizers import DEM, UntilTail
 from lightning_peft.regularizers.dem import Normalizer
@@ -67,17 +66,9 @@ def weight_decomposed(
         Liu et al., DoRA, ICML 2024, arXiv 2402.09353, for the layer; Mao et al., DoRA, ACL 2024, arXiv 2405.17357, for
         what its rank does. That the two are joined is ours.
     """
-    if budget is not None:
-        require_instance("budget", budget, Budget, "Budget(share=0.5)")
     if dem_weight < 0:
         raise ValueError(f"dem_weight is the weight of a penalty, at least 0. Got {dem_weight}.")
-    if final_rank is not None and budget is not None:
-        raise ValueError(f"give final_rank or budget, not both. Got final_rank={final_rank}, budget={budget}.")
-    final = budget or Budget(rank=8 if final_rank is None else final_rank)
-    if initial_rank is None:
-        if final.rank is None:
-            raise ValueError(f"{final} does not say how many components to start with; give initial_rank as well.")
-        initial_rank = dora.initial_rank(final.rank)
+    final, initial_rank = falling_rank(final_rank, budget, initial_rank, dora.initial_rank)
     adapter = partial(WeightDecomposed, rank=initial_rank, alpha=alpha, dropout=dropout, components="dynamic_dora")
     callbacks: list[Callback] = [
         AdapterInjection(adapter, targets, train),

@@ -130,7 +130,7 @@ def fit(*callbacks: L.Callback, module: Module | None = None, **options: Any) ->
 
 
 def preset(**options: Any) -> list[L.Callback]:
-    settings = {"targets": [r"body\.\d+"], "interval": 1, "tail": 0.25, "init_rank": INIT}
+    settings = {"targets": [r"body\.\d+"], "interval": 1, "tail": 0.25, "initial_rank": INIT}
     return [*presets.adalora(TARGET, **(settings | options))]  # type: ignore[arg-type]
 
 

@@ -12,10 +12,8 @@ NAMES = [name for name in presets.__all__ if name != "Preset"]
 # What makes a method small and quick, where its preset takes such an argument.
 _SMALL: dict[str, Any] = {
     "final_rank": 2,
-    "target_rank": 2,
     "rank": 2,
     "initial_rank": 4,
-    "init_rank": 4,
     "interval": 2,
     "threshold": 0.03,
 }
