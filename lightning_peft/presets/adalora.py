@@ -35,7 +35,7 @@ def adalora(
     train: Sequence[str] | None = None,
     compact: Literal["never", "final"] = "never",
 ) -> Preset:
-    """AdaLoRA: rank by the sensitivity of triplets; PEFT's `target_r` and `init_r` are final_rank and initial_rank here.
+    """AdaLoRA: rank by the sensitivity of triplets. PEFT's target_r and init_r are final_rank and initial_rank here.
 
     Args:
         final_rank: average rank per layer at the end; 8 if neither it nor `budget` is given.
