@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -502,6 +503,91 @@ def test_surgery_of_ours_leaves_it_alone(tmp_path: Path) -> None:
     inject(injected, LoRA)
     with pytest.raises(ValueError, match="has adapters that inject put in"):
         adopt(injected)
+
+
+@pytest.mark.parametrize("kind", ["lora", "embedding", "adalora"])
+def test_another_adapter_of_the_name_is_not_gated(kind: str) -> None:
+    """Deleted and added again: nothing of ours may say that it has gates, or leave some behind."""
+    config = CONFIGS[kind]()
+    config.modules_to_save = None  # of which PEFT cannot delete the last one
+    model = get_peft_model(base(), config)
+    adopt(model)
+    half_open(model)
+    model.delete_adapter("default")
+    release(model)  # of what is gone: nothing stays masked
+    assert not any("Masked" in type(child).__name__ for child in model.modules())
+    model = get_peft_model(base(), lora(modules_to_save=None))
+    adopt(model)
+    model.delete_adapter("default")
+    model.add_adapter("default", lora(modules_to_save=None))
+    model.set_adapter("default")
+    site = RankBudget.of(model)["base_model.model.query"]
+    with pytest.raises(RuntimeError, match="the adapter 'default' of this Linear is gone. Call release"):
+        site.adapter.B.shape  # noqa: B018
+    with pytest.raises(RuntimeError, match="the adapter 'default' of this Linear is gone. Call release"):
+        list(site.adapter.own_parameters())
+    half_open(model)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    release(model)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert adopt(model).capacity == 8
+
+
+@pytest.mark.parametrize("kind", ["lora", "embedding", "adalora"])
+def test_reset_starts_all_factors_anew(kind: str) -> None:
+    model = build(kind, moved=True)
+    adopt(model)
+    half_open(model)
+    for site in RankBudget.of(model).values():
+        site.adapter.reset_parameters()
+        assert (site.adapter.update() == 0).all()
+        assert any((p == 0).all() for _, p in site.adapter.own_parameters())
+        assert site.adapter.gated_parameter().grad_fn is None  # type: ignore[operator]
+    assert any("Masked" in type(child).__name__ for child in model.modules())
+
+
+def test_a_container_takes_no_gates() -> None:
+    """Its entries are called, or listed: one more would break it."""
+    net = peft.inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), nn.Sequential(nn.Linear(4, 4)))
+    before = net(torch.ones(1, 4))
+    with pytest.raises(ValueError, match="layer '0': the gates would be one more entry of a Sequential"):
+        adopt(net)
+    assert torch.equal(net(torch.ones(1, 4)), before)
+    holder = nn.Module()
+    holder.net = net
+    assert adopt(holder).adapted == ("net.0",)
+    assert torch.equal(net(torch.ones(1, 4)), before)
+
+
+def test_frozen_adapters_are_told(tmp_path: Path) -> None:
+    build("lora").save_pretrained(tmp_path)
+    report = str(adopt(PeftModel.from_pretrained(base(), str(tmp_path))))
+    assert "Its parameters are frozen, as PEFT loads them for inference: to train, load with" in report
+    assert "frozen" not in str(adopt(PeftModel.from_pretrained(base(), str(tmp_path), is_trainable=True)))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_adapter_that_transformers_added_is_saved_folded(wrapped: bool, tmp_path: Path) -> None:
+    def bert() -> Any:
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            return transformers.BertModel(transformers.BertConfig(vocab_size=20, **sizes)).eval()
+
+    model = bert()
+    model.add_adapter(LoraConfig(r=4, target_modules=["value", "dense"], init_lora_weights=False))
+    module = nn.Module()
+    module.inner = model
+    adopt(module if wrapped else model)
+    half_open(module)
+    wanted = model(ids()).last_hidden_state
+    model.save_pretrained(tmp_path)
+    fresh = bert()
+    fresh.load_adapter(str(tmp_path))
+    assert (fresh.eval()(ids()).last_hidden_state - wanted).abs().max() <= 1e-6
+    release(module)
+    assert torch.equal(model(ids()).last_hidden_state, wanted)
+    assert "save_pretrained" not in vars(model)
 
 
 def test_other_adapters_cannot_be_exported_cut(tmp_path: Path) -> None:
