@@ -505,6 +505,74 @@ def test_surgery_of_ours_leaves_it_alone(tmp_path: Path) -> None:
         adopt(injected)
 
 
+def test_what_was_trained_beside_it_is_written_or_refused(tmp_path: Path) -> None:
+    """Compared on a base that was never trained: the check's own copy of the base has it all."""
+
+    def vision() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1))
+
+    x = torch.randn(3, 3, 6, 6)
+    for use_dora in (False, True):
+        model = get_peft_model(vision(), LoraConfig(r=2, target_modules=["0"], use_dora=use_dora))
+        model.get_base_model()[2].requires_grad_(True)
+        with torch.no_grad():
+            model.get_base_model()[2].weight.add_(1.0)
+        adopt(model)
+        model.train()(5 * x)  # which moves the running statistics
+        if use_dora:
+            model.requires_grad_(False)  # frozen when it is trained
+        wanted = model.eval()(x)
+        done = to_hf_peft(model, tmp_path / str(use_dora), inputs=x)
+        assert done.head == ("2", "1")
+        theirs = PeftModel.from_pretrained(vision(), str(done.folder)).eval()
+        assert (theirs(x) - wanted).abs().max() <= 1e-5
+    assert to_hf_peft(model, tmp_path / "none", head=False, inputs=x).head == ()
+
+    module = nn.Module()
+    module.model, module.decision = build("lora", moved=True), nn.Linear(3, 1)
+    adopt(module)
+    with pytest.raises(
+        ValueError, match=r"outside the PeftModel: 'decision\.weight', 'decision\.bias'\. A PEFT folder"
+    ):
+        to_hf_peft(module, tmp_path / "x")
+    assert to_hf_peft(module.model, tmp_path / "inside", inputs=ids()).head == ("classifier",)
+    module.decision.requires_grad_(False)
+    module.model.get_base_model().words.requires_grad_(True)
+    module.model.get_base_model().value.base_layer.bias.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"not a whole module: 'value\.base_layer\.bias'\. PEFT keeps whole modules"):
+        to_hf_peft(module, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_peft_trains_are_written(bias: str, tmp_path: Path) -> None:
+    model = get_peft_model(base(), lora(bias=bias, modules_to_save=None))
+    with torch.no_grad():
+        for _, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    adopt(model)
+    half_open(model)
+    for mode in ("padded", "compact", "folded"):
+        done = to_hf_peft(model, tmp_path / mode, mode, inputs=ids())  # type: ignore[arg-type]
+        theirs = PeftModel.from_pretrained(base(), str(done.folder))
+        assert (out(theirs) - out(model)).abs().max() <= 1e-6
+
+
+def test_exported_while_another_adapter_is_active(tmp_path: Path) -> None:
+    model = build("lora", moved=True)
+    adopt(model)
+    half_open(model)
+    wanted = out(model)
+    model.add_adapter("other", lora(r=3, init_lora_weights=False, modules_to_save=None))
+    model.set_adapter("other")
+    done = to_hf_peft(model, tmp_path / "y", inputs=ids())
+    assert model.active_adapters == ["other"]
+    assert (out(PeftModel.from_pretrained(base(), str(done.folder))) - wanted).abs().max() <= 1e-6
+
+
 @pytest.mark.parametrize("kind", ["lora", "embedding", "adalora"])
 def test_another_adapter_of_the_name_is_not_gated(kind: str) -> None:
     """Deleted and added again: nothing of ours may say that it has gates, or leave some behind."""
