@@ -127,7 +127,7 @@ class Adopted(LowRank):
         if self.adapter_name not in holder or self.gone:
             raise RuntimeError(
                 f"the adapter {self.adapter_name!r} of this {self.kind} is gone. Call release(model) before "
-                "delete_adapter, and adopt(model) for one that is left or added."
+                "delete_adapter, and adopt(model) for one that is left."
             )
         owner = holder if isinstance(holder, nn.ParameterDict) else holder[self.adapter_name]
         return parameter_of(owner, self.adapter_name)

@@ -538,7 +538,7 @@ def test_what_was_trained_beside_it_is_written_or_refused(tmp_path: Path) -> Non
     ):
         to_hf_peft(module, tmp_path / "x")
     assert to_hf_peft(module.model, tmp_path / "inside", inputs=ids()).head == ("classifier",)
-    module.decision.requires_grad_(False)
+    del module.decision
     module.model.get_base_model().words.requires_grad_(True)
     module.model.get_base_model().value.base_layer.bias.requires_grad_(True)
     with pytest.raises(ValueError, match=r"not a whole module: 'value\.base_layer\.bias'\. PEFT keeps whole modules"):
