@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +13,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lightning_peft.export import own_random, require_whole
+from lightning_peft.export import require_whole
 from lightning_peft.interop.adopted import Adopted, AdoptedAdaLoRA, AdoptedLoRA
 from lightning_peft.interop.adoption import folded
-from lightning_peft.interop.host import whole_modules, with_statistics
+from lightning_peft.interop.host import some, whole_modules, with_statistics
 from lightning_peft.interop.layout import PREFIX, Mode, _number, _patterns, modules_to_save, target_modules
 from lightning_peft.interop.verify import (
     WEIGHTS,
     _counted,
     _is_narrow,
     compare_outputs,
+    load_with_peft,
     made_up_inputs,
     require_close,
 )
@@ -152,7 +152,7 @@ def _kept_beside(module: nn.Module, model: Any, name: str, written: set[str]) ->
     outside = [n for n, p in beside.items() if id(p) not in inside]
     if outside:
         raise ValueError(
-            f"trained beside the adapters, but outside the PeftModel: {_some(outside)}. A PEFT folder describes that "
+            f"trained beside the adapters, but outside the PeftModel: {some(outside)}. A PEFT folder describes that "
             "model alone: give head=False and save them yourself."
         )
     known = {id(p) for path in _modules_to_save(model, name) for p in base.get_submodule(path).parameters()}
@@ -169,7 +169,7 @@ def _kept_beside(module: nn.Module, model: Any, name: str, written: set[str]) ->
     parts = [n for n in rest if ".base_layer." in n or n in parts]
     if parts:
         raise ValueError(
-            f"trained beside the adapters, but not a whole module: {_some(parts)}. PEFT keeps whole modules only: name "
+            f"trained beside the adapters, but not a whole module: {some(parts)}. PEFT keeps whole modules only: name "
             "the module in modules_to_save, or give head=False and save them yourself."
         )
     return whole | with_statistics(base, {*whole, *_modules_to_save(model, name)})
@@ -254,10 +254,6 @@ def _cut_lora(
     }
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def load_adopted(folder: Path, layout: AdoptedLayout, inputs: Any) -> tuple[float, str]:
     """Load the folder with stock PEFT on a copy of the base, and compare updates and outputs with the model's.
 
@@ -266,8 +262,6 @@ def load_adopted(folder: Path, layout: AdoptedLayout, inputs: Any) -> tuple[floa
     Raises:
         RuntimeError: they differ.
     """
-    from peft import PeftModel
-
     ours, name = layout.model, next(iter(layout.views.values())).adapter_name
     if _is_narrow(ours) or list(ours.active_adapters) != [name]:
         ours = copy.deepcopy(ours)
@@ -275,21 +269,7 @@ def load_adopted(folder: Path, layout: AdoptedLayout, inputs: Any) -> tuple[floa
         if _is_narrow(ours):
             ours = ours.float()
     base = copy.deepcopy(ours).unload()
-    for kept in layout.head:
-        changed = base.get_submodule(kept)
-        for tensor in (*changed.parameters(), *changed.buffers()):
-            if tensor.is_floating_point():
-                tensor.data.add_(1.0)
-    device = next(ours.parameters()).device
-    with own_random(ours), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            theirs = PeftModel.from_pretrained(base, str(folder), torch_device=str(device))
-        except Exception as error:
-            raise RuntimeError(f"{_WRONG}: PEFT cannot load it. {type(error).__name__}: {error}") from error
-    missing = [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]
-    if missing:
-        raise RuntimeError(f"{_WRONG}: PEFT says {missing[0]!r}")
+    theirs = load_with_peft(folder, base, layout.head)
     worst = 0.0
     loaded: Any = theirs.get_base_model()
     source: Any = ours.get_base_model()
