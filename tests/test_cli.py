@@ -471,7 +471,7 @@ def test_commands_and_options_stay_what_they_are(capsys: pytest.CaptureFixture[s
     assert options_of(shown["export"]) == {"--format", "--mode", "--no-head", "--overwrite", "--model"}
     assert " ".join(shown["export"].split("\n\n")[0].split()).endswith("CKPT OUT")
     assert "{hf-peft,merged}" in shown["export"]
-    assert "{padded,compact,folded}" in shown["export"]
+    assert "{padded,compact,folded,adalora}" in shown["export"]
 
 
 def test_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
