@@ -330,6 +330,19 @@ def test_a_checkpoint_of_an_uncalibrated_run_is_left_alone(tmp_path: Path) -> No
     assert RankBudget.of(net).ranks() == {"net.0": CAP, "net.4": CAP}
 
 
+def test_validating_afterwards_does_not_unsay_it(tmp_path: Path) -> None:
+    class Validated(Net):
+        def validation_step(self, x: Tensor, batch_idx: int) -> None:
+            self.net(x)
+
+    calibration = Calibration(EVA(2), 2)
+    trainer = fit(Validated(), LOADERS["shuffled"](), injection(), calibration, AdapterCheckpoint(), max_epochs=1)
+    trainer.validate(trainer.lightning_module, LOADERS["shuffled"](), verbose=False)
+    trainer.save_checkpoint(tmp_path / "later.ckpt")
+    saved = torch.load(tmp_path / "later.ckpt", weights_only=True)
+    assert saved["callbacks"]["Calibration"] == {"done": True}
+
+
 def test_going_on_with_the_same_trainer_calibrates_once() -> None:
     net, listener = Net(), Listener()
     trainer = fit(net, LOADERS["shuffled"](), injection(), Calibration(listener, 2), max_epochs=1)
