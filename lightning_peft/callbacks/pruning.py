@@ -239,8 +239,9 @@ class RankPruning(Preflight):
         kept = {name: site.gate.mask.detach() != 0 for name, site in self.policy.budget.items()}
         if compact_in_training(trainer):
             self.policy.follow(RankBudget.of(trainer.lightning_module), kept)
-            if self._settled:
-                self._release()  # to follow is to track anew
+            if self._settled:  # to follow is to track anew
+                self._release()
+                self._forget()
 
     def _due(self, step: int, ends: bool) -> bool:
         """Whether components are to be chosen now that so many steps were taken."""
