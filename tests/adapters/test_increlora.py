@@ -19,6 +19,7 @@ from lightning_peft import (
     PartlyOpen,
     RankBudget,
     RankPruning,
+    WeightDecomposed,
     inject,
     presets,
 )
@@ -52,6 +53,21 @@ def test_a_modules_score_is_the_papers() -> None:
     for name, row in importance.scores().items():
         assert row.tolist() == pytest.approx([mean[name] * uncertainty[name]] * 3, rel=1e-4)
     assert len({round(float(row[0]), 9) for row in importance.scores().values()}) == 3
+
+
+def test_a_magnitude_is_no_part_of_the_score() -> None:
+    net = module(partial(WeightDecomposed, rank=2, components="adalora"))
+    budget = RankBudget.of(net)
+    for site in budget.values():
+        for _, parameter in site.adapter.own_parameters():
+            parameter.grad = torch.ones_like(parameter)
+    importance = ModuleSensitivity(beta1=0.0)
+    importance.track(budget)
+    importance.update()
+    for name, site in budget.items():
+        parts = [site.adapter.A, site.adapter.B, site.gate.gain]
+        expected = sum(p.detach().abs().sum() for p in parts) / sum(p.numel() for p in parts) ** 0.5
+        torch.testing.assert_close(importance.statistics()["sensitivity"][name], expected.expand(2))
 
 
 def test_a_layer_without_gradients_or_with_broken_ones_keeps_its_score() -> None:
