@@ -28,8 +28,8 @@ class Regularization(Preflight):
     Terms are evaluated in float32 outside autocast; each is logged as `loss/<name>`, what the user returned as
     `loss/task`. Validation and test losses stay as they are. A term whose weight is 0 at a step is not evaluated.
 
-    Re-entrant activation checkpointing beside terms, at which DDP stops ("marked as ready twice"), needs no care. Whether
-    a model uses it is seen at the first training step.
+    Re-entrant activation checkpointing beside terms, at which DDP stops ("marked as ready twice"), needs no care.
+    Whether a model uses it is seen at the first training step.
 
     Args:
         terms: terms by name; two of one class are fine.
