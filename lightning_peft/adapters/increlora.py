@@ -147,6 +147,10 @@ class Growth(Policy):
         return self.final.unit
 
     @property
+    def final_budget(self) -> Budget:
+        return self.final
+
+    @property
     def returning(self) -> str:
         return "this policy opens there what is closed"
 

@@ -39,9 +39,10 @@ class RankPruning(Preflight):
         policy: schedule, importance and budget in one, as a method's `policy(...)` gives them.
         compact: when closed components are cut out of parameters and optimizer state, so that training goes on at the
             size of what is left. "never" leaves rank a mask to the end. "final" cuts once, at the final mask: the tail
-            is faster and smaller, and trains what the mask would have (but an adapter that has gone draws no dropout).
-            A number k cuts at every k-th event as well: what is closed then cannot return, which else it could at a
-            later event. On one device and on DDP.
+            is faster and smaller, and trains what the mask would have (but an adapter that has gone draws no dropout,
+            and a term that looks at closed components, such as Orthogonality, sees them no more). A number k cuts at
+            every k-th event as well: what is closed then cannot return, which else it could at a later event. On one
+            device and on DDP.
 
     Raises:
         MisconfigurationException: no adapter is there, the callbacks are in the wrong order, or the Trainer cannot tell

@@ -146,6 +146,10 @@ class Importance(ABC):
         """What is remembered: name -> layer -> (n, ...), one row per component; views, not copies."""
         return {"worth": self.scores()}
 
+    def statistics_bytes(self) -> int:
+        """What the statistics take in memory, and as much again in a checkpoint."""
+        return sum(row.numel() * row.element_size() for rows in self.statistics().values() for row in rows.values())
+
     def state_dict(self) -> dict[str, Any]:
         """The statistics by layer: tensors only."""
         return {key: {name: row.clone() for name, row in rows.items()} for key, rows in self.statistics().items()}

@@ -56,6 +56,11 @@ class Policy(ABC):
         return "components"
 
     @property
+    def final_budget(self) -> Budget | None:
+        """What may be spent at the end; ``None`` if the method leaves open how many components stay."""
+        return None
+
+    @property
     def returning(self) -> str | None:
         """How components that were closed before the last event may open again; ``None`` if they may be cut out."""
         return None
@@ -204,6 +209,10 @@ class RankPolicy(Policy):
     @property
     def unit(self) -> Unit:
         return self.final.unit
+
+    @property
+    def final_budget(self) -> Budget:
+        return self.final
 
     @property
     def returning(self) -> str | None:
