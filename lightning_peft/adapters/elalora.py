@@ -82,6 +82,10 @@ class PruneAndGrow(Policy):
         return self.final.unit
 
     @property
+    def final_budget(self) -> Budget:
+        return self.final
+
+    @property
     def returning(self) -> str:
         return "what this policy closes there may open again"
 

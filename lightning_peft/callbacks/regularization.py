@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_peft.callbacks.order import require_before, require_one
 from lightning_peft.callbacks.placement import AdapterPlacement
 from lightning_peft.callbacks.preflight import Preflight, optimized
+from lightning_peft.callbacks.reentrant import counts_gradients, recomputes, with_early_gradients
 from lightning_peft.regularizers.base import Regularizer, regularized
 from lightning_peft.seams import when_built, wrap_method
 from lightning_peft.strategies import keep_whole
@@ -26,6 +27,9 @@ class Regularization(Preflight):
     The loss is still a loss there: accumulation, gradient scaling and synchronisation come after it and need no care.
     Terms are evaluated in float32 outside autocast; each is logged as `loss/<name>`, what the user returned as
     `loss/task`. Validation and test losses stay as they are. A term whose weight is 0 at a step is not evaluated.
+
+    Re-entrant activation checkpointing beside terms, at which DDP stops ("marked as ready twice"), needs no care.
+    Whether a model uses it is seen at the first training step.
 
     Args:
         terms: terms by name; two of one class are fine.
@@ -55,9 +59,11 @@ class Regularization(Preflight):
         self.terms = nn.ModuleDict(terms)
         self._remove: Callable[[], None] | None = None
         self._total_steps: int | None = None
+        self._recomputes: bool | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
+        self._recomputes = None
         require_before(trainer, self, AdapterPlacement)
         require_one(trainer, Regularization, "give all terms to one: Regularization({'first': ..., 'second': ...})")
         when_built(pl_module, self._register)
@@ -117,13 +123,30 @@ class Regularization(Preflight):
         batch = args[0] if args else next(iter(kwargs.values()), None)
         with torch.autocast(loss.device.type, enabled=False):
             values = {name: term(module, batch, outputs) for name, term in terms.items() if weights[name] != 0}
-            total = regularized(loss, values, weights)
+            total = self._sum(module, loss, values, weights)
         module.log("loss/task", loss.detach(), rank_zero_only=True)
         for name, value in values.items():
             module.log(f"loss/{name}", value.detach(), rank_zero_only=True)
         if isinstance(outputs, Mapping):
             return {**outputs, "loss": total}
         return total
+
+    def _sum(
+        self, module: LightningModule, loss: Tensor, values: Mapping[str, Tensor], weights: Mapping[str, float]
+    ) -> Tensor:
+        if not (values and loss.requires_grad and counts_gradients(module.trainer.strategy)):
+            return regularized(loss, values, weights)
+        if self._recomputes is None:
+            self._recomputes = recomputes(loss)
+        if not self._recomputes:
+            return regularized(loss, values, weights)
+        # A term of what the checkpointed layers gave has its gradient in their backward, and no other.
+        late = {name: value for name, value in values.items() if recomputes(value)}
+        early = {name: value for name, value in values.items() if name not in late}
+        total = regularized(loss, late, weights)
+        own = [p for p in self.terms.parameters() if p.requires_grad]
+        others = [p for p in module.parameters() if p.requires_grad and not any(p is q for q in own)]
+        return with_early_gradients(total, regularized(total.new_zeros(()), early, weights), others, own)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._unwrap()

@@ -14,8 +14,7 @@ from lightning_peft.callbacks import AdapterInjection, RankPruning
 from lightning_peft.planning.estimate import plan
 from lightning_peft.planning.figures import Optimizer, Precision, Strategy
 from lightning_peft.planning.skeleton import DTYPES, skeleton
-from lightning_peft.rank.budget import Budget
-from lightning_peft.rank.policy import RankPolicy
+from lightning_peft.rank.policy import Policy
 from lightning_peft.surgery import inject
 
 HELP = "memory, files and network traffic of a job, before it runs"
@@ -73,7 +72,7 @@ def run(options: argparse.Namespace) -> str:
     Raises:
         FileNotFoundError, ValueError, TypeError: what is wrong with the model's config or an option.
     """
-    factory, final = _method(options)
+    factory, policy = _method(options)
     module = skeleton(options.model, options.architecture, options.dtype)
     inject(module, factory, options.targets, options.train)
     found = plan(
@@ -83,7 +82,8 @@ def run(options: argparse.Namespace) -> str:
         strategy=options.strategy,
         precision=options.precision,
         optimizer=options.optimizer,
-        final=final,
+        final=policy.final_budget if policy else None,  # ``None``: planned as if all components stayed
+        importance=policy.importance if policy else None,
         accumulate=options.accumulate,
     )
     return json.dumps(found.as_dict(), indent=2) if options.json else str(found)
@@ -95,8 +95,8 @@ def _methods() -> dict[str, Callable[..., presets.Preset]]:
     return {name: make for name, make in found.items() if all(p.default is not p.empty for p in _parameters(make))}
 
 
-def _method(options: argparse.Namespace) -> tuple[AdapterFactory, Budget | None]:
-    """What the chosen preset injects, and the budget that it ends with; ``None`` if its ranks stay."""
+def _method(options: argparse.Namespace) -> tuple[AdapterFactory, Policy | None]:
+    """What the chosen preset injects, and what drives its ranks while it trains, if anything does."""
     methods = _methods()
     names = {name: {p.name for p in _parameters(make)} for name, make in methods.items()}
     takes, given = names[options.method], dict[str, Any]()
@@ -111,10 +111,7 @@ def _method(options: argparse.Namespace) -> tuple[AdapterFactory, Budget | None]
         given["final_rank"] = options.final_rank
     callbacks = methods[options.method](**given)
     (injection,) = (each for each in callbacks if isinstance(each, AdapterInjection))
-    policies = [each.policy for each in callbacks if isinstance(each, RankPruning)]
-    # A policy without a budget leaves open how many stay: planned as if all did.
-    final = next((policy.final for policy in policies if isinstance(policy, RankPolicy)), None)
-    return injection.adapter, final
+    return injection.adapter, next((each.policy for each in callbacks if isinstance(each, RankPruning)), None)
 
 
 def _parameters(make: Callable[..., object]) -> list[inspect.Parameter]:

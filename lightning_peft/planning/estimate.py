@@ -14,6 +14,7 @@ from lightning_peft.checkpoint import adapter_state_dict
 from lightning_peft.interop.size import exported_bytes
 from lightning_peft.planning.figures import Load, Optimizer, Plan, Precision, Strategy
 from lightning_peft.rank.budget import Budget, RankBudget
+from lightning_peft.rank.importance import Importance
 
 Width = Callable[[Tensor], int]
 
@@ -34,6 +35,7 @@ def plan(
     precision: Precision = "32-true",
     optimizer: Optimizer = "adamw",
     final: Budget | None = None,
+    importance: Importance | None = None,
     accumulate: int = 1,
     reshard_after_forward: bool = True,
 ) -> Plan:
@@ -51,8 +53,9 @@ def plan(
     reduce-scattered. What a root FSDP unit holds itself is not resharded after its forward pass, so `gather_backward`
     is an upper bound by that much.
 
-    Not counted: activations, the weights that FSDP gathers for a moment, casts of mixed precision, and what the
-    libraries themselves take.
+    Not counted: activations, the weights that FSDP gathers for a moment, casts of mixed precision, what a calibration
+    holds before the first step (GoRA: a float32 gradient of every adapted weight), and what the libraries themselves
+    take. What a callback has opened or closed is not known: all components count, unless there is a final budget.
 
     Args:
         module: a module with adapters, on any device; nothing is allocated, no mask is read.
@@ -63,6 +66,8 @@ def plan(
         precision: the Trainer's; the "true" ones cast base and adapters, the "mixed" ones leave them as they are.
         optimizer: "adamw" (Adam's is the same), "sgd", or "sgd-momentum".
         final: the final budget, if rank is cut while training.
+        importance: what components are chosen by while training, if they are; its statistics count until the last
+            event. It is told of these adapters, so do not give one that is at work.
         accumulate: the Trainer's `accumulate_grad_batches`.
         reshard_after_forward: whether FSDP frees the gathered weights between forward and backward.
 
@@ -88,13 +93,16 @@ def plan(
     frozen = [p for p in module.parameters() if not p.requires_grad]
     sharded = world_size > 1 and strategy != "ddp"
     base = sum(size for _, size in _sized(frozen, width))
+    before, after = _statistics(budget, importance)
     start = _load(module, budget, 1.0, width, world_size, strategy, optimizer)
+    start = replace(start, statistics=before)
     last, most = None, None
     if final is not None:
         share, most = _final(budget, final)
         last = _load(module, budget, share, width, world_size, strategy, optimizer)
+        last = replace(last, statistics=round(share * after))
         if sharded:  # compaction waits for the export
-            last = replace(start, components=last.components, exported=last.exported)
+            last = replace(start, components=last.components, exported=last.exported, statistics=after)
     ring = (world_size - 1) / world_size
     gathered, once = 0, base + start.weights + start.buffers
     if sharded:
@@ -161,11 +169,25 @@ def _load(
         gradients=weights,
         buckets=weights if several else 0,
         optimizer=_SLOTS[optimizer] * weights + (_STEP * len(trained) if optimizer == "adamw" else 0),
+        statistics=0,
         checkpoint=scaled(state.values()),
         exported=exported_bytes(module, share, width),
         all_reduce=round(2 * (world_size - 1) / world_size * weights),
         buffers=scaled(module.buffers()) if several and strategy == "ddp" else 0,
     )
+
+
+def _statistics(budget: RankBudget, importance: Importance | None) -> tuple[int, int]:
+    """Bytes of an importance's statistics of all components: until the last event, and after it."""
+    if importance is None:
+        return 0, 0
+    importance.track(budget)
+    try:
+        before = importance.statistics_bytes()
+        importance.forget()
+        return before, importance.statistics_bytes()
+    finally:
+        importance.release()
 
 
 def _final(budget: RankBudget, final: Budget) -> tuple[float, int]:

@@ -24,7 +24,9 @@ class Load:
         gradients: their gradients.
         buckets: the copy of the gradients that DDP's reducer, or the one flat all-reduce under sharding, works on.
         optimizer: the optimizer's state; what it takes in a checkpoint as well.
-        checkpoint: adapter state in a checkpoint: trained parameters, masks and buffers, without the optimizer's.
+        statistics: what an importance remembers of components until the last event; as much again in a checkpoint.
+        checkpoint: adapter state in a checkpoint: trained parameters, masks and buffers; optimizer and statistics
+            are beside it.
         exported: weights' file that `to_hf_peft` writes in the modes "compact" and "folded", head included; ``None`` if
             it refuses these adapters.
         all_reduce: gradients that each process sends per optimizer step.
@@ -38,6 +40,7 @@ class Load:
     gradients: int
     buckets: int
     optimizer: int
+    statistics: int
     checkpoint: int
     exported: int | None
     all_reduce: int
@@ -90,8 +93,8 @@ class Plan:
     startup: int
 
     def memory(self, load: Load) -> int:
-        """Bytes per process of all that is counted: weights, gradients and their copy, optimizer state."""
-        return self.base + load.weights + load.gradients + load.buckets + load.optimizer
+        """Bytes per process of all that is counted: weights, gradients and their copy, optimizer state, statistics."""
+        return self.base + load.weights + load.gradients + load.buckets + load.optimizer + load.statistics
 
     def step(self, load: Load) -> int:
         """Bytes per process and optimizer step that cross to other processes."""

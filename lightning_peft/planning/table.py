@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 Row = tuple[str, list[str]]
 _NAMES = {"ddp": "DDP", "fsdp2": "FSDP2, trained parameters whole", "fsdp1": "FSDP1, trained parameters whole"}
 _NOT_COUNTED = (
-    "activations, weights that FSDP gathers for a moment, casts of mixed precision, the libraries' own memory"
+    "activations, weights that FSDP gathers for a moment, casts of mixed precision, what calibration holds before the "
+    "first step, the libraries' own memory"
 )
 
 
@@ -71,6 +72,8 @@ def _memory(plan: Plan, loads: list[Load]) -> list[Row]:
         ("gradients", [size(load.gradients) for load in loads]),
         ("optimizer state", [size(load.optimizer) for load in loads]),
     ]
+    if plan.start.statistics:
+        rows.append(("statistics of importance", [size(load.statistics) for load in loads]))
     if plan.world_size > 1:
         rows.append(("gradients in transit", [size(load.buckets) for load in loads]))
     return [*rows, ("sum", [size(plan.memory(load)) for load in loads])]
@@ -80,9 +83,11 @@ def _files(plan: Plan, loads: list[Load]) -> list[Row]:
     def written(exported: int | None) -> str:
         return "refused" if exported is None else size(exported)
 
+    statistics = [("checkpoint: statistics", [size(load.statistics) for load in loads])]
     return [
         ("checkpoint: adapter state", [size(load.checkpoint) for load in loads]),
         ("checkpoint: optimizer state", [size(load.optimizer) for load in loads]),
+        *(statistics if plan.start.statistics else []),
         ("PEFT folder, true ranks", [written(load.exported) for load in loads]),
         ("PEFT folder, padded", [written(plan.padded)] * len(loads)),
     ]

@@ -82,8 +82,9 @@ class Importance(ABC):
         before = self.statistics()
         self.track(budget)
         for key, rows in self.statistics().items():
-            for name, row in rows.items():
-                row.copy_(before[key][name][kept[name].to(row.device)])
+            if key in before:  # else it was forgotten
+                for name, row in rows.items():
+                    row.copy_(before[key][name][kept[name].to(row.device)])
 
     def release(self) -> None:  # noqa: B027  # most have nothing to undo
         """Undo what :meth:`track` did to the adapters; the running average stays."""
@@ -144,6 +145,10 @@ class Importance(ABC):
     def statistics(self) -> dict[str, dict[str, Tensor]]:
         """What is remembered: name -> layer -> (n, ...), one row per component; views, not copies."""
         return {"worth": self.scores()}
+
+    def statistics_bytes(self) -> int:
+        """What the statistics take in memory, and as much again in a checkpoint."""
+        return sum(row.numel() * row.element_size() for rows in self.statistics().values() for row in rows.values())
 
     def state_dict(self) -> dict[str, Any]:
         """The statistics by layer: tensors only."""

@@ -90,8 +90,8 @@ class Orthogonality(Regularizer):
         "squared":  mean over layers of |A A^T - I|_F^2 + |B^T B - I|_F^2
         "norm":     mean over all A and B of |A A^T - I|_F, |B^T B - I|_F
 
-    A and B only: a gate's gain and mask do not enter, and closed components count. The gradient is the closed form, one
-    batched pass per shape and no autograd graph over the layers.
+    A and B only: a gate's gain and mask do not enter, and closed components count as long as they are there: compaction
+    takes them out. The gradient is the closed form, one batched pass per shape and no autograd graph over the layers.
 
     Args:
         weight: what the term is multiplied by; a number or a function of (step, total).

@@ -1,6 +1,6 @@
 """What goes wrong with HF PEFT's AdaLoRA, each shown on the real one, and that it does not go wrong here.
 
-Under DDP and FSDP2 the whole preset, penalty included, is compared with one process in tests/distributed.
+What goes wrong on several processes is in tests/distributed/test_adalora_traps.py.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ import logging
 import re
 from argparse import Namespace
 from collections.abc import Iterator
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -409,6 +410,57 @@ def test_progress_bar_shows_spent_over_the_final_budget(
     trainer_of([*preset(), reads, bar], enable_progress_bar=True).fit(Validated(), data(), data(1))
     assert [reads.shown[step] for step in (1, 8, 9, 10, STEPS)] == ["16/8", "16/8", "11/8", "8/8", "8/8"]
     assert re.search(r"rank(=|:\s+)8/8", "".join(capsys.readouterr()))
+
+
+class Amounts(Witness):
+    """Also the ranks at the start, and what the bar shows."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # by the masks: gains that start at zero have not had a chance
+        self.ranks[0] = {name: int(site.gate.mask.sum()) for name, site in RankBudget.of(pl_module).items()}
+        self.shown = {0: trainer.progress_bar_metrics["rank"]}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        super().on_train_batch_end(trainer, pl_module)
+        self.shown[trainer.global_step] = trainer.progress_bar_metrics["rank"]
+
+
+GROWS = partial(presets.increlora, 2, max_rank=RANK, interval=3, targets=["query", "dense"])
+SHRINKS = partial(presets.sora, 0.06, rank=RANK, interval=3, tail=0.3, targets=["query", "dense"])
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "setting", "last"),
+    [(GROWS, "Budget(rank=2)", 8), (SHRINKS, "soft threshold 0.06", 16)],
+    ids=["a budget that grows", "no budget at all"],
+)
+def test_ranks_that_grow_and_ranks_without_a_budget_are_shown(callbacks: Any, setting: str, last: int) -> None:
+    torch.manual_seed(0)
+    logger, seen = TensorBoardLogger("."), Amounts()
+    *ours, checkpoint = callbacks()
+    trainer_of([*ours, seen, checkpoint], logger=logger).fit(Net(), data())
+    events, pruning = events_of(logger), next(each for each in ours if isinstance(each, RankPruning))
+    total = {step: sum(ranks.values()) for step, ranks in seen.ranks.items()}
+    assert len(total) > 3
+    assert len(set(total.values())) > 2
+    assert (sorted(total.values()) == list(total.values())) == (callbacks is GROWS)
+    spent, budget = curve(events, "rank/spent"), curve(events, "rank/budget")
+    assert {step: spent[step] for step in total} == total
+    assert {step: budget[step] for step in total} == {step: pruning.policy.budget_at(step, STEPS) for step in total}
+    assert budget[STEPS] == last
+    for layer in LAYERS:
+        points = curve(events, f"rank/{layer}")
+        assert {step: points[step] for step in total} == {step: ranks[layer] for step, ranks in seen.ranks.items()}
+    assert {step: seen.shown[step] for step in total} == {step: f"{rank}/{last}" for step, rank in total.items()}
+    params, metrics = row(events)
+    assert params["budget"] == setting
+    assert metrics[:3] == ["rank/spent", "rank/budget", "rank/open"]
+    picture = HeatMap(LAYERS, RANK)  # colours from none to all that there is room for
+    images = {image.step: image.encoded_image_string for image in events.Images("rank/heatmap")}
+    assert sorted(images) == sorted(total)
+    for step, image in images.items():
+        with Image.open(BytesIO(image)) as decoded:
+            assert np.array_equal(np.asarray(decoded), picture.draw(seen.ranks[step]))
 
 
 @pytest.mark.parametrize(("amount", "text"), [(412, "412"), (98_304, "98.3k"), (1_327_104, "1.33M"), (0, "0")])

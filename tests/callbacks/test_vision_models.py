@@ -12,7 +12,18 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_peft import Budget, DynamicDoRA, RankBudget, inject, load, plan, presets
+from lightning_peft import (
+    AdapterCheckpoint,
+    AdapterInjection,
+    Budget,
+    DynamicDoRA,
+    LoRA,
+    RankBudget,
+    inject,
+    load,
+    plan,
+    presets,
+)
 
 
 class Network(LightningModule):
@@ -57,6 +68,10 @@ class SaveAt(Callback):
 
 def fit(compact: Any, *others: Callback, ckpt_path: Path | None = None) -> Network:
     """Four epochs of six steps: cuts after steps 4 to 12, all open components kept from then on."""
+    return train([*presets.dynamic_dora(final_rank=4, interval=2, compact=compact), *others], ckpt_path)
+
+
+def train(callbacks: list[Callback], ckpt_path: Path | None = None) -> Network:
     seed_everything(0, verbose=False)
     model = Network()
     trainer = Trainer(
@@ -66,7 +81,7 @@ def fit(compact: Any, *others: Callback, ckpt_path: Path | None = None) -> Netwo
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[*presets.dynamic_dora(final_rank=4, interval=2, compact=compact), *others],
+        callbacks=callbacks,
     )
     trainer.fit(model, DataLoader(images(), batch_size=8, shuffle=True), ckpt_path=ckpt_path, weights_only=True)
     return model
@@ -103,3 +118,50 @@ def test_its_plan_is_what_it_takes() -> None:
     assert planned.start.adapter_parameters + planned.start.trained_parameters == cost
     assert planned.start.exported is not None  # PEFT can have them
     assert planned.base_parameters == sum(p.numel() for p in Network().parameters()) - 12 * 4 - 4
+
+
+@pytest.mark.parametrize("compact", ["never", "at_once"])
+@pytest.mark.parametrize("preset", [partial(presets.eva, 3), partial(presets.gora, 3)], ids=["eva", "gora"])
+def test_convolutions_are_calibrated(preset: Any, compact: str, tmp_path: Path) -> None:
+    part, last = tmp_path / "part.ckpt", tmp_path / "last.ckpt"
+
+    def callbacks(*others: Callback) -> list[Callback]:
+        return [*preset(batches=4, compact=compact), *others]
+
+    through = train(callbacks(SaveAt(15, part), SaveAt(24, last)))
+    budget = RankBudget.of(through)
+    assert set(budget.extents) == {"conv1", "conv2"}
+    assert 0 < budget.spent < budget.capacity
+    if compact == "at_once":
+        assert sum(len(site.gate) for site in budget.values()) == budget.spent
+    untouched = train(
+        [AdapterInjection(partial(LoRA, rank=6)), SaveAt(1, tmp_path / "plain.ckpt"), AdapterCheckpoint()]
+    )
+    assert not torch.equal(through.fc.weight, untouched.fc.weight)  # the start matters
+
+    whole = through.state_dict()
+    resumed = train(callbacks(), ckpt_path=part)  # adapters from the file, not calibrated again
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.state_dict().items())
+    with torch.no_grad():
+        x = images().tensors[0]
+        assert torch.equal(load(Network(), last).eval()(x), through.eval()(x))
+
+
+def test_evas_directions_on_a_convolution_are_those_of_its_patches() -> None:
+    """Rows of A span the leading principal directions of what the kernel is laid over."""
+
+    class Look(Callback):
+        A: Tensor
+
+        def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+            if trainer.global_step == 0:
+                site = RankBudget.of(pl_module)["conv1"]
+                self.A = site.adapter.A[site.gate.open()].detach().clone()  # type: ignore[union-attr,index]
+
+    look = Look()
+    # all six batches are seen, so that order does not matter: one SVD of all patches has the same directions
+    train([*presets.eva(2, rho=1.0, tau=1.0, batches=6), look])
+    patches = nn.functional.unfold(images().tensors[0], 3, padding=1).mT.reshape(-1, 27)
+    leading = torch.linalg.svd(patches - patches.mean(0), full_matrices=False).Vh[:2]
+    found = torch.linalg.qr(look.A.mT).Q
+    assert (leading @ found).square().sum() > 1.9  # of 2; incremental, each step keeps a few directions

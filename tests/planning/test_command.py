@@ -13,6 +13,7 @@ import torch
 from transformers import BertConfig, LlamaConfig, LlamaForCausalLM
 
 from lightning_peft import cli
+from lightning_peft.planning import command
 from lightning_peft.planning.skeleton import skeleton
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
@@ -65,6 +66,18 @@ def test_every_option_acts(llama: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert (own["start"]["components"], own["final"]["components"]) == (14 * 4, 14 * 2.5)
     headed = figures(capsys, llama, "--architecture", "LlamaForSequenceClassification")
     assert headed["start"]["trained_parameters"] == 2 * 64
+
+
+@pytest.mark.parametrize("method", command._methods())
+def test_every_method_is_planned(method: str, llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = figures(capsys, llama, "--method", method)
+    load = found["start"]
+    parts = (load["weights"], load["gradients"], load["optimizer"], load["statistics"])
+    assert load["memory"] == found["base"] + sum(parts)
+    assert cli.main(["plan", str(llama), "--method", method]) == 0
+    printed = capsys.readouterr().out
+    assert ("statistics of importance" in printed) == (load["statistics"] > 0)
+    assert "what calibration holds before the first step" in printed
 
 
 def test_the_text_is_the_plan(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,16 +12,19 @@ import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from presets.every import NAMES, small
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from lightning_peft import (
     AdapterCheckpoint,
+    AdapterInjection,
     Budget,
     DynamicDoRA,
     LoRA,
     RankBudget,
+    RankPruning,
     compact,
     inject,
     plan,
@@ -307,3 +310,62 @@ def test_every_figure_is_in_the_text_or_the_dictionary(strategy: Strategy) -> No
     assert text.startswith(f"Sequential, 1 adapted layers: 2 processes, {strategy.upper()}")
     assert ("once: the whole module" in text) == (strategy == "ddp") != ("once: the trained weights" in text)
     assert ("step: frozen weights, backward" in text) == (strategy != "ddp")
+
+
+class ScalesAtTheStart(Scales):
+    """Weighs after the first step only, and what the choice of components is based on."""
+
+    statistics = 0
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if trainer.global_step == 1:
+            super().on_train_batch_end(trainer, pl_module)
+            self.checkpoint = trainer._checkpoint_connector.dump_checkpoint()
+            (saved,) = [c.state_dict() for c in pruning(trainer.callbacks)] or [{}]  # type: ignore[attr-defined]
+            state = saved.get("policy", {}).get("importance", {})
+            self.statistics = size(row for rows in state.values() for row in rows.values())
+
+
+def pruning(callbacks: Iterable[L.Callback]) -> list[RankPruning]:
+    return [each for each in callbacks if isinstance(each, RankPruning)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore:No device id is provided")
+def test_a_plan_of_every_preset_is_what_it_takes(name: str, tmp_path: Path) -> None:
+    def preset() -> list[L.Callback]:
+        return list(small(name, compact="final" if pruning(small(name)) else "never", tail=0.4))
+
+    (injection,) = [each for each in preset() if isinstance(each, AdapterInjection)]
+    policy = next((each.policy for each in pruning(preset())), None)
+    with torch.device("meta"):
+        shapes = MODELS["bert"]()
+    inject(shapes, injection.adapter)
+    planned = plan(
+        shapes, final=policy.final_budget if policy else None, importance=policy.importance if policy else None
+    )
+    assert not any(site.gate.mask.requires_grad for site in RankBudget.of(shapes).values())
+
+    job, scales, real = Job(MODELS["bert"](), "adamw"), ScalesAtTheStart(), preset()
+    trainer = L.Trainer(
+        max_epochs=5, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, strategy=SingleDeviceStrategy(), callbacks=[*real, scales],
+    )  # fmt: skip
+    trainer.fit(job)
+    # The room for components counts from the start, whether they are open or not.
+    agrees(planned.start, planned.base, scales, scales.checkpoint)
+    assert planned.start.statistics == scales.statistics
+    assert planned.memory(planned.start) == sum(
+        (planned.base, planned.start.weights, planned.start.gradients, planned.start.optimizer, scales.statistics)
+    )
+    assert ("statistics of importance" in str(planned)) == (scales.statistics > 0)
+    if policy is not None:
+        (mine,) = pruning(real)
+        assert (planned.final is None) == (mine.policy.final_budget is None)
+        if planned.final is not None:
+            budget = RankBudget.of(job)
+            assert planned.final.components == budget.spent == sum(len(site.gate) for site in budget.values())
+            assert planned.final.statistics == mine.policy.importance.statistics_bytes()
+            assert planned.most_parameters is not None
+            left = sum(p.numel() for site in budget.values() for _, p in site.adapter.own_parameters())
+            assert left <= planned.most_parameters

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import lightning.pytorch as L
 import pytest
@@ -15,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
 
-from lightning_peft import RankBudget, RankPruning, load, merge, to_hf_peft
+from lightning_peft import RankBudget, RankPolicy, RankPruning, load, merge, presets, to_hf_peft
+from lightning_peft.rank.policy import Policy
 from lightning_peft.testing.case import close, same
 
 every_preset = pytest.mark.parametrize("name", NAMES)
@@ -64,13 +67,16 @@ class StopAt(L.Callback):
             raise SystemExit
 
 
-def fit(name: str, *extra: L.Callback, ckpt_path: Path | None = None, logger: Any = False) -> tuple[Classifier, Any]:
-    """One run; the same seed for all."""
+def fit(
+    method: str | Sequence[L.Callback], *extra: L.Callback, ckpt_path: Path | None = None, logger: Any = False
+) -> tuple[Classifier, Any]:
+    """One run of a preset, by name, or of its callbacks; the same seed for all."""
     torch.manual_seed(5)
     net = Classifier()
+    callbacks = small(method) if isinstance(method, str) else method
     trainer = L.Trainer(
         max_epochs=3, accelerator="cpu", logger=logger, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, log_every_n_steps=1, callbacks=[*small(name), *extra],
+        enable_model_summary=False, num_sanity_val_steps=0, log_every_n_steps=1, callbacks=[*callbacks, *extra],
     )  # fmt: skip
     trainer.fit(net, loader(), ckpt_path=ckpt_path)
     return net, trainer
@@ -131,14 +137,16 @@ def test_interrupted_is_uninterrupted(name: str, stop: int, trained: Any, tmp_pa
     with pytest.raises(SystemExit):
         fit(name, StopAt(stop, tmp_path / "stop.ckpt"))
     resumed = state(*fit(name, ckpt_path=tmp_path / "stop.ckpt"))
-    whole = state(*trained(name)[:2])
+    assert not differences(resumed, state(*trained(name)[:2]))
+
+
+def differences(resumed: dict[str, Any], whole: dict[str, Any]) -> list[str]:
     assert resumed.keys() == whole.keys()
-    different = [
+    return [
         key
         for key, value in whole.items()
         if not (torch.equal(value, resumed[key]) if isinstance(value, Tensor) else value == resumed[key])
     ]
-    assert not different, different
 
 
 @every_preset
@@ -164,3 +172,88 @@ def test_stock_peft_loads_the_export(name: str, trained: Any, tmp_path: Path) ->
     report = to_hf_peft(net, tmp_path / "adapter", check="peft", inputs={"input_ids": tokens()})
     assert report.max_difference < 1e-5
     assert report.ranks == RankBudget.of(net.model).ranks()
+
+
+def cuts() -> list[tuple[str, str | int]]:
+    """Every way to cut closed components out that a preset takes, and every second event with its policy made hard."""
+    found: list[tuple[str, str | int]] = []
+    for name in NAMES:
+        function = getattr(presets, name)
+        if "compact" in inspect.signature(function).parameters:
+            found += [(name, cut) for cut in get_args(get_type_hints(function)["compact"]) if cut != "never"]
+        found += [(name, 2) for each in small(name) if isinstance(each, RankPruning) if hard(each.policy)]
+    return found
+
+
+def hard(policy: Policy) -> RankPolicy | None:
+    """The same policy with closed components that stay closed, where components are closed to a budget."""
+    if not isinstance(policy, RankPolicy):
+        return None
+    return RankPolicy(policy.schedule, policy.importance, policy.final, policy.interval, minimum=policy.minimum)
+
+
+def cutting(name: str, cut: str | int, **also: Any) -> list[L.Callback]:
+    """The preset that cuts; with a tail, and without dropout, of which an adapter that has gone would draw none."""
+    also = {"tail": 0.5, "dropout": 0.0, **also}
+    if isinstance(cut, str):
+        return list(small(name, compact=cut, **also))
+    callbacks: list[L.Callback] = []
+    for each in small(name, **also):
+        policy = hard(each.policy) if isinstance(each, RankPruning) else None
+        callbacks.append(each if policy is None else RankPruning(policy, cut))
+    return callbacks
+
+
+every_cut = pytest.mark.parametrize(("name", "cut"), cuts())
+
+
+@pytest.fixture(scope="module")
+def cut_runs() -> Any:
+    """The finished run of every cut, made once."""
+    runs: dict[tuple[str, str | int], tuple[Classifier, Any]] = {}
+
+    def run(name: str, cut: str | int) -> tuple[Classifier, Any]:
+        if (name, cut) not in runs:
+            runs[name, cut] = fit(cutting(name, cut))
+        return runs[name, cut]
+
+    return run
+
+
+def test_there_are_cuts_of_all_kinds() -> None:
+    assert {cut for _, cut in cuts()} == {"final", "at_once", 2}
+
+
+@every_cut
+def test_what_is_cut_is_what_the_mask_had_closed(name: str, cut: str | int, cut_runs: Any) -> None:
+    net, _ = cut_runs(name, cut)
+    budget = RankBudget.of(net)
+    left = sum(len(site.gate) for site in budget.values())
+    assert left == budget.spent < budget.capacity
+    if isinstance(cut, str):  # in between, a mask may open again what a cut has taken away
+        # Orthogonality looks at closed components as long as they are there.
+        net, masked = (fit(cutting(name, when, orthogonality=0.0))[0] for when in (cut, "never"))
+        assert RankBudget.of(net).ranks() == RankBudget.of(masked).ranks()
+        # the same sums in another order, for half of the run or all of it
+        close(net.eval()(tokens()), masked.eval()(tokens()), "cut and masked outputs", rtol=1e-3, atol=1e-4)
+
+
+@every_preset
+def test_no_preset_is_cut_where_a_component_may_return(name: str) -> None:
+    for each in small(name):
+        if isinstance(each, RankPruning):
+            with pytest.raises(ValueError, match=r"compact=2 would cut at events before the last, and .*'final'"):
+                RankPruning(each.policy, 2)
+
+
+# between the first cut at an event and the last event; the step after the last event
+@every_cut
+@pytest.mark.parametrize("stop", [11, 13])
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_run_that_cuts_can_be_interrupted(
+    name: str, cut: str | int, stop: int, cut_runs: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit):
+        fit(cutting(name, cut), StopAt(stop, tmp_path / "stop.ckpt"))
+    resumed = state(*fit(cutting(name, cut), ckpt_path=tmp_path / "stop.ckpt"))
+    assert not differences(resumed, state(*cut_runs(name, cut)))
