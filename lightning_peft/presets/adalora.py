@@ -10,10 +10,9 @@ from lightning.pytorch import Callback
 
 from lightning_peft.adapters import adalora as paper
 from lightning_peft.adapters.adalora import AdaLoRA, Mode
-from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, RankMonitor, RankPruning, Regularization
-from lightning_peft.presets.base import Preset, falling_rank
+from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, RankMonitor, RankPruning
+from lightning_peft.presets.base import Preset, falling_rank, orthogonal
 from lightning_peft.rank.budget import Budget
-from lightning_peft.regularizers import Orthogonality
 
 
 def adalora(
@@ -63,14 +62,11 @@ def adalora(
     Reference:
         Zhang et al., AdaLoRA, ICLR 2023, arXiv 2303.10512.
     """
-    if orthogonality < 0:
-        raise ValueError(f"orthogonality is the weight of a penalty, at least 0. Got {orthogonality}.")
+    penalty = orthogonal(orthogonality)
     final, initial_rank = falling_rank(final_rank, budget, initial_rank, paper.initial_rank)
     policy = paper.policy(final, warmup, tail, interval, beta1, beta2, mode, minimum)
     callbacks: list[Callback] = [
         AdapterInjection(partial(AdaLoRA, rank=initial_rank, alpha=alpha, dropout=dropout), targets, train),
         RankPruning(policy, compact),
     ]
-    if orthogonality:
-        callbacks.append(Regularization({"orthogonality": Orthogonality(orthogonality, form="norm")}))
-    return Preset([*callbacks, RankMonitor(), AdapterCheckpoint()])
+    return Preset([*callbacks, *penalty, RankMonitor(), AdapterCheckpoint()])

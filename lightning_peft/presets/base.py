@@ -13,7 +13,9 @@ from lightning_peft.adapters.base import AdapterFactory
 from lightning_peft.adapters.layers import matrix, why_not
 from lightning_peft.adapters.lora import LoRA
 from lightning_peft.arguments import require_instance, require_integer
+from lightning_peft.callbacks import Regularization
 from lightning_peft.rank.budget import Budget
+from lightning_peft.regularizers import Orthogonality
 
 
 class Preset(list[Callback]):
@@ -68,6 +70,17 @@ def falling_rank(
     if final.rank is None:
         raise ValueError(f"{final} does not say how many components to start with; give initial_rank as well.")
     return final, start(final.rank)
+
+
+def orthogonal(weight: float) -> list[Callback]:
+    """The callback of the penalty that keeps A and B orthonormal, in the form of AdaLoRA's code; none for weight 0.
+
+    Raises:
+        ValueError: the weight is negative.
+    """
+    if not weight >= 0:
+        raise ValueError(f"orthogonality is the weight of a penalty, at least 0. Got {weight}.")
+    return [Regularization({"orthogonality": Orthogonality(weight, form="norm")})] if weight else []
 
 
 def capped_lora(rank: int, cap: int, alpha: float, dropout: float) -> AdapterFactory:

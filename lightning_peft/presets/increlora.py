@@ -12,10 +12,9 @@ from lightning.pytorch import Callback
 from lightning_peft.adapters import increlora as method
 from lightning_peft.adapters.adalora import AdaLoRA
 from lightning_peft.adapters.partly_open import PartlyOpen
-from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, RankMonitor, RankPruning, Regularization
-from lightning_peft.presets.base import Preset, final_budget
+from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, RankMonitor, RankPruning
+from lightning_peft.presets.base import Preset, final_budget, orthogonal
 from lightning_peft.rank.budget import Budget
-from lightning_peft.regularizers import Orthogonality
 
 
 def increlora(
@@ -69,8 +68,7 @@ def increlora(
         Zhang et al., IncreLoRA, 2023, arXiv 2308.12043.
     """
     final = final_budget(final_rank, budget)
-    if orthogonality < 0:
-        raise ValueError(f"orthogonality is the weight of a penalty, at least 0. Got {orthogonality}.")
+    penalty = orthogonal(orthogonality)
     if max_rank is None:
         if final.rank is None:
             raise ValueError(f"{final} does not say how many components a layer may have; give max_rank as well.")
@@ -78,6 +76,4 @@ def increlora(
     adapter = PartlyOpen(partial(AdaLoRA, rank=max_rank, alpha=alpha, dropout=dropout), start_rank)
     policy = method.policy(final, warmup, tail, interval, each, beta1, beta2)
     callbacks: list[Callback] = [AdapterInjection(adapter, targets, train), RankPruning(policy, compact)]
-    if orthogonality:
-        callbacks.append(Regularization({"orthogonality": Orthogonality(orthogonality, form="norm")}))
-    return Preset([*callbacks, RankMonitor(), AdapterCheckpoint()])
+    return Preset([*callbacks, *penalty, RankMonitor(), AdapterCheckpoint()])

@@ -95,7 +95,7 @@ def test_it_starts_with_some_components_and_room_for_others() -> None:
     gates[0].keep(torch.ones(3))
     gates[0].reset_parameters()  # as after the meta device
     assert gates[0].mask.tolist() == [1, 1, 0]
-    with pytest.raises(ValueError, match="were to be open at the start, and LoRA was built with 3: start with"):
+    with pytest.raises(ValueError, match="were to be open at the start, and LoRA was built with 3: start with fewer"):
         PartlyOpen(partial(LoRA, rank=3), 4)(nn.Linear(8, 8))
     with pytest.raises(ValueError, match="rank is how many components are open at the start, at least 0. Got -1."):
         PartlyOpen(partial(LoRA, rank=3), -1)
