@@ -155,8 +155,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--format", choices=("hf-peft", "merged"), required=True, help="adapters, or a model")
     export.add_argument(
         "--mode",
-        choices=("padded", "compact", "folded"),
-        help="layout for PEFT (padded, which all servers read)",
+        choices=("padded", "compact", "folded", "adalora"),
+        help="layout for PEFT (padded, which all servers read; adalora is PEFT's own format of that name)",
     )
     export.add_argument("--no-head", action="store_true", help="leave out what was trained beside the adapters")
     export.add_argument("--overwrite", action="store_true", help="write into a folder that holds other things")

@@ -146,15 +146,16 @@ class TripletImportance(Importance):
 
     @torch.no_grad()
     def fold(self, now: list[Tensor], expect_overflow: bool = False, skipped: Tensor | None = None) -> None:
+        largest = [new[len(mean) :] for new, mean in zip(now, self._worth, strict=True)]
+        broken = [each - each != 0 for each in largest]  # infinite, or not a number
+        doubts = [each.any() for each in broken] + ([] if skipped is None else [skipped != 0])
         for i, new in enumerate(now):
             mean, uncertainty = self._worth[i], self._uncertainty[i]
-            entries, largest = new[: len(mean)], new[len(mean) :]
-            broken = largest - largest != 0  # infinite, or not a number
-            leave = broken.any()
-            if skipped is not None:
-                leave = leave | (skipped != 0).to(leave.device, non_blocking=True)
-            elif not expect_overflow:
-                self._odd[i] |= broken
+            entries, leave = new[: len(mean)], doubts[i]
+            for other in doubts[:i] + doubts[i + 1 :]:
+                leave = leave | other.to(leave.device, non_blocking=True)
+            if skipped is None and not expect_overflow:
+                self._odd[i] |= broken[i]
             # I - Ibar_old. With the new Ibar it is beta1 times as much: I - Ibar = beta1 (I - Ibar_old).
             change = (entries - mean).masked_fill_(leave, 0.0)
             mean.add_(change, alpha=1 - self.beta1)

@@ -42,6 +42,7 @@ class GoRA(Probe):
 
     Raises:
         ValueError: an argument is out of range.
+        RuntimeError: when it begins, an adapter has been trained, or has a gain, which would undo the start.
 
     Reference:
         He et al., GoRA, 2025, arXiv 2502.12171, abstract: ranks by sensitivity of the gradients of a small subset,
@@ -72,6 +73,12 @@ class GoRA(Probe):
 
     def begin(self, budget: RankBudget, processes: Processes) -> None:
         require_untrained(budget, "GoRA")
+        for name, site in budget.items():
+            if site.gate.gain is not None:
+                raise RuntimeError(
+                    f"GoRA starts B as a gradient step, and at {name!r} {type(site.adapter).__name__} has a gain that "
+                    "multiplies it and starts elsewhere. Use LoRA, or WeightDecomposed(components='lora')."
+                )
         self._budget, self._processes = budget, processes
         self._gradients, self._batches, self._step, self._unseen = {}, 0, 0.0, []
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_peft.arguments import require_instance, require_integer
 from lightning_peft.rank.allocation import Compare, open_highest
@@ -23,7 +23,7 @@ from lightning_peft.rank.schedule import Linear, Schedule
 class ModuleSensitivity(Importance):
     """Smoothed sensitivity of a whole layer times its uncertainty; every component of the layer has the same.
 
-        I = sum |w dL/dw| / sqrt(numel)                      over the adapter's A, B and gain
+        I = sum |w dL/dw| / sqrt(numel)                      over the adapter's components: A, B and gain
         Ibar <- beta1 Ibar + (1 - beta1) I
         Ubar <- beta2 Ubar + (1 - beta2) |I - Ibar|          with the new Ibar
         worth = Ibar Ubar
@@ -58,7 +58,7 @@ class ModuleSensitivity(Importance):
         self._uncertainty = [torch.zeros_like(worth) for worth in self._worth]
 
     def measure(self, group: list[Site]) -> Tensor:
-        parameters = [[p for _, p in site.adapter.own_parameters()] for site in group]
+        parameters = [_of_components(site) for site in group]
         flat = [p.detach() for row in parameters for p in row]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for row in parameters for p in row]
         sums: Tensor = torch.stack(torch._foreach_norm(torch._foreach_mul(flat, gradients), ord=1))
@@ -89,6 +89,12 @@ class ModuleSensitivity(Importance):
             for group, rows in zip(self._groups, groups, strict=True)
             for site, row in zip(group, rows, strict=True)
         }
+
+
+def _of_components(site: Site) -> list[nn.Parameter]:
+    """Parameters that belong to components: not a magnitude, say, which is the layer's whatever its rank."""
+    lasting = {id(p) for p in site.adapter.lasting_parameters()}
+    return [p for _, p in site.adapter.own_parameters() if id(p) not in lasting]
 
 
 class Growth(Policy):

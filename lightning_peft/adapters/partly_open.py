@@ -44,5 +44,10 @@ class PartlyOpen:
         adapter = self.adapter(base)
         if adapter.gate is None:
             raise TypeError(f"{type(adapter).__name__} has no gate, so it cannot start with some of its components.")
+        if self.rank > len(adapter.gate):
+            raise ValueError(
+                f"rank={self.rank} components were to be open at the start, and {type(adapter).__name__} was built "
+                f"with {len(adapter.gate)}: start with fewer, or build it with more."
+            )
         adapter.gate.start_with(self.rank)
         return adapter

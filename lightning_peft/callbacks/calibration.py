@@ -94,7 +94,8 @@ class Calibration(Preflight):
         """Whether the adapters of this run have been calibrated, here or before the checkpoint was written."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.done = False  # a checkpoint of this run says otherwise later
+        if stage == "fit":
+            self.done = False  # a checkpoint of this run says otherwise later
         super().setup(trainer, pl_module, stage)
         require_before(trainer, self, AdapterPlacement)
         for other in callbacks_of(trainer):

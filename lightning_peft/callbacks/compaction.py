@@ -78,7 +78,12 @@ def compact_in_training(trainer: Trainer) -> bool:
     strategy, module = trainer.strategy, trainer.lightning_module
     budget = RankBudget.of(module)
     size = _parameters(module)
-    if bool(torch.stack([site.gate.mask.detach().all() for site in budget.values()]).all()):
+    masks = torch.cat([site.gate.mask.detach() for site in budget.values()]) != 0
+    if bool(masks.all()):
+        return False
+    if not bool(masks.any()):
+        # Not a reason to break a run off, maybe at its last step: with the masks it can be saved.
+        rank_zero_info(f"Nothing was cut at step {trainer.global_step}: every component of every adapter is closed.")
         return False
     with unwrapped(strategy):
         compact_training(module, trainer.optimizers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import torch
@@ -80,7 +80,8 @@ class RankPruning(Preflight):
         self._events = 0
         self._settled = False  # the mask is final
         self._uncut = False  # what is closed is to be cut out after the next step
-        self._now: list[Tensor] | None = None  # worth of a step that a gradient scaler may yet skip
+        self._now: tuple[list[Tensor], Collection[str]] | None = None  # of a step that a gradient scaler may yet skip
+        self._resting: set[str] | None = None  # layers that no step since the last look was of; None before any step
         self._restored: Mapping[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -104,6 +105,7 @@ class RankPruning(Preflight):
         self._steps = TakenSteps()
         self._seen = self._event_at = 0
         self._settled = False
+        self._resting = None
         self.event_step = self._events = 0
         self.event_scores = {}
         self.policy.track(budget)
@@ -154,6 +156,7 @@ class RankPruning(Preflight):
             self.event_step, self._event_at = int(state["event_step"]), int(state["event_at"])
             self._settled, self._events = bool(state["settled"]), int(state["events"])
             self._steps.load_state_dict(state["steps"], pl_module.device)
+            self._resting = set(state.get("resting", ())) or None
             self.policy.load_state_dict(state["policy"])
             # The file may be from between the optimizer's step and our look at it, or of a plan that was longer.
             self._seen = min(int(state["step"]), self._steps.taken(trainer.global_step))
@@ -167,7 +170,11 @@ class RankPruning(Preflight):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._now = None
         importance = self.policy.importance
-        if not self._steps.begin(trainer, optimizer) or importance.reads != "gradients":
+        if not self._steps.begin(trainer, optimizer):
+            return
+        resting = self._others(trainer, optimizer)
+        self._resting = resting if self._resting is None else self._resting & resting
+        if importance.reads != "gradients":
             return
         if not self._observes(self._steps.taken(trainer.global_step) + 1):
             return
@@ -180,18 +187,39 @@ class RankPruning(Preflight):
             flat = trainer.strategy.reduce(torch.cat(gradients), reduce_op="mean")
             torch._foreach_copy_(gradients, list(flat.split([part.numel() for part in gradients])))
         now = importance.worth_now()
+        if gradients:
+            resting = set()  # what is not the optimizer's gathers from step to step, whoever takes it
         if scaler is not None and not gradients and unscales_itself(optimizer):
             # Worth was read off the optimizer's gradients, and it goes up with them as they are.
             torch._foreach_div_(now, scaler.scale(torch.ones((), device=now[0].device)))
         if scaler is None:
-            importance.fold(now)
+            self._fold(now, resting)
         else:
-            self._now = now  # until it is known whether the step is taken
+            self._now = now, resting  # until it is known whether the step is taken
 
     def _stepped(self, overflow: Tensor | None) -> None:
-        now, self._now = self._now, None
-        if now is not None:
-            self.policy.importance.fold(now, expect_overflow=True, skipped=overflow)
+        step, self._now = self._now, None
+        if step is not None:
+            self._fold(*step, expect_overflow=True, skipped=overflow)
+
+    def _others(self, trainer: Trainer, optimizer: Optimizer) -> set[str]:
+        """Layers that other optimizers train: what their gradients hold now is of no step, or was counted at one."""
+        if len(trainer.optimizers) < 2:
+            return set()
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        sites = self.policy.budget.items()
+        return {name for name, site in sites if not any(id(p) in own for _, p in site.adapter.own_parameters())}
+
+    def _fold(self, now: list[Tensor], resting: Collection[str], **how: Any) -> None:
+        """Take the worth of a step in; what is known of layers that the step was not of stays as it is."""
+        importance = self.policy.importance
+        if not resting:
+            importance.fold(now, **how)
+        elif len(resting) < len(self.policy.budget):
+            views = [row for rows in importance.statistics().values() for name, row in rows.items() if name in resting]
+            before = [row.clone() for row in views]
+            importance.fold(now, **how)
+            torch._foreach_copy_(views, before)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -207,7 +235,9 @@ class RankPruning(Preflight):
         if fresh and not self._settled:
             self.policy.after_steps(step - self._seen, step, self.total_steps, overflow)
         if fresh and importance.reads == "weights" and self._observes(self._seen + 1):
-            importance.fold(importance.worth_now(), skipped=overflow)
+            self._fold(importance.worth_now(), self._resting or (), skipped=overflow)
+        if fresh:
+            self._resting = None
         ends = trainer.global_step >= self.total_steps  # the plan does, however many steps were skipped
         if self._due(step, ends):
             step -= self._steps.settle()
@@ -240,8 +270,9 @@ class RankPruning(Preflight):
         kept = {name: site.gate.mask.detach() != 0 for name, site in self.policy.budget.items()}
         if compact_in_training(trainer):
             self.policy.follow(RankBudget.of(trainer.lightning_module), kept)
-            if self._settled:
-                self._release()  # to follow is to track anew
+            if self._settled:  # to follow is to track anew
+                self._release()
+                self._forget()
 
     def _due(self, step: int, ends: bool) -> bool:
         """Whether components are to be chosen now that so many steps were taken."""
@@ -302,7 +333,8 @@ class RankPruning(Preflight):
         if not self.total_steps:
             return {}
         self._seen -= self._steps.settle()
-        return {
+        resting = {"resting": sorted(self._resting)} if self._resting else {}
+        return resting | {
             "total_steps": self.total_steps,
             "step": self._seen,
             "settled": self._settled,

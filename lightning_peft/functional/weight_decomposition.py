@@ -61,9 +61,13 @@ def row_norms(weight: Tensor, A: Tensor, B: Tensor, value: Tensor) -> Tensor:
         size = _PIECE if kind == "cpu" else _PIECE_ELSEWHERE
         d_out, d_in = weight.shape
         if weight.is_contiguous() or not weight.t().is_contiguous():
-            n = max(1, size // d_in)
-            rows = [slice(i, i + n) for i in range(0, d_out, n)]
-            return torch.cat([torch.addmm(weight[some].to(dtype), Bv[some], A).norm(dim=1) for some in rows])
+            n = min(d_out, max(1, size // d_in))
+            norms = A.new_empty(d_out)
+            piece = A.new_empty(n, d_in)  # one for all: to allocate each would cost as much as to fill it
+            for rows, Bv_rows, out in zip(weight.split(n), Bv.split(n), norms.split(n), strict=True):
+                whole = torch.addmm(rows.to(dtype), Bv_rows, A, out=piece[: len(rows)])
+                torch.linalg.vector_norm(whole, dim=1, out=out)
+            return norms
         # Stored as (d_in, d_out): a piece is some inputs of all rows. Summed by `sum`, which adds up in a tree: a norm
         # along this dimension adds one by one, and loses digits over the tokens of a vocabulary.
         Wt, At, vBt, n = weight.t(), A.t(), Bv.t(), max(1, size // d_out)
@@ -153,9 +157,12 @@ def decomposed_linear_reference(
 
 def _products_summed(g: Tensor, u: Tensor, dtype: torch.dtype) -> Tensor:
     """sum_t g_to u_to, (d_out,), without a product of all tokens: they are read once."""
-    n = max(1, (_PIECE if g.device.type == "cpu" else _PIECE_ELSEWHERE) // g.shape[1])
-    parts = [(g[i : i + n] * u[i : i + n]).sum(0, dtype=dtype) for i in range(0, max(1, len(g)), n)]
-    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+    n = min(len(g), max(1, (_PIECE if g.device.type == "cpu" else _PIECE_ELSEWHERE) // g.shape[1]))
+    total = g.new_zeros(g.shape[1], dtype=dtype)
+    piece = g.new_empty(n, g.shape[1])  # one for all: to allocate each would cost as much as to fill it
+    for some, same in zip(g.split(max(1, n)), u.split(max(1, n)), strict=True):
+        total += torch.mul(some, same, out=piece[: len(some)]).sum(0, dtype=dtype)
+    return total
 
 
 class _DecomposedLinear(torch.autograd.Function):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.layers import is_transformers_conv1d
 from lightning_peft.adapters.low_rank import LowRank
-from lightning_peft.interop.masked import mask_reads, parameter_of, unmask_reads
+from lightning_peft.interop.masked import mask_reads, parameter_of, reads_masked, unmask_reads
 from lightning_peft.rank.gate import Gate
 
 
@@ -87,6 +87,7 @@ class Adopted(LowRank):
         nn.Module.__init__(self)
         self.__dict__["_layer"] = layer  # not as a child: it has its place in the model
         self.adapter_name = adapter_name
+        self._attached = False
         self.config = dict(config)
         self.kind = type(layer).__name__
         variant = layer.lora_variant.get(adapter_name)
@@ -116,12 +117,14 @@ class Adopted(LowRank):
 
     @property
     def gone(self) -> bool:
-        """Whether the PEFT layer has lost this adapter since."""
-        return self.adapter_name not in self.layer.scaling
+        """Whether the PEFT layer has lost this adapter since, or has got another one of this name."""
+        if self.adapter_name not in self.layer.scaling:
+            return True
+        return self._attached and not reads_masked(self._gated()[0], self.adapter_name, self.gate)
 
     def _held(self, container: str) -> nn.Parameter:
         holder = getattr(self.layer, container)
-        if self.adapter_name not in holder:
+        if self.adapter_name not in holder or self.gone:
             raise RuntimeError(
                 f"the adapter {self.adapter_name!r} of this {self.kind} is gone. Call release(model) before "
                 "delete_adapter, and adopt(model) for one that is left."
@@ -133,10 +136,18 @@ class Adopted(LowRank):
         """Let PEFT read the gated factor as masked."""
         holder, dim = self._gated()
         mask_reads(holder, self.adapter_name, self.gate, dim)
+        self._attached = True
 
     def detach(self) -> None:
         """Let PEFT read its own parameter again."""
-        unmask_reads(self._gated()[0], self.adapter_name)
+        self._attached = False
+        # A dictionary outlives the entry that it lost.
+        holders: list[nn.Module] = [c for c in self.layer.children() if isinstance(c, nn.ParameterDict)]
+        if self.adapter_name in self.layer.scaling:
+            holders.append(self._gated()[0])
+        for holder in holders:
+            if reads_masked(holder, self.adapter_name, self.gate):
+                unmask_reads(holder, self.adapter_name)
 
     def _gated(self) -> tuple[nn.Module, int]:
         """What holds the factor that is masked, and the factor's dimension of components."""
@@ -156,6 +167,8 @@ class Adopted(LowRank):
         return parameter_of(self._gated()[0], self.adapter_name)
 
     def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        if self.gone and self.adapter_name in self.layer.scaling:
+            self._held(self.layer.adapter_layer_names[0])  # raises: another adapter has its name
         for name in self.layer.adapter_layer_names:
             holder = getattr(self.layer, name, None)
             if holder is None or self.adapter_name not in holder:
@@ -205,6 +218,14 @@ class Adopted(LowRank):
         )
 
     def reset_parameters(self) -> None:
+        # PEFT fills the tensors that it reads, and of the masked factor it would fill a copy.
+        self.detach()
+        try:
+            self._reset()
+        finally:
+            self.attach()
+
+    def _reset(self) -> None:
         self.layer.reset_lora_parameters(self.adapter_name, True)
 
     def extra_repr(self) -> str:
@@ -270,6 +291,9 @@ class AdoptedAdaLoRA(Adopted):
         if "_ranknum" not in self.__dict__:
             self._ranknum = float(self.layer.ranknum[self.adapter_name])
         return float(self.layer.scaling[self.adapter_name]) / (self._ranknum + 1e-5)
+
+    def _reset(self) -> None:
+        self.layer.reset_lora_parameters(self.adapter_name)
 
     def _gated(self) -> tuple[nn.Module, int]:
         return self.layer.lora_E, 0

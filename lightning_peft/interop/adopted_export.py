@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,19 +13,23 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lightning_peft.export import own_random, require_whole
+from lightning_peft.export import require_whole
 from lightning_peft.interop.adopted import Adopted, AdoptedAdaLoRA, AdoptedLoRA
 from lightning_peft.interop.adoption import folded
-from lightning_peft.interop.layout import PREFIX, Mode, _number, _patterns, target_modules
+from lightning_peft.interop.host import some, whole_modules, with_statistics
+from lightning_peft.interop.layout import PREFIX, Mode, _number, _patterns, modules_to_save, target_modules
 from lightning_peft.interop.verify import (
     WEIGHTS,
     _counted,
     _is_narrow,
     compare_outputs,
+    load_with_peft,
     made_up_inputs,
     require_close,
 )
-from lightning_peft.surgery import adapters
+from lightning_peft.rank.budget import clean_name
+from lightning_peft.regularizers.base import Regularizer
+from lightning_peft.surgery import adapters, trained
 
 _WRONG = "the export was checked and is not right"
 
@@ -70,7 +73,8 @@ def lay_out_adopted(module: nn.Module, mode: Mode, head: bool) -> AdoptedLayout:
     A DoRA layer without an open component keeps its magnitude, and one component of zeros to carry it.
 
     Raises:
-        ValueError: mode is none of these, every layer is of rank 0, or the module holds several PEFT models.
+        ValueError: mode is none of these, every layer is of rank 0, the module holds several PEFT models, or something
+            trained cannot be expressed.
         TypeError: the adapter is of a variant that cannot be cut.
     """
     from peft import PeftModel
@@ -98,6 +102,10 @@ def lay_out_adopted(module: nn.Module, mode: Mode, head: bool) -> AdoptedLayout:
     tensors = {
         key: value.detach().cpu().clone() for key, value in state.items() if head or not key.startswith(tuple(whole))
     }
+    more = _kept_beside(module, model, name, set(state)) if head else {}
+    for path, child in more.items():
+        for key, value in child.state_dict().items():
+            tensors[f"{PREFIX}{path}.{clean_name(key)}"] = value.detach().cpu().clone().contiguous()
     config.inference_mode = True
     if not head:
         config.modules_to_save, config.task_type = None, None
@@ -107,7 +115,11 @@ def lay_out_adopted(module: nn.Module, mode: Mode, head: bool) -> AdoptedLayout:
     else:
         values = _cut_lora(tensors, views, config, mode, model.get_base_model())
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
-    return AdoptedLayout(model, views, tensors, plain, kept)
+    if more:
+        host = model.get_base_model()
+        paths = [path for path in views if any(key.startswith(f"{PREFIX}{path}.") for key in tensors)]
+        plain["modules_to_save"] = [*(plain["modules_to_save"] or ()), *modules_to_save(host, more, paths)]
+    return AdoptedLayout(model, views, tensors, plain, (*kept, *more))
 
 
 def _require_cuttable(views: Mapping[str, Adopted], config: Any) -> None:
@@ -123,6 +135,44 @@ def _require_cuttable(views: Mapping[str, Adopted], config: Any) -> None:
             f"init_lora_weights={start!r} changed the base by as much as the adapter's rank says, and PEFT does so "
             "again when it loads. model.save_pretrained(folder) writes it at its rank, closed components at zero."
         )
+
+
+def _kept_beside(module: nn.Module, model: Any, name: str, written: set[str]) -> dict[str, nn.Module]:
+    """What training changed and PEFT does not write by itself, by path in the base: whole modules and statistics.
+
+    Raises:
+        ValueError: something trained is outside the PeftModel, or is not a whole module.
+    """
+    base = model.get_base_model()
+    inside = {id(p) for p in model.parameters()}
+    # Noted at adoption: a module that was frozen since has been trained all the same.
+    skipped = {id(p) for view in adapters(module).values() for _, p in view.own_parameters()}
+    skipped |= {id(p) for term in module.modules() if isinstance(term, Regularizer) for p in term.parameters()}
+    beside = {clean_name(n): p for n, p in trained(module).items() if id(p) not in skipped}
+    outside = [n for n, p in beside.items() if id(p) not in inside]
+    if outside:
+        raise ValueError(
+            f"trained beside the adapters, but outside the PeftModel: {some(outside)}. A PEFT folder describes that "
+            "model alone: give head=False and save them yourself."
+        )
+    known = {id(p) for path in _modules_to_save(model, name) for p in base.get_submodule(path).parameters()}
+    for layer in base.modules():  # of other adapters in the same layers
+        if isinstance(inner := getattr(layer, "base_layer", None), nn.Module):
+            known |= {id(p) for p in layer.parameters()} - {id(p) for p in inner.parameters()}
+    wanted = {id(p) for p in beside.values()} - known
+    names = {clean_name(n): p for n, p in base.named_parameters() if id(p) in wanted}
+    # PEFT writes biases that its config trains, those of adapted layers without the part of the name that is its own.
+    rest = {
+        n: p for n, p in names.items() if not {f"{PREFIX}{n}", f"{PREFIX}{n.replace('.base_layer.', '.')}"} & written
+    }
+    whole, parts = whole_modules(base, {n: p for n, p in rest.items() if ".base_layer." not in n})
+    parts = [n for n in rest if ".base_layer." in n or n in parts]
+    if parts:
+        raise ValueError(
+            f"trained beside the adapters, but not a whole module: {some(parts)}. PEFT keeps whole modules only: name "
+            "the module in modules_to_save, or give head=False and save them yourself."
+        )
+    return whole | with_statistics(base, {*whole, *_modules_to_save(model, name)})
 
 
 def _modules_to_save(model: Any, name: str) -> tuple[str, ...]:
@@ -212,25 +262,14 @@ def load_adopted(folder: Path, layout: AdoptedLayout, inputs: Any) -> tuple[floa
     Raises:
         RuntimeError: they differ.
     """
-    from peft import PeftModel
-
-    ours = layout.model
-    if _is_narrow(ours):
-        ours = copy.deepcopy(ours).float()
+    ours, name = layout.model, next(iter(layout.views.values())).adapter_name
+    if _is_narrow(ours) or list(ours.active_adapters) != [name]:
+        ours = copy.deepcopy(ours)
+        ours.set_adapter(name)
+        if _is_narrow(ours):
+            ours = ours.float()
     base = copy.deepcopy(ours).unload()
-    for name in layout.head:
-        for parameter in base.get_submodule(name).parameters():
-            parameter.data.add_(1.0)
-    device = next(ours.parameters()).device
-    with own_random(ours), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            theirs = PeftModel.from_pretrained(base, str(folder), torch_device=str(device))
-        except Exception as error:
-            raise RuntimeError(f"{_WRONG}: PEFT cannot load it. {type(error).__name__}: {error}") from error
-    missing = [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]
-    if missing:
-        raise RuntimeError(f"{_WRONG}: PEFT says {missing[0]!r}")
+    theirs = load_with_peft(folder, base, layout.head)
     worst = 0.0
     loaded: Any = theirs.get_base_model()
     source: Any = ours.get_base_model()

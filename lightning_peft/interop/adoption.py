@@ -51,6 +51,11 @@ class AdoptionReport:
             f"Adopted {len(self.adapted)} layers of the PEFT adapter {self.adapter_name!r}: {self.capacity} "
             f"components, {self.parameters:,} trainable parameters."
         ]
+        if not self.parameters:
+            lines.append(
+                "Its parameters are frozen, as PEFT loads them for inference: to train, load with "
+                "PeftModel.from_pretrained(..., is_trainable=True)."
+            )
         if self.trained:
             owners = dict.fromkeys(name.rpartition(".")[0] or name for name in self.trained)
             lines.append(f"Trained beside them: {', '.join(owners)}.")
@@ -112,6 +117,12 @@ def adopt(module: nn.Module, adapter_name: str | None = None) -> AdoptionReport:
     for path, layer in found.items():
         _require_adoptable(path, layer, chosen)
     owner_of = _owners(module, found)
+    for path, (_, owner) in owner_of.items():
+        if isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+            raise ValueError(
+                f"layer {clean_name(path)!r}: the gates would be one more entry of a {type(owner).__name__}, which "
+                "calls or lists its entries. Call adopt on the module that holds it, or wrap it with get_peft_model."
+            )
     views: list[Adopted] = []
     for path, layer in found.items():
         owner_path, owner = owner_of[path]
@@ -145,10 +156,10 @@ def release(module: nn.Module) -> None:
         raise ValueError(
             f"release found nothing adopted in {type(module).__name__}; adopt(model) gives a PEFT model gates."
         )
-    there = [view for view in found if not view.gone]
-    for view in there:
-        view.fold()
-    _take_off(module, there)
+    for view in found:
+        if not view.gone:
+            view.fold()
+    _take_off(module, found)
 
 
 def _take_off(module: nn.Module, views: list[Adopted]) -> None:
@@ -313,16 +324,21 @@ def _require_adoptable(path: str, layer: Any, name: str) -> None:
 
 
 def _owners(module: nn.Module, layers: Mapping[str, Any]) -> dict[str, tuple[str, nn.Module]]:
-    """Where the views of each layer are kept: the PeftModel around it, or `module` itself.
+    """Where the views of each layer are kept: the model around it that saves the adapter, or `module` itself.
 
-    Not in PEFT's own layers: all that is in one, PEFT takes for its adapter's state.
+    That is a PeftModel, or a transformers model that has got the adapter by its own `add_adapter`. Not in PEFT's own
+    layers: all that is in one, PEFT takes for its adapter's state.
     """
     from peft import PeftModel
 
-    models = {path: child for path, child in module.named_modules() if isinstance(child, PeftModel)}
+    models = {
+        path: child
+        for path, child in module.named_modules()
+        if isinstance(child, PeftModel) or getattr(child, "_hf_peft_config_loaded", False)
+    }
     found: dict[str, tuple[str, nn.Module]] = {}
     for path in layers:
-        around = [name for name in models if not name or path.startswith(f"{name}.")]
+        around = [name for name in models if not name or path.startswith(f"{name}.")]  # outermost first
         found[path] = (around[0], models[around[0]]) if around else ("", module)
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import isfinite, sqrt
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.adalora import AdaLoRA
 from lightning_peft.adapters.base import Adapter
-from lightning_peft.adapters.layers import matrix
+from lightning_peft.adapters.layers import is_convolution, matrix
 from lightning_peft.adapters.lora import LoRA
 from lightning_peft.adapters.low_rank import LowRank
 from lightning_peft.adapters.weight_decomposed import WeightDecomposed
@@ -98,13 +98,24 @@ def from_hf_peft(module: Module, folder: str | Path) -> Module:
     for name, layer in layers.items():
         _require_shapes(name, layer, found[name], folder)
     own = dict(host.state_dict(keep_vars=True))
+    inside = tuple(f"{name}." for name in layers)
+    wanted = [name for name in own if not name.startswith(inside) and _whole(name, config)]
+    if lost := [name for name in wanted if name not in beside]:
+        raise AdapterFileError(
+            f"{folder}: modules_to_save asks for {lost[0]!r}, and {WEIGHTS} has no such tensor: it is cut, or was "
+            "written without its head."
+        )
     for name, tensor in beside.items():
+        if own[name].is_floating_point() != tensor.is_floating_point():
+            raise AdapterFileError(
+                f"{folder}: {name!r} is of dtype {tensor.dtype}, and in this model of {own[name].dtype}."
+            )
         if own[name].shape != tensor.shape:
             raise AdapterFileError(
                 f"{folder}: {name!r} is of shape {tuple(tensor.shape)}, and in this model of {tuple(own[name].shape)}. "
                 "Build the model as it was trained, with as many labels."
             )
-    kept = [name for name in beside if isinstance(own[name], nn.Parameter)]
+    kept = [name for name in beside if isinstance(own[name], nn.Parameter) and _to_save(name, config)]
     dropout = float(config.get("lora_dropout") or 0.0)
     plan = {name: (found[name], _factory(layer, dropout)) for name, layer in layers.items()}
     install(host, plan, [clean_name(name) for name in kept])
@@ -177,14 +188,30 @@ def _require_understood(config: Mapping[str, Any], folder: Path) -> None:
     numbers = ["init_r"] if config["peft_type"] == "ADALORA" else ["r"]
     for name in (*numbers, "lora_alpha"):
         _require_number(config.get(name), name, folder)
-    patterns = ["alpha_pattern"] if config["peft_type"] == "ADALORA" else ["alpha_pattern", "rank_pattern"]
-    for name in patterns:
-        for pattern, value in dict(config.get(name) or {}).items():
-            if not re.fullmatch(_NAME, pattern):
+    adalora = config["peft_type"] == "ADALORA"
+    if adalora and config.get("use_dora"):
+        raise AdapterFileError(f"{folder}: AdaLoRA with use_dora={config['use_dora']!r}, which PEFT has not.")
+    dropout = config.get("lora_dropout") or 0.0
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise AdapterFileError(f"{folder}: lora_dropout={dropout!r} is no probability in [0, 1).")
+    for name, kind in (("rank_pattern", dict), ("alpha_pattern", dict), ("modules_to_save", list)):
+        if not isinstance(config.get(name) or kind(), kind):
+            raise AdapterFileError(f"{folder}: {name}={config[name]!r} is no {kind.__name__}.")
+    for name in ["alpha_pattern"] if adalora else ["alpha_pattern", "rank_pattern"]:
+        for pattern, value in (config.get(name) or {}).items():
+            if not _is_name(pattern):
                 raise AdapterFileError(
                     f"{folder}: {name} has the general expression {pattern!r}; names and '.*name' are read."
                 )
             _require_number(value, f"{name}[{pattern!r}]", folder)
+
+
+def _is_name(pattern: str) -> bool:
+    try:
+        re.compile(rf"(.*\.)?({pattern})$")  # an escape may be none that there is
+    except re.error:
+        return False
+    return re.fullmatch(_NAME, pattern) is not None
 
 
 def _require_number(value: Any, name: str, folder: Path) -> None:
@@ -201,12 +228,19 @@ def _layers(
     for key, tensor in tensors.items():
         if not tensor.is_floating_point() and "lora_" in key:
             raise AdapterFileError(f"{folder}: {key!r} is of dtype {tensor.dtype}, which no adapter has.")
+        if tensor.is_floating_point() and tensor.element_size() > 1 and not tensor.isfinite().all():
+            raise AdapterFileError(f"{folder}: {key!r} holds numbers that are not finite; use another copy.")
         path = key.removeprefix(PREFIX)
         suffix = next((suffix for suffix in _SUFFIXES if path.endswith(suffix)), None)
         if suffix is None:
             beside[path] = tensor
         else:
-            parts.setdefault(path.removesuffix(suffix), {})[_SUFFIXES[suffix]] = tensor
+            own = parts.setdefault(path.removesuffix(suffix), {})
+            if _SUFFIXES[suffix] in own:
+                raise AdapterFileError(f"{folder}: {key!r} is there twice, under another name as well.")
+            own[_SUFFIXES[suffix]] = tensor
+    # PEFT writes the weight of an adapted embedding too, which in its own model is one level down.
+    beside = {_base_name(name, parts): tensor for name, tensor in beside.items()}
     if not parts:
         raise AdapterFileError(f"{folder / WEIGHTS} holds no adapter.")
     adalora, decomposed = config["peft_type"] == "ADALORA", bool(config.get("use_dora"))
@@ -223,6 +257,8 @@ def _layers(
             if rank == 0:
                 continue
             pattern = (config.get("rank_pattern") or {}).get(f"{path}.lora_E")
+            if pattern is not None and not isinstance(pattern, list):
+                raise AdapterFileError(f"{folder}: rank_pattern[{path + '.lora_E'!r}]={pattern!r} is no list.")
             said = config["init_r"] if pattern is None else sum(map(bool, pattern))
             scale = config["lora_alpha"] / (config["init_r"] + ADDED)
         else:
@@ -232,6 +268,27 @@ def _layers(
             raise AdapterFileError(f"{folder}: the layer {path!r} is of rank {rank}, and {CONFIG} says {said}.")
         layers[path] = _Layer(own, scale)
     return layers, beside
+
+
+def _whole(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a tensor is of a module that `modules_to_save` names in full, so that PEFT would ask for it."""
+    return any(f".{end}." in f".{name}" for end in config.get("modules_to_save") or ())
+
+
+def _base_name(name: str, adapted: Container[str]) -> str:
+    """A tensor's name in the plain model; one that would be an adapted layer's there, and is not in PEFT's, is left."""
+    path, _, last = name.rpartition(".")
+    layer = path.removesuffix(".base_layer")
+    if layer in adapted:
+        return f"{layer}.{last}" if layer != path else f"{path}.(adapted).{last}"
+    return name
+
+
+def _to_save(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether PEFT trains the module of this name, or one around it, beside the adapters: it goes by ends of names."""
+    parts = name.split(".")
+    ends = tuple(map(str, config.get("modules_to_save") or ()))
+    return any(".".join(parts[:i]).endswith(ends) for i in range(1, len(parts) + 1)) if ends else False
 
 
 def _find_host(module: nn.Module, layers: Mapping[str, Any], beside: Mapping[str, Any], folder: Path) -> nn.Module:
@@ -256,7 +313,7 @@ def _require_shapes(name: str, layer: _Layer, base: nn.Module, folder: Path) -> 
     d_out, d_in = matrix(base).shape
     A, B = layer.tensors["A"], layer.tensors["B"]
     fits = A.numel() == layer.rank * d_in and B.ndim >= 2 and B.shape[:2] == (d_out, layer.rank)
-    fits = fits and B.numel() == d_out * layer.rank
+    fits = fits and B.numel() == d_out * layer.rank and (is_convolution(base) or A.ndim == B.ndim == 2)
     sizes = {"E": layer.rank, "magnitude": d_out}
     if not fits or any(layer.tensors[key].numel() != size for key, size in sizes.items() if key in layer.tensors):
         raise AdapterFileError(

@@ -14,7 +14,7 @@ from lightning_peft.interop.adopted_export import lay_out_adopted, load_adopted,
 from lightning_peft.interop.adoption import adopt as adopt
 from lightning_peft.interop.adoption import release as release
 from lightning_peft.interop.folder import Export, public_name, refuse_to_overwrite, whole_folder, write_card
-from lightning_peft.interop.host import below, find_host, trained_beside, whole_modules, with_statistics
+from lightning_peft.interop.host import below, find_host, some, trained_beside, whole_modules, with_statistics
 from lightning_peft.interop.layout import (
     PREFIX,
     Mode,
@@ -185,13 +185,13 @@ def head_modules(module: nn.Module, name: str, host: nn.Module) -> dict[str, nn.
     outside = [n for n in trained_beside(module) if not below(n, name)]
     if outside:
         raise ValueError(
-            f"trained beside the adapters, but outside the transformers model {name!r}: {_some(outside)}. A PEFT "
+            f"trained beside the adapters, but outside the transformers model {name!r}: {some(outside)}. A PEFT "
             "folder describes that model alone: give head=False and save them yourself."
         )
     whole, rest = whole_modules(host, trained_beside(host))
     if rest:
         raise ValueError(
-            f"trained beside the adapters, but not a whole module: {_some(rest)}. PEFT keeps whole modules only: train "
+            f"trained beside the adapters, but not a whole module: {some(rest)}. PEFT keeps whole modules only: train "
             "all parameters of the module, or give head=False and save them yourself."
         )
     return whole
@@ -203,10 +203,6 @@ def _states(modules: dict[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
         name: {clean_name(key): tensor.detach().cpu().clone() for key, tensor in child.state_dict().items()}
         for name, child in modules.items()
     }
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _notes(host: nn.Module, lengths: bool, statistics: int, head: bool) -> tuple[str, ...]:

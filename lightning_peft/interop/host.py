@@ -97,6 +97,11 @@ def with_statistics(host: nn.Module, whole: Iterable[str]) -> dict[str, nn.Modul
     return found
 
 
+def some(names: list[str]) -> str:
+    """The first names, and how many there are beside them."""
+    return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def plain_copy(module: nn.Module) -> nn.Module:
     """A deep copy without the wrappers that compilation and checkpointing put around modules."""
     copied = _inner(copy.deepcopy(module))

@@ -121,6 +121,14 @@ def unmask_reads(holder: nn.Module, key: str) -> None:
         holder.__class__ = _PLAIN[type(holder)]
 
 
+def reads_masked(holder: nn.Module, key: str, gate: Gate) -> bool:
+    """Whether what is read of `holder`, or of its entry `key`, is masked by this gate."""
+    if isinstance(holder, nn.ParameterDict):
+        found, _ = holder.__dict__.get(_GATES, {}).get(key, (None, 0))
+        return found is gate
+    return holder.__dict__.get(_GATES) is gate
+
+
 def parameter_of(holder: nn.Module, key: str) -> nn.Parameter:
     """The parameter behind a layer's weight, or behind a dictionary's entry, unmasked."""
     found = holder._parameters["weight" if not isinstance(holder, nn.ParameterDict) else key]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
@@ -41,28 +41,12 @@ def with_peft(folder: Path, host: nn.Module, targets: Sequence[Target], head: He
     Raises:
         RuntimeError: they differ.
     """
-    from peft import PeftModel
-
     ours = plain_copy(host) if _is_narrow(host) else host
     base = plain_copy(host)
     eject(base)
     if _is_narrow(host):
         ours, base = ours.float(), base.float()
-    for name in head:
-        changed = base.get_submodule(name)
-        for tensor in (*changed.parameters(), *changed.buffers()):
-            if tensor.is_floating_point():
-                tensor.data.add_(1.0)
-    device = next(host.parameters()).device
-    with own_random(host), warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            theirs = PeftModel.from_pretrained(base, str(folder), torch_device=str(device))
-        except Exception as error:
-            raise RuntimeError(f"{_WRONG}: PEFT cannot load it. {type(error).__name__}: {error}") from error
-    missing = [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]
-    if missing:
-        raise RuntimeError(f"{_WRONG}: PEFT says {missing[0]!r}")
+    theirs = load_with_peft(folder, base, head)
     loaded: Any = theirs.base_model.model
     worst = _compare_updates(loaded, targets, theirs.peft_config["default"])
     for name, kept in head.items():
@@ -75,6 +59,32 @@ def with_peft(folder: Path, host: nn.Module, targets: Sequence[Target], head: He
     if difference is None:
         return worst, "loaded with stock PEFT on a copy of the base; updates of every layer compared, outputs not"
     return difference, f"loaded with stock PEFT on a copy of the base; outputs compared on {_counted(len(samples))}"
+
+
+def load_with_peft(folder: Path, base: nn.Module, head: Iterable[str]) -> Any:
+    """The folder, loaded with stock PEFT on this base, which is changed; its head first, so that it has to be loaded.
+
+    Raises:
+        RuntimeError: PEFT cannot load it, or finds no tensors for an adapter.
+    """
+    from peft import PeftModel
+
+    for name in head:
+        changed = base.get_submodule(name)
+        for tensor in (*changed.parameters(), *changed.buffers()):
+            if tensor.is_floating_point():
+                tensor.data.add_(1.0)
+    device = next(base.parameters()).device
+    with own_random(base), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            theirs = PeftModel.from_pretrained(base, str(folder), torch_device=str(device))
+        except Exception as error:
+            raise RuntimeError(f"{_WRONG}: PEFT cannot load it. {type(error).__name__}: {error}") from error
+    missing = [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]
+    if missing:
+        raise RuntimeError(f"{_WRONG}: PEFT says {missing[0]!r}")
+    return theirs
 
 
 def by_reading(folder: Path, targets: Sequence[Target], head: Head) -> tuple[float, str]:

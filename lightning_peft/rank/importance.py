@@ -82,8 +82,9 @@ class Importance(ABC):
         before = self.statistics()
         self.track(budget)
         for key, rows in self.statistics().items():
-            for name, row in rows.items():
-                row.copy_(before[key][name][kept[name].to(row.device)])
+            if key in before:  # else it was forgotten
+                for name, row in rows.items():
+                    row.copy_(before[key][name][kept[name].to(row.device)])
 
     def release(self) -> None:  # noqa: B027  # most have nothing to undo
         """Undo what :meth:`track` did to the adapters; the running average stays."""

@@ -282,10 +282,12 @@ class RankPolicy(Policy):
         amount = max(0, self._lost + amount - self._away)
         if not any(bool(mask.any()) for mask in self._gone.values()):
             return close_lowest(ordered, self._sizes, amount, self.minimum)
-        # Worth is never negative, so what is gone goes first; unless other worth is not finite, hence the second look.
-        ordered = {name: row.cpu().masked_fill(self._gone[name], -1.0) for name, row in ordered.items()}
-        masks = close_lowest(ordered, self._sizes, amount, self.minimum)
-        return {name: mask & ~self._gone[name] for name, mask in masks.items()}
+        # What is gone takes no part: it is neither closed again nor one of the components that a layer keeps.
+        there = {name: ~gone for name, gone in self._gone.items()}
+        amount -= sum(self._sizes[name] * int(gone.sum()) for name, gone in self._gone.items())
+        rows = {name: row.cpu()[there[name]] for name, row in ordered.items()}
+        masks = close_lowest(rows, self._sizes, max(0, amount), self.minimum)
+        return {name: mask.masked_scatter(mask, masks[name]) for name, mask in there.items()}
 
     def apply(self, masks: Mapping[str, Tensor], step: int, total: int) -> None:
         """Write the masks into the gates: soft if the policy is soft, hard if it is not or the event is the last."""

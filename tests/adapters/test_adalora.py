@@ -363,6 +363,25 @@ def test_after_the_last_event_nothing_is_kept() -> None:
     assert not any(row.any() for row in again.scores().values())
 
 
+def test_a_step_that_is_broken_in_one_layer_is_left_out_in_layers_of_other_ranks_too() -> None:
+    net = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
+    inject(net, lambda layer: AdaLoRA(layer, rank=len(layer.weight) // 2), ["0", "1"], [])
+    budget = RankBudget.of(net)
+    for site in budget.values():
+        nn.init.ones_(site.gate.gain)
+    importance = TripletImportance()
+    importance.track(budget)
+    net(torch.randn(4, 6)).square().mean().backward()
+    importance.update()
+    before = importance.state_dict()
+    assert all(row.any() for rows in before.values() for row in rows.values())
+    budget["0"].adapter.A.grad[0, 0] = torch.nan
+    importance.update()
+    after = importance.state_dict()
+    assert all(torch.equal(row, after[key][name]) for key, rows in before.items() for name, row in rows.items())
+    assert importance.diverged() == ["0"]
+
+
 def test_a_state_of_another_importance_is_refused() -> None:
     importance = TripletImportance()
     importance.track(Ours().budget)

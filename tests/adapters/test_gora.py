@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_peft import GoRA, LoRA, RankBudget, inject
+from lightning_peft import AdaLoRA, DynamicDoRA, GoRA, LoRA, RankBudget, inject
 from lightning_peft.adapters.gora import apportioned, gradient_start
+from lightning_peft.adapters.low_rank import LowRank
+from lightning_peft.adapters.sora import SoRA
 from lightning_peft.listening import heard
 from lightning_peft.rank.probe import Alone
 
@@ -159,6 +161,14 @@ def test_a_gradient_that_says_nothing_is_told(factor: float, sentence: str) -> N
     with pytest.raises(RuntimeError, match=sentence):
         gora.act()
     assert not any(site.adapter.B.any() for site in budget.values())
+
+
+@pytest.mark.parametrize("kind", [DynamicDoRA, AdaLoRA, SoRA])
+def test_a_gain_that_would_undo_the_start_is_told(kind: type[LowRank]) -> None:
+    model = net()
+    inject(model, partial(kind, rank=2), TARGETS, train=[])
+    with pytest.raises(RuntimeError, match=rf"at '{TARGETS[0]}' {kind.__name__} has a gain .*\. Use LoRA, or Weight"):
+        GoRA(rank=1).begin(RankBudget.of(model), Alone())
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from lightning_peft import (
     PartlyOpen,
     RankBudget,
     RankPruning,
+    WeightDecomposed,
     inject,
     presets,
 )
@@ -54,6 +55,21 @@ def test_a_modules_score_is_the_papers() -> None:
     assert len({round(float(row[0]), 9) for row in importance.scores().values()}) == 3
 
 
+def test_a_magnitude_is_no_part_of_the_score() -> None:
+    net = module(partial(WeightDecomposed, rank=2, components="adalora"))
+    budget = RankBudget.of(net)
+    for site in budget.values():
+        for _, parameter in site.adapter.own_parameters():
+            parameter.grad = torch.ones_like(parameter)
+    importance = ModuleSensitivity(beta1=0.0)
+    importance.track(budget)
+    importance.update()
+    for name, site in budget.items():
+        parts = [site.adapter.A, site.adapter.B, site.gate.gain]
+        expected = sum(p.detach().abs().sum() for p in parts) / sum(p.numel() for p in parts) ** 0.5
+        torch.testing.assert_close(importance.statistics()["sensitivity"][name], expected.expand(2))
+
+
 def test_a_layer_without_gradients_or_with_broken_ones_keeps_its_score() -> None:
     net = module()
     budget = RankBudget.of(net)
@@ -79,7 +95,7 @@ def test_it_starts_with_some_components_and_room_for_others() -> None:
     gates[0].keep(torch.ones(3))
     gates[0].reset_parameters()  # as after the meta device
     assert gates[0].mask.tolist() == [1, 1, 0]
-    with pytest.raises(ValueError, match="a gate of 3 components cannot start with 4 of them open."):
+    with pytest.raises(ValueError, match="were to be open at the start, and LoRA was built with 3: start with"):
         PartlyOpen(partial(LoRA, rank=3), 4)(nn.Linear(8, 8))
     with pytest.raises(ValueError, match="rank is how many components are open at the start, at least 0. Got -1."):
         PartlyOpen(partial(LoRA, rank=3), -1)

@@ -252,6 +252,13 @@ def test_a_threshold_that_closes_all_says_so() -> None:
         fit(Net(), sora(threshold=3.0))
 
 
+def test_nor_does_compaction_break_such_a_run_off() -> None:
+    module = Net()
+    with pytest.warns(UserWarning, match="has closed every component"):
+        fit(module, sora(threshold=3.0, compact="final"))
+    assert RankBudget.of(module).spent == 0
+
+
 def test_what_cannot_be() -> None:
     with pytest.raises(ValueError, match="threshold is how far a gain shrinks in one step, at least 0 and finite. Got"):
         SoftThreshold(-1e-3)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_peft import (
+    AdaLoRA,
     AdapterCheckpoint,
     AdapterFileError,
     AdapterInjection,
@@ -36,7 +37,7 @@ from lightning_peft import (
     load,
     to_hf_peft,
 )
-from lightning_peft.adapters import dynamic_dora
+from lightning_peft.adapters import adalora, dynamic_dora
 from lightning_peft.callbacks.pruning import Compact
 from lightning_peft.checkpoint import CUT, ENTRY, digest
 from lightning_peft.inspection import report
@@ -317,6 +318,20 @@ def test_a_run_that_did_not_compact_is_compacted_when_resumed(tmp_path: Path) ->
     net, run = fit(*taylor("final"), ckpt_path=tmp_path / "stop.ckpt")
     assert sum(len(site.gate) for site in RankBudget.of(net).values()) == 6
     assert run.global_step == STEPS
+
+
+def test_so_is_one_whose_importance_has_been_forgotten(tmp_path: Path) -> None:
+    def method(compact: Compact) -> list[L.Callback]:
+        policy = adalora.policy(Budget(rank=2), interval=3)
+        return [AdapterInjection(partial(AdaLoRA, rank=5), verbose=False), RankPruning(policy, compact=compact)]
+
+    with pytest.raises(SystemExit):
+        fit(*method("never"), At(20, tmp_path / "stop.ckpt"))
+    net, run = fit(*method("final"), ckpt_path=tmp_path / "stop.ckpt")
+    assert sum(len(site.gate) for site in RankBudget.of(net).values()) == 6
+    assert run.global_step == STEPS
+    pruning = next(c for c in run.callbacks if isinstance(c, RankPruning))
+    assert pruning.policy.state_dict()["importance"] == {}  # nor does it come back
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_peft import (
+    AdaLoRA,
     AdapterInjection,
     Budget,
     Cubic,
@@ -29,7 +30,7 @@ from lightning_peft import (
     inject,
     presets,
 )
-from lightning_peft.adapters import dynamic_dora
+from lightning_peft.adapters import adalora, dynamic_dora
 from lightning_peft.rank import Linear
 
 LAYERS, FULL, FINAL = 3, 4, 2
@@ -406,6 +407,56 @@ def test_manual_optimization_with_several_steps_per_batch_misses_no_event(method
     }}  # fmt: skip
     assert all(spent == policy.budget_at(step, total) for step, spent in recorder.events.items())
     assert recorder.open[40] == LAYERS * FINAL
+
+
+class Rivals(LightningModule):
+    """Two nets with an optimizer each. The second takes its step in every third batch, and its gradients stay there."""
+
+    def __init__(self, whose: tuple[bool, bool] = (True, True)) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.whose = whose
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.a, self.b = (nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1)) for _ in "ab")
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        for net, optimizer, mine in zip((self.a, self.b), self.optimizers(), self.whose, strict=True):  # type: ignore[arg-type]
+            if mine and (net is self.a or batch_idx % 3 == 0):
+                optimizer.zero_grad()
+                self.manual_backward((net(batch) - batch.sum(1, keepdim=True).sin()).square().mean())
+                optimizer.step()
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:  # type: ignore[override]
+        return [torch.optim.AdamW([p for p in n.parameters() if p.requires_grad], lr=0.1) for n in (self.a, self.b)]
+
+
+@pytest.mark.filterwarnings("ignore:Training stopped at step", "ignore:1 adapters took no part in the first loss")
+@pytest.mark.parametrize("mode", ["aligned", "peft"])
+def test_a_gradient_counts_at_its_own_optimizers_step_alone(mode: Any) -> None:
+    """Each net's statistics are what they are where the other takes no step."""
+
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+            trainer.should_stop = trainer.is_last_batch
+
+    def statistics(*whose: bool) -> dict[str, dict[str, Tensor]]:
+        policy = adalora.policy(Budget(rank=2), warmup=0.9, tail=0.0, mode=mode)
+        injection = AdapterInjection(partial(AdaLoRA, rank=3), targets=["a.0", "b.0"], train=["a.2", "b.2"])
+        torch.manual_seed(2)
+        batches = torch.randn(12, 4, 8, generator=torch.Generator().manual_seed(1))
+        trainer(injection, RankPruning(policy), Stop(), max_epochs=-1, max_steps=100).fit(
+            Rivals(whose),  # type: ignore[arg-type]
+            DataLoader(batches, batch_size=None),  # type: ignore[arg-type]
+        )
+        return policy.importance.statistics()
+
+    both = statistics(True, True)
+    for name, whose in (("a.0", (True, False)), ("b.0", (False, True))):
+        alone = statistics(*whose)
+        for key, rows in both.items():
+            assert rows[name].any()
+            assert torch.equal(rows[name], alone[key][name]), key
 
 
 def test_a_state_that_validation_has_loaded_is_not_for_a_later_fit(tmp_path: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -502,6 +503,159 @@ def test_surgery_of_ours_leaves_it_alone(tmp_path: Path) -> None:
     inject(injected, LoRA)
     with pytest.raises(ValueError, match="has adapters that inject put in"):
         adopt(injected)
+
+
+def test_what_was_trained_beside_it_is_written_or_refused(tmp_path: Path) -> None:
+    """Compared on a base that was never trained: the check's own copy of the base has it all."""
+
+    def vision() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.Conv2d(4, 2, 1))
+
+    x = torch.randn(3, 3, 6, 6)
+    for use_dora in (False, True):
+        model = get_peft_model(vision(), LoraConfig(r=2, target_modules=["0"], use_dora=use_dora))
+        model.get_base_model()[2].requires_grad_(True)
+        with torch.no_grad():
+            model.get_base_model()[2].weight.add_(1.0)
+        adopt(model)
+        model.train()(5 * x)  # which moves the running statistics
+        if use_dora:
+            model.requires_grad_(False)  # frozen when it is trained
+        wanted = model.eval()(x)
+        done = to_hf_peft(model, tmp_path / str(use_dora), inputs=x)
+        assert done.head == ("2", "1")
+        theirs = PeftModel.from_pretrained(vision(), str(done.folder)).eval()
+        assert (theirs(x) - wanted).abs().max() <= 1e-5
+    assert to_hf_peft(model, tmp_path / "none", head=False, inputs=x).head == ()
+
+    module = nn.Module()
+    module.model, module.decision = build("lora", moved=True), nn.Linear(3, 1)
+    adopt(module)
+    with pytest.raises(
+        ValueError, match=r"outside the PeftModel: 'decision\.weight', 'decision\.bias'\. A PEFT folder"
+    ):
+        to_hf_peft(module, tmp_path / "x")
+    assert to_hf_peft(module.model, tmp_path / "inside", inputs=ids()).head == ("classifier",)
+    del module.decision
+    module.model.get_base_model().words.requires_grad_(True)
+    module.model.get_base_model().value.base_layer.bias.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"not a whole module: 'value\.base_layer\.bias'\. PEFT keeps whole modules"):
+        to_hf_peft(module, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_peft_trains_are_written(bias: str, tmp_path: Path) -> None:
+    model = get_peft_model(base(), lora(bias=bias, modules_to_save=None))
+    with torch.no_grad():
+        for _, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    adopt(model)
+    half_open(model)
+    for mode in ("padded", "compact", "folded"):
+        done = to_hf_peft(model, tmp_path / mode, mode, inputs=ids())  # type: ignore[arg-type]
+        theirs = PeftModel.from_pretrained(base(), str(done.folder))
+        assert (out(theirs) - out(model)).abs().max() <= 1e-6
+
+
+def test_exported_while_another_adapter_is_active(tmp_path: Path) -> None:
+    model = build("lora", moved=True)
+    adopt(model)
+    half_open(model)
+    wanted = out(model)
+    model.add_adapter("other", lora(r=3, init_lora_weights=False, modules_to_save=None))
+    model.set_adapter("other")
+    done = to_hf_peft(model, tmp_path / "y", inputs=ids())
+    assert model.active_adapters == ["other"]
+    assert (out(PeftModel.from_pretrained(base(), str(done.folder))) - wanted).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("kind", ["lora", "embedding", "adalora"])
+def test_another_adapter_of_the_name_is_not_gated(kind: str) -> None:
+    """Deleted and added again: nothing of ours may say that it has gates, or leave some behind."""
+    config = CONFIGS[kind]()
+    config.modules_to_save = None  # of which PEFT cannot delete the last one
+    model = get_peft_model(base(), config)
+    adopt(model)
+    half_open(model)
+    model.delete_adapter("default")
+    release(model)  # of what is gone: nothing stays masked
+    assert not any("Masked" in type(child).__name__ for child in model.modules())
+    model = get_peft_model(base(), lora(modules_to_save=None))
+    adopt(model)
+    model.delete_adapter("default")
+    model.add_adapter("default", lora(modules_to_save=None))
+    model.set_adapter("default")
+    site = RankBudget.of(model)["base_model.model.query"]
+    with pytest.raises(RuntimeError, match="the adapter 'default' of this Linear is gone. Call release"):
+        site.adapter.B.shape  # noqa: B018
+    with pytest.raises(RuntimeError, match="the adapter 'default' of this Linear is gone. Call release"):
+        list(site.adapter.own_parameters())
+    half_open(model)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    release(model)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert adopt(model).capacity == 8
+
+
+@pytest.mark.parametrize("kind", ["lora", "embedding", "adalora"])
+def test_reset_starts_all_factors_anew(kind: str) -> None:
+    model = build(kind, moved=True)
+    adopt(model)
+    half_open(model)
+    for site in RankBudget.of(model).values():
+        site.adapter.reset_parameters()
+        assert (site.adapter.update() == 0).all()
+        assert any((p == 0).all() for _, p in site.adapter.own_parameters())
+        assert site.adapter.gated_parameter().grad_fn is None  # type: ignore[operator]
+    assert any("Masked" in type(child).__name__ for child in model.modules())
+
+
+def test_a_container_takes_no_gates() -> None:
+    """Its entries are called, or listed: one more would break it."""
+    net = peft.inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), nn.Sequential(nn.Linear(4, 4)))
+    before = net(torch.ones(1, 4))
+    with pytest.raises(ValueError, match="layer '0': the gates would be one more entry of a Sequential"):
+        adopt(net)
+    assert torch.equal(net(torch.ones(1, 4)), before)
+    holder = nn.Module()
+    holder.net = net
+    assert adopt(holder).adapted == ("net.0",)
+    assert torch.equal(net(torch.ones(1, 4)), before)
+
+
+def test_frozen_adapters_are_told(tmp_path: Path) -> None:
+    build("lora").save_pretrained(tmp_path)
+    report = str(adopt(PeftModel.from_pretrained(base(), str(tmp_path))))
+    assert "Its parameters are frozen, as PEFT loads them for inference: to train, load with" in report
+    assert "frozen" not in str(adopt(PeftModel.from_pretrained(base(), str(tmp_path), is_trainable=True)))
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_an_adapter_that_transformers_added_is_saved_folded(wrapped: bool, tmp_path: Path) -> None:
+    def bert() -> Any:
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            return transformers.BertModel(transformers.BertConfig(vocab_size=20, **sizes)).eval()
+
+    model = bert()
+    model.add_adapter(LoraConfig(r=4, target_modules=["value", "dense"], init_lora_weights=False))
+    module = nn.Module()
+    module.inner = model
+    adopt(module if wrapped else model)
+    half_open(module)
+    wanted = model(ids()).last_hidden_state
+    model.save_pretrained(tmp_path)
+    fresh = bert()
+    fresh.load_adapter(str(tmp_path))
+    assert (fresh.eval()(ids()).last_hidden_state - wanted).abs().max() <= 1e-6
+    release(module)
+    assert torch.equal(model(ids()).last_hidden_state, wanted)
+    assert "save_pretrained" not in vars(model)
 
 
 def test_other_adapters_cannot_be_exported_cut(tmp_path: Path) -> None:

@@ -227,6 +227,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a rank that is not there": ({"r": 5}, "is of rank 4, and adapter_config.json says 5."),
     "no scale": ({"lora_alpha": 0}, "lora_alpha=0 is no positive number."),
     "a general expression": ({"alpha_pattern": {"(a+)+": 2}}, r"alpha_pattern has the general expression '\(a\+\)\+'"),
+    "an escape that is none": ({"rank_pattern": {r"a\9": 2}}, r"rank_pattern has the general expression 'a"),
+    "patterns that are none": ({"rank_pattern": ["query"]}, r"rank_pattern=\['query'\] is no dict."),
+    "a scale that is none": ({"alpha_pattern": 3}, "alpha_pattern=3 is no dict."),
+    "a dropout that is none": ({"lora_dropout": "x"}, r"lora_dropout='x' is no probability in \[0, 1\)."),
+    "a dropout of 2": ({"lora_dropout": 2}, r"lora_dropout=2 is no probability in \[0, 1\)."),
+    "a head that is none": ({"modules_to_save": 3}, "modules_to_save=3 is no list."),
+    "a head that is not there": ({"modules_to_save": ["classifier"]}, "modules_to_save asks for 'classifier.weight'"),
+    "AdaLoRA with DoRA": ({"peft_type": "ADALORA", "init_r": 4, "use_dora": True}, "AdaLoRA with use_dora=True"),
     "DoRA without lengths": ({"use_dora": True}, "has A, B, and needs A, B, magnitude."),
 }
 
@@ -250,6 +258,56 @@ def test_what_cannot_be_expressed_is_refused_and_nothing_is_changed(name: str, p
         from_hf_peft(model, tmp_path)
     assert not RankBudget.of(model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+A = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"
+DAMAGED: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
+    "no B": (lambda t: {k: v for k, v in t.items() if k != A.replace("_A", "_B")}, "has A, and needs A, B."),
+    "not finite": (lambda t: t | {A: t[A] / 0}, "lora_A.weight' holds numbers that are not finite; use another copy."),
+    "kernels": (lambda t: t | {A: t[A].view(4, 4, 8)}, r"has A \(4, 4, 8\) and B \(32, 4\), which does not fit"),
+    "twice": (lambda t: t | {A.removesuffix(".weight"): t[A]}, "is there twice, under another name as well."),
+    "a way out": (lambda t: {k.replace("bert.", "../../bert."): v for k, v in t.items()}, "has no layer '../../bert"),
+    "what belongs nowhere": (lambda t: t | {"base_model.model.x": t[A]}, "has no layer 'x'"),
+    "the base of a layer": (
+        lambda t: t | {A.replace("lora_A.weight", "weight"): torch.ones(32, 32)}, "has no layer '.*adapted",
+    ),
+    "another type": (
+        lambda t: t | {"base_model.model.classifier.bias": torch.zeros(3, dtype=torch.complex64)},
+        "'classifier.bias' is of dtype torch.complex64, and in this model of torch.float32.",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_tensors_are_refused_and_nothing_is_changed(name: str, plain: Path, tmp_path: Path) -> None:
+    change, message = DAMAGED[name]
+    (tmp_path / "adapter_config.json").write_bytes((plain / "adapter_config.json").read_bytes())
+    tensors = change(load_file(plain / "adapter_model.safetensors"))
+    save_file({key: value.clone() for key, value in tensors.items()}, tmp_path / "adapter_model.safetensors")
+    model = base()
+    before, wanted = copy.deepcopy(model.state_dict()), [p.requires_grad for p in model.parameters()]
+    with pytest.raises(AdapterFileError, match=message):
+        from_hf_peft(model, tmp_path)
+    assert not RankBudget.of(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert [p.requires_grad for p in model.parameters()] == wanted
+
+
+def llama() -> nn.Module:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    return hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=64, pad_token_id=0, **sizes))
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+def test_an_adapted_embedding_whose_weight_peft_writes_too(tmp_path: Path) -> None:
+    """Frozen there, so frozen here: only what `modules_to_save` names is trained."""
+    expected = written(peft.LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"]), tmp_path, llama)
+    keys = set(load_file(tmp_path / "adapter_model.safetensors"))
+    assert "base_model.model.model.embed_tokens.base_layer.weight" in keys
+    ours = from_hf_peft(base(llama), tmp_path)
+    torch.testing.assert_close(outputs(ours), expected, rtol=0, atol=1e-6)
+    own = {id(p) for site in RankBudget.of(ours).values() for _, p in site.adapter.own_parameters()}
+    assert all(id(p) in own for p in ours.parameters() if p.requires_grad)
 
 
 def test_folders_and_models_that_do_not_fit_are_told(plain: Path, tmp_path: Path) -> None:

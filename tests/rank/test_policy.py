@@ -208,6 +208,16 @@ def test_what_an_earlier_fit_has_closed_stays_closed(broken: float) -> None:
     assert other.budget_at(1, 10) == 7
 
 
+def test_what_an_earlier_fit_has_closed_is_none_of_those_that_a_layer_keeps() -> None:
+    _, budget = adapted()
+    budget.keep({"0": torch.tensor([0, 0, 0, 1])})
+    some, _ = policy(Cubic(0.0, 0.1), interval=1, minimum=2)
+    some.track(budget)
+    some.importance.update()
+    some.apply(some.decide(10, 10), 10, 10)
+    assert budget.ranks() == {"0": 1, "1": 3}  # the budget of 4, exactly
+
+
 def test_what_cannot_be() -> None:
     with pytest.raises(ValueError, match="interval is a number of optimizer steps, at least 1. Got 0."):
         policy(Cubic(), interval=0)
