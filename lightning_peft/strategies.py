@@ -72,6 +72,12 @@ def each_alone(strategy: Strategy) -> AbstractContextManager[None]:
     return strategy.block_backward_sync() if isinstance(strategy, DDPStrategy) else nullcontext()
 
 
+def counts_gradients(strategy: Strategy) -> bool:
+    """Whether the strategy takes a second gradient of a parameter in one backward pass for a mistake (DDP)."""
+    model = strategy.model if isinstance(strategy, DDPStrategy) else None
+    return isinstance(model, nn.parallel.DistributedDataParallel) and not model.static_graph
+
+
 def flattens(strategy: Strategy) -> bool:
     """Whether the strategy makes flat slices of parameters, in which no single value can be found (FSDP1)."""
     return isinstance(strategy, FSDPStrategy)

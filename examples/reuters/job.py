@@ -38,6 +38,18 @@ METHODS = {
     "frozen": Method("frozen encoder, trained head", None),
     "lora": Method("LoRA r=8", lambda: presets.lora(rank=8, targets=ENCODER)),
     "dynamic-dora": Method("dynamic DoRA 12 → 8", lambda: presets.dynamic_dora(final_rank=8, targets=ENCODER)),
+    "adalora": Method("AdaLoRA 12 → 8", lambda: presets.adalora(final_rank=8, targets=ENCODER)),
+    "weight-decomposed": Method(
+        "weight-decomposed 12 → 8", lambda: presets.weight_decomposed(final_rank=8, targets=ENCODER)
+    ),
+    "weight-decomposed-fixed": Method(
+        "weight-decomposed r=8", lambda: presets.weight_decomposed_fixed(rank=8, targets=ENCODER)
+    ),
+    "increlora": Method("IncreLoRA 1 → 8", lambda: presets.increlora(final_rank=8, targets=ENCODER)),
+    "elalora": Method("ElaLoRA of 8", lambda: presets.elalora(final_rank=8, targets=ENCODER)),
+    "sora": Method("SoRA from 12", lambda: presets.sora(rank=12, targets=ENCODER)),
+    "eva": Method("EVA of 8", lambda: presets.eva(rank=8, targets=ENCODER)),
+    "gora": Method("GoRA of 8", lambda: presets.gora(rank=8, targets=ENCODER)),
 }
 
 

@@ -1,6 +1,6 @@
 """Fine-tune a small pretrained encoder on Reuters news with dynamic DoRA; see where the rank goes; export the adapter.
 
-Usage: python examples/reuters/run.py [--data r8|r52] [--compare] [--quick] [--out DIR] [--seed N]
+Usage: python examples/reuters/run.py [--data r8|r52] [--method NAME] [--compare] [--quick] [--out DIR] [--seed N]
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from lightning_peft import RankBudget, rank_heat_map
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=("r8", "r52"), default="r8", help="Reuters with 8 or 52 topics")
+    known = [name for name, method in METHODS.items() if method.callbacks]
+    parser.add_argument("--method", choices=known, default="dynamic-dora", help="default %(default)s")
     parser.add_argument("--compare", action="store_true", help="train LoRA of the same size and a head alone as well")
     parser.add_argument("--quick", action="store_true", help="fewer texts, as many of each topic as there are")
     parser.add_argument(
@@ -40,7 +42,9 @@ def main() -> int:
         texts, epochs = balanced(texts, out / "quick.csv", rows=1600, seed=options.seed), epochs // 2
         rates = {"lr": 5e-3, "head_lr": 1e-2}
     job = Job(encoder, texts, test, epochs, options.seed, out, **rates)
-    results = [train(job, name) for name in (METHODS if options.compare else ["dynamic-dora"])]
+    beside = ["frozen", "lora"] if options.compare else []
+    chosen = [*(name for name in beside if name != options.method), options.method]
+    results = [train(job, name) for name in chosen]
 
     ours = results[-1]
     picture = out / "rank-heatmap.png"

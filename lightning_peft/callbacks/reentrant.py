@@ -12,17 +12,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import CheckpointFunction
-
-
-def counts_gradients(strategy: Strategy) -> bool:
-    """Whether the strategy takes a second gradient of a parameter in one backward pass for a mistake."""
-    model = strategy.model if isinstance(strategy, DDPStrategy) else None
-    return isinstance(model, DistributedDataParallel) and not model.static_graph
 
 
 def recomputes(value: Tensor) -> bool:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from lightning_peft.callbacks.order import require_before, require_one
 from lightning_peft.callbacks.placement import AdapterPlacement
 from lightning_peft.callbacks.preflight import Preflight, optimized
-from lightning_peft.callbacks.reentrant import counts_gradients, recomputes, with_early_gradients
+from lightning_peft.callbacks.reentrant import recomputes, with_early_gradients
 from lightning_peft.regularizers.base import Regularizer, regularized
 from lightning_peft.seams import when_built, wrap_method
-from lightning_peft.strategies import keep_whole
+from lightning_peft.strategies import counts_gradients, keep_whole
 
 
 class Regularization(Preflight):

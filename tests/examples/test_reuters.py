@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_peft import cli
+from lightning_peft import AdapterInjection, cli, presets
 from lightning_peft.modules.text_files import read_file
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "reuters"
@@ -78,6 +78,31 @@ def test_demo_for_two_steps(
     assert re.search(r"^36 layers +288/432 ", capsys.readouterr().out, re.MULTILINE)
     (logs,) = re.findall(r"tensorboard --logdir (\S+)", shown)
     assert len(list(Path(logs).glob("*/events.out.tfevents.*"))) >= 3
+
+
+@pytest.mark.slow
+@needs_inputs
+def test_the_demo_takes_another_method(
+    example: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run, job = example["run"], example["job"]
+    texts, _ = example["inputs"].reuters("r8")
+    small = job.balanced(texts, tmp_path / "small.csv", rows=16, seed=0)
+    monkeypatch.setattr(run, "reuters", lambda data: (texts, small))
+    monkeypatch.setattr(run, "Job", partial(job.Job, max_steps=2))
+    monkeypatch.setattr(sys, "argv", ["run.py", "--quick", "--method", "adalora", "--out", "out"])
+    assert run.main() == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^AdaLoRA 12 → 8  +0\.", shown, re.MULTILINE)
+    assert (Path("out/r8/adalora-adapter") / "adapter_config.json").exists()
+
+
+def test_the_demo_knows_every_preset(example: dict[str, ModuleType]) -> None:
+    methods = example["job"].METHODS
+    assert {name.replace("_", "-") for name in presets.__all__ if name != "Preset"} | {"frozen"} == set(methods)
+    for method in methods.values():
+        (injection,) = [each for each in (method.callbacks or list)() if isinstance(each, AdapterInjection)] or [None]
+        assert injection is None or injection.targets == example["job"].ENCODER
 
 
 @needs_inputs
