@@ -32,6 +32,10 @@ READS = "it reads files of PEFT's, and which of our classes stands for which of 
 REASONED = {
     ("callbacks/pruning.py", "Taylor"): EXAMPLE,
     ("callbacks/regularization.py", "DEM"): EXAMPLE,
+    ("adapters/gora.py", "LoRA"): EXAMPLE,
+    ("adapters/gora.py", "WeightDecomposed"): EXAMPLE,
+    ("adapters/gora.py", "lora"): EXAMPLE,
+    ("cli.py", "adalora"): PEFT,
     ("cli.py", "dynamic_dora"): "an option's help: an example of what to write",
     ("rank/policy.py", "Taylor"): EXAMPLE,
     ("surgery.py", "LoRA"): EXAMPLE,
