@@ -65,19 +65,25 @@ def table(
             notes.append(
                 f"- One seed each, at the rates that were found on {searched[0].upper()} at rank {searched[1]}."
             )
+        waiting: list[str] = []
         for name, method in methods.items():
+            if not any(row["method"] == name for row in section):
+                waiting.append(method.title)
+                continue
             final = [row for row in section if row["method"] == name and not row["search"]]
             tried = sorted((row for row in search if row["method"] == name), key=lambda row: row["lr"])
             line, note = _line(final, tried, method, seeds(name, data, rank))
             parts.append(line)
             notes += [f"- {method.title}: {note}" for note in note]
+        if waiting:
+            notes.append(f"- Not run here yet: {', '.join(waiting)}.")
         some = next(row for row in section if not row["search"])
         notes.append(
             f"- {some['evaluated_on']}, {some['steps']} steps, precision {some['precision']}, one thread; "
             + ", ".join(f"{package} {number}" for package, number in some["versions"].items())
             + "."
         )
-        parts += ["", *notes, *_where_ranks_went(section, methods)]
+        parts += ["", *notes, *_where_ranks_went([row for row in section if not row["search"]], methods)]
     return "\n".join(parts) + "\n"
 
 
