@@ -50,7 +50,8 @@ def adalora(
         mode: "aligned" or "peft"; see :class:`~lightning_peft.TripletImportance`.
         orthogonality: weight of the penalty that keeps A and B orthonormal, in PEFT's form; 0 leaves the term out.
         minimum: triplets that every layer keeps.
-        targets: layers to adapt; ``None`` for all linear layers except the head. See :func:`lightning_peft.inject`.
+        targets: layers to adapt; ``None`` for all linear layers and convolutions except the head. See
+            :func:`lightning_peft.inject`.
         train: what stays trainable beside them; ``None`` for the head.
         compact: "final" cuts closed triplets out of the tensors at the last cut, so that the tail is faster and
             smaller; see :class:`~lightning_peft.RankPruning`.

@@ -33,7 +33,8 @@ def gora(
         alpha: update scale; the update is multiplied by alpha / rank in every layer, whatever its own rank.
         dropout: dropout on the adapters' input.
         batches: so many batches are looked at before training.
-        targets: layers to adapt; ``None`` for all linear layers except the head. See :func:`lightning_peft.inject`.
+        targets: layers to adapt; ``None`` for all linear layers and convolutions except the head. See
+            :func:`lightning_peft.inject`.
         train: what stays trainable beside them; ``None`` for the head.
         compact: "at_once" cuts closed components out before the first step, so that training has the size of the
             budget and not of `maximum`; see :class:`~lightning_peft.Calibration`.

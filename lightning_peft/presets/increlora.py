@@ -55,7 +55,8 @@ def increlora(
         beta2: how much of the running uncertainty is kept at a step.
         orthogonality: weight of the penalty that keeps A and B orthonormal, 0.1 in the authors' scripts; 0 leaves the
             term out. It sees closed components too, and trains their vectors to be.
-        targets: layers to adapt; ``None`` for all linear layers except the head. See :func:`lightning_peft.inject`.
+        targets: layers to adapt; ``None`` for all linear layers and convolutions except the head. See
+            :func:`lightning_peft.inject`.
         train: what stays trainable beside them; ``None`` for the head.
         compact: "final" cuts closed components out of the tensors at the last event, so that the tail is faster and
             smaller; see :class:`~lightning_peft.RankPruning`.

@@ -38,7 +38,8 @@ def sora(
         warmup: share of the run before entries shrink.
         tail: share of the run after the mask is final.
         interval: optimizer steps between two looks at the ranks.
-        targets: layers to adapt; ``None`` for all linear layers except the head. See :func:`lightning_peft.inject`.
+        targets: layers to adapt; ``None`` for all linear layers and convolutions except the head. See
+            :func:`lightning_peft.inject`.
         train: what stays trainable beside them; ``None`` for the head.
         compact: "final" cuts closed components out of the tensors where the tail begins; see
             :class:`~lightning_peft.RankPruning`.

@@ -54,7 +54,8 @@ def weight_decomposed(
         dem_weight: eta, the weight of DEM; 0 leaves the term out.
         dem_normalizer: "code" or "components"; see :class:`~lightning_peft.DEM`.
         minimum: components that every layer keeps.
-        targets: layers to adapt; ``None`` for all linear layers except the head. See :func:`lightning_peft.inject`.
+        targets: layers to adapt; ``None`` for all linear layers and convolutions except the head. See
+            :func:`lightning_peft.inject`.
         train: what stays trainable beside them; ``None`` for the head.
         compact: "final" cuts closed components out of the tensors at the last cut, so that the tail is faster and
             smaller; see :class:`~lightning_peft.RankPruning`.
@@ -92,7 +93,8 @@ def weight_decomposed_fixed(
         rank: components per layer.
         alpha: update scale; the update is multiplied by alpha / rank.
         dropout: dropout on the updates' input.
-        targets: layers to adapt; ``None`` for all linear layers except the head. See :func:`lightning_peft.inject`.
+        targets: layers to adapt; ``None`` for all linear layers and convolutions except the head. See
+            :func:`lightning_peft.inject`.
         train: what stays trainable beside them; ``None`` for the head.
 
     Reference:
