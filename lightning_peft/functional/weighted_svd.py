@@ -47,7 +47,8 @@ def squared_gradient_entries(X: Tensor, G: Tensor) -> Tensor:
     As many multiplications as the weight's gradient in an ordinary backward, and a few samples' gradients in memory.
 
     Args:
-        X, G: as in :func:`squared_gradients`.
+        X: (B, T, d_in).
+        G: (B, T, d_out); both as in :func:`squared_gradients`.
 
     Returns:
         (d_out, d_in), in X's dtype.

@@ -95,7 +95,9 @@ def test_the_whitened_one_is_the_best_for_what_the_layer_gives(shape: tuple[int,
     other = torch.linalg.svd(W @ root, full_matrices=False)
     torch.testing.assert_close(s, other.S)
     W_k = U[:, :k] * s[:k] @ Vh[:k]
-    reference = torch.linalg.solve_triangular(root, other.U[:, :k] * other.S[:k] @ other.Vh[:k], upper=False, left=False)
+    reference = torch.linalg.solve_triangular(
+        root, other.U[:, :k] * other.S[:k] @ other.Vh[:k], upper=False, left=False
+    )
     torch.testing.assert_close(W_k, reference, rtol=1e-5, atol=1e-5)
 
     def loss(W_k: Tensor) -> float:
