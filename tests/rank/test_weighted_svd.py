@@ -200,7 +200,7 @@ def test_calls_of_a_sample_add_up(length_first: bool) -> None:
     model.length_first = length_first
     probe = WeightedSVD("fisher")
     _, budget = calibrated(probe, targets=["first"], model=model)
-    U, s, Vh = weighted_svd(net(Twice).first.weight, scale(fisher / COUNT))
+    U, s, _ = weighted_svd(net(Twice).first.weight, scale(fisher / COUNT))
     torch.testing.assert_close(budget["first"].gate.gain, s, rtol=1e-4, atol=0, check_dtype=False)
     torch.testing.assert_close(budget["first"].adapter.U, U, rtol=1e-3, atol=1e-4)
     assert probe._counts == {"first": COUNT}
@@ -270,21 +270,19 @@ def test_padding_counts_for_no_input_and_labels_for_no_gradient() -> None:
         probe.begin(budget, Alone())
         with heard(probe, budget, shown=shown, samples=COUNT):
             loss_of(model, x, y).backward()
-        if sums is None:
-            sums = torch.stack(sample_gradients()["first"]).square().sum((0, 1))
-        else:
-            sums = sums.T @ sums
+        squares = torch.stack(sample_gradients()["first"]).square().sum((0, 1))
+        sums = squares if sums is None else sums.T @ sums
         torch.testing.assert_close(probe._sums["first"], sums, rtol=1e-4, atol=1e-5, check_dtype=False)
 
 
 def test_layers_that_were_not_seen_stay_as_they_are() -> None:
     """Called and without effect on the loss; not called; and the others are filled."""
-    probe = WeightedSVD("fisher", ratio=0.5)
-    model, budget = calibrated(probe, targets=[*TARGETS, "idle"])
+    probe = WeightedSVD("fisher", ratio=0.7)
+    _, budget = calibrated(probe, targets=[*TARGETS, "idle"])
     assert probe.unseen() == ["idle"]
     plain = torch.linalg.svd(net().idle.weight, full_matrices=False).S
     torch.testing.assert_close(budget["idle"].gate.gain.detach(), plain.detach(), check_dtype=False)
-    assert budget.ranks()["idle"] == uniform_rank(4, WIDTH, 0.5)
+    assert budget.ranks()["idle"] == uniform_rank(4, WIDTH, 0.7)
     assert WeightedSVD("none").unseen() == []
 
 
