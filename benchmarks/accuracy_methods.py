@@ -298,8 +298,11 @@ METHODS: dict[str, Method] = {
 
 
 def _scale_kept(rank: int) -> float:
-    """alpha of a third of the start's rank: the scale alpha / R is 1/3 at every rank."""
-    return start_rank(rank) / 3
+    """alpha with which a gain moves the update at every rank as far as at 8, where the preset's alpha is the paper's.
+
+    At the start one component's update has the norm (alpha / R) |c| |a| |b|, near 2 (alpha / R) |c| sqrt(d_out / R).
+    """
+    return 8 * (start_rank(rank) / 12) ** 1.5
 
 
 def _lora_of(alpha: float) -> Callable[[TextClassifier, int, int], Prepared]:
@@ -323,13 +326,13 @@ def _dora_of(**changes: Any) -> Method:
 _SCALED = _settings(init=start_rank, preset="default but for", alpha=_scale_kept, dropout=0.0)
 METHODS |= {
     "dynamic-dora-scaled": Method(
-        "dynamic DoRA, alpha = R / 3, no dropout",
+        "dynamic DoRA, alpha = 8 (R / 12)^1.5, no dropout",
         lambda classifier, steps, rank: dynamic_dora(classifier, steps, rank, alpha=_scale_kept(rank), dropout=0.0),
         _SCALED,
         rates=(8e-3, 1.6e-2, 3.2e-2),
     ),
     "weight-decomposed-scaled": Method(
-        "weight-decomposed, dynamic rank, alpha = R / 3, no dropout",
+        "weight-decomposed, dynamic rank, alpha = 8 (R / 12)^1.5, no dropout",
         lambda classifier, steps, rank: weight_decomposed(
             classifier, steps, rank, alpha=_scale_kept(rank), dropout=0.0
         ),
