@@ -55,6 +55,7 @@ from lightning_peft.rank import (
     Site,
     SlowCubic,
     Taylor,
+    WeightedSVD,
 )
 from lightning_peft.regularizers import DEM, Orthogonality, Regularizer, UntilTail, regularized
 from lightning_peft.surgery import Injection, eject, inject, small_parameters
@@ -111,6 +112,7 @@ __all__ = [
     "TripletImportance",
     "UntilTail",
     "WeightDecomposed",
+    "WeightedSVD",
     "adapter_state_dict",
     "adopt",
     "compact",
