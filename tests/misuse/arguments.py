@@ -27,6 +27,7 @@ from lightning_peft import (
     SoftThreshold,
     Taylor,
     WeightDecomposed,
+    WeightedSVD,
     convert,
     eject,
     inject,
@@ -102,6 +103,9 @@ ROWS: Rows = {
     "calibration on no batch": (lambda: presets.eva(rank=2, batches=0), ValueError),
     "a cap below the average rank": (lambda: presets.eva(rank=2, rho=0.5), ValueError),
     "a probe's class, not a probe": (lambda: Calibration(EVA), TypeError),  # type: ignore[arg-type]
+    "a weighting that is misspelt": (lambda: WeightedSVD("fischer"), ValueError),  # type: ignore[arg-type]
+    "a ratio that keeps everything": (lambda: WeightedSVD(ratio=1.0), ValueError),
+    "a ratio and a rank": (lambda: WeightedSVD(ratio=0.5, rank=8), ValueError),
     "a share above 1 to convert by": (lambda: convert(adapted(), 8.0), ValueError),
     "adapters to convert that were never trained": (lambda: convert(adapted(), 2), ValueError),
     "a rank above the layer's limit": (lambda: fit(Encoder(), *presets.dynamic_dora(final_rank=8)), ValueError),
