@@ -187,19 +187,22 @@ class MonotoneMasks(MaskSampler):
         self.width, self.scale = width, scale
         self.theta = nn.ParameterList([torch.zeros(len(names)) for names in self.groups.values()])
 
-    def _soft(self) -> list[Tensor]:
+    def _ranks(self) -> list[Tensor]:
+        return [n * (1 + self.scale * theta) for n, theta in zip(self.groups, self.theta, strict=True)]
+
+    def probabilities(self) -> list[Tensor]:
+        """y: how far a component is from the edge. None is drawn, so they order components and no more."""
         soft = []
-        for n, theta in zip(self.groups, self.theta, strict=True):
-            kappa = n * (1 + self.scale * theta)
-            place = torch.arange(n, dtype=theta.dtype, device=theta.device) + 0.5
+        for n, kappa in zip(self.groups, self._ranks(), strict=True):
+            place = torch.arange(n, dtype=kappa.dtype, device=kappa.device) + 0.5
             soft.append(torch.sigmoid((kappa[:, None] - place) / max(1.0, self.width * n)))
         return soft
 
     def masks(self, step: int) -> list[Tensor]:
-        return [straight_through(y) for y in self._soft()]
+        return [straight_through(y) for y in self.probabilities()]
 
-    def probabilities(self) -> list[Tensor]:
-        return self._soft()
+    def counts(self) -> list[Tensor]:
+        return [kappa.clamp(0, n) for n, kappa in zip(self.groups, self._ranks(), strict=True)]
 
 
 def require_draws(temperature: object, shift: object, seed: object) -> None:

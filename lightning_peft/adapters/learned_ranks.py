@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.layers import matrix
 from lightning_peft.arguments import require_integer
-from lightning_peft.functional.rank_masks import expected_ranks, require_ratio, select_ranks
+from lightning_peft.functional.rank_masks import require_ratio, select_ranks, whole_ranks
 from lightning_peft.rank.budget import RankBudget, Unit
 from lightning_peft.rank.sampling import KeepProbability, MaskSampler, SamplingPolicy
 from lightning_peft.rank.schedule import Constant
@@ -25,7 +25,7 @@ SamplerFactory = Callable[[Mapping[str, int]], MaskSampler]
 class LearnedRanks(SamplingPolicy):
     """Learn masks over the singular values of every layer, and make whole ranks of them.
 
-        k_l = round(sum_i P_i),     P_i how often a draw keeps component i of layer l, without noise
+        k_l = round(sum_i P_li),     P_li how often draws keep component i of layer l
 
     Until its last event it writes what draws keep on average, as masks of first components: that is what validation
     sees, and what `rank/spent` shows on its way to `rank/budget`. At its last event the ranks are brought into the
@@ -161,31 +161,37 @@ class LearnedRanks(SamplingPolicy):
         """
         if not self._budget:
             return {}
-        rows = self.importance.scores()
-        flat = torch.cat(list(rows.values())).cpu().split([len(row) for row in rows.values()])  # one transfer
-        found = dict(zip(rows, flat, strict=True))
-        probabilities = {name: found[name] for name in self._budget}  # the module's order, which is that of ties
+        sampler, sizes = self.build(self._budget), {name: len(site.gate) for name, site in self._budget.items()}
+        with torch.no_grad():
+            kept, sums = (sampler.by_layer(each) for each in (sampler.probabilities(), sampler.counts()))
+        # One transfer for all layers.
+        flat = torch.cat([*kept.values(), torch.stack(list(sums.values()))]).cpu().double()
+        *rows, counts = flat.split([*sizes.values(), len(sizes)])
+        probabilities = dict(zip(sizes, rows, strict=True))
         odd = [name for name, row in probabilities.items() if not bool(row.isfinite().all())]
         if odd:
             raise RuntimeError(
                 f"the masks of {', '.join(odd[:5])} have diverged: how often components are kept is no longer finite. "
                 "Lower the learning rate, or clip gradients, and go on from an earlier checkpoint."
             )
-        ranks = expected_ranks(probabilities, self.minimum)
+        counted = dict(zip(sizes, counts.tolist(), strict=True))
+        ranks = whole_ranks(counted, sizes, self.minimum)
         if self.is_final(step, total):
             costs, amount = self._budget.sizes("parameters"), self.budget_at(step, total)
             dense = dense_parameters(self._budget) if self.price == "cheapest" else None
-            prices = {name: rank * costs[name] for name, rank in ranks.items()}
-            learned = sum(prices.values() if dense is None else (min(prices[name], dense[name]) for name in prices))
-            if learned > 1.02 * amount:
-                warnings.warn(
-                    f"masks have learned to keep {learned:,} parameters, and the budget is {amount:,}: the ranks were "
-                    "cut to it all the same, but by no more than how often components are kept. Train for more steps, "
-                    "raise the learning rate, or raise the weight of the budget's penalty.",
-                    stacklevel=2,
-                )
-            ranks = select_ranks(probabilities, costs, amount, self.minimum, dense, self.refill == "spend")
+            self._warn_of_excess({name: count * costs[name] for name, count in counted.items()}, dense, amount)
+            ranks = select_ranks(ranks, probabilities, costs, amount, self.minimum, dense, self.refill == "spend")
         return {name: torch.arange(len(row)) < ranks[name] for name, row in probabilities.items()}
+
+    def _warn_of_excess(self, prices: Mapping[str, float], dense: Mapping[str, int] | None, amount: int) -> None:
+        learned = sum(price if dense is None else min(price, dense[name]) for name, price in prices.items())
+        if learned > 1.02 * amount:
+            warnings.warn(
+                f"masks have learned to keep {learned:,.0f} parameters, and the budget is {amount:,}: ranks were cut to it "
+                "all the same, but by no more than how often components are kept. Train for more steps, raise the "
+                "learning rate, or raise the weight of the budget's penalty.",
+                stacklevel=4,
+            )
 
 
 def dense_parameters(budget: RankBudget) -> dict[str, int]:

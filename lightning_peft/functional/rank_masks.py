@@ -121,18 +121,19 @@ def deviation(spent: Tensor, budget: float) -> Tensor:
     return (spent.clamp_min(1.0) / budget).log().abs()
 
 
-def expected_ranks(probabilities: Mapping[str, Tensor], minimum: int = 1) -> dict[str, int]:
-    """How many components of each layer draws keep on average, as a whole number.
+def whole_ranks(counts: Mapping[str, float], sizes: Mapping[str, int], minimum: int = 1) -> dict[str, int]:
+    """The nearest whole ranks that layers may have.
 
     Args:
-        probabilities: layer -> (K,) how often a component is kept.
-        minimum: components that a layer has at least, if it has so many.
+        counts: layer -> how many components are kept on average.
+        sizes: layer -> how many it has.
+        minimum: components that a layer keeps at least, if it has so many.
     """
-    sums = {name: float(row.detach().cpu().double().sum()) for name, row in probabilities.items()}
-    return {name: min(max(round(total), minimum), len(probabilities[name])) for name, total in sums.items()}
+    return {name: min(max(round(count), minimum), sizes[name]) for name, count in counts.items()}
 
 
 def select_ranks(
+    wanted: Mapping[str, int],
     probabilities: Mapping[str, Tensor],
     costs: Mapping[str, int],
     amount: int,
@@ -140,15 +141,16 @@ def select_ranks(
     dense: Mapping[str, int] | None = None,
     refill: bool = True,
 ) -> dict[str, int]:
-    """Whole ranks within a budget, nearest to what draws keep on average. Equal inputs, equal ranks.
+    """The ranks that are wanted, brought into a budget. Equal inputs, equal ranks.
 
-        k = round(sum_i P_i),   then  while sum_l price(k_l) > amount:  the layer of smallest P_k gives up its last
-        price(k) = k cost,      or min(k cost, dense) where a layer that does not pay as factors stays dense, and whole
+        while sum_l price(k_l) > amount:  the layer whose last component has the smallest P_k gives it up
+        price(k) = k cost,  or  min(k cost, dense)  where a layer that does not pay as factors stays dense, and whole
 
     Of components that tie the dearer goes first, then that of the earlier layer. What is left of the amount goes to the
     layers whose next component is kept most often, until no layer's next one fits; of those that tie the cheaper first.
 
     Args:
+        wanted: layer -> how many components it would have without a budget; at most K.
         probabilities: layer -> (K,) how often a component is kept.
         costs: layer -> parameters of one component.
         amount: what all may cost together.
@@ -161,7 +163,7 @@ def select_ranks(
 
     Example:
         >>> rows = {"a": torch.tensor([1.0, 0.9, 0.1]), "b": torch.tensor([1.0, 0.4, 0.3])}
-        >>> select_ranks(rows, {"a": 10, "b": 10}, amount=30)
+        >>> select_ranks({"a": 2, "b": 2}, rows, {"a": 10, "b": 10}, amount=30)
         {'a': 2, 'b': 1}
     """
     layers = [
@@ -174,8 +176,8 @@ def select_ranks(
             f"a budget of {amount:,} parameters does not pay for {minimum} components in each of {len(layers)} layers, "
             f"which cost {least:,}. Raise it, or factorise fewer layers."
         )
-    for layer, wanted in zip(layers, expected_ranks(probabilities).values(), strict=True):
-        layer.at = layer.reaching(wanted)
+    for layer, name in zip(layers, probabilities, strict=True):
+        layer.at = layer.reaching(wanted[name])
     left = amount - sum(layer.prices[layer.at] for layer in layers)
 
     falls = [(layer.worth(layer.at - 1), -layer.step(layer.at - 1), i) for i, layer in enumerate(layers) if layer.at]

@@ -39,8 +39,12 @@ class MaskSampler(nn.Module, ABC):
     def probabilities(self) -> Sequence[Tensor]:
         """How often a component is kept, by group: (L, K), without noise."""
 
+    def counts(self) -> Sequence[Tensor]:
+        """How many components are kept on average, by group: (L,)."""
+        return [rows.sum(1) for rows in self.probabilities()]
+
     def by_layer(self, groups: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Rows of groups by layer, in the module's order; views."""
+        """What groups have for each layer, in the module's order; views."""
         rows = {
             name: row
             for names, group in zip(self.groups.values(), groups, strict=True)

@@ -106,7 +106,5 @@ def _drawn(module: nn.Module) -> list[tuple[list[Site], Tensor]]:
             masks.append(site.gate.drawn)
         found.append((sites, torch.stack(masks)))
     if not found:
-        raise RuntimeError(
-            "there is no adapter, so no mask is drawn: put AdapterInjection into the Trainer's callbacks."
-        )
+        raise RuntimeError("no adapter is there for a mask to be drawn for: put AdapterInjection into the callbacks.")
     return found

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from math import exp, inf, log
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor
 from lightning_peft.functional.rank_masks import (
     deviation,
     excess,
-    expected_ranks,
     gumbel,
     keep_probability,
     misplaced,
@@ -18,6 +18,7 @@ from lightning_peft.functional.rank_masks import (
     require_ratio,
     select_ranks,
     straight_through,
+    whole_ranks,
 )
 
 TAU, SHIFT = 0.4, 3.0
@@ -151,16 +152,23 @@ COSTS = {"a": 24, "b": 24, "c": 70, "d": 107}
 DENSE = {"a": 144, "b": 144, "c": 1200, "d": 700}
 
 
+def select(found: dict[str, Tensor], *args: Any, **also: Any) -> dict[str, int]:
+    """What is selected where as many are wanted as are kept on average."""
+    return select_ranks(wanted(found), found, *args, **also)
+
+
+def wanted(found: dict[str, Tensor]) -> dict[str, int]:
+    sizes = {name: len(row) for name, row in found.items()}
+    return whole_ranks({name: float(row.sum()) for name, row in found.items()}, sizes)
+
+
 def spent(ranks: dict[str, int], dense: dict[str, int] | None = None) -> int:
     return sum(min(k * COSTS[n], inf if dense is None else dense[n]) for n, k in ranks.items())  # type: ignore[misc]
 
 
-def test_ranks_are_the_average_of_draws() -> None:
-    """Not how many are kept more often than not, which is another number where masks are undecided."""
-    row = torch.cat([torch.full((4,), 0.9), torch.full((40,), 0.4)])
-    assert expected_ranks({"a": row}) == {"a": 20}
-    assert int((row > 0.5).sum()) == 4
-    assert expected_ranks({"a": torch.zeros(3), "b": torch.ones(3)}, minimum=2) == {"a": 2, "b": 3}
+def test_whole_ranks_are_within_what_a_layer_has() -> None:
+    assert whole_ranks({"a": 20.4, "b": 0.2, "c": 7.9}, {"a": 44, "b": 3, "c": 7}) == {"a": 20, "b": 1, "c": 7}
+    assert whole_ranks({"a": 0.0, "b": 0.0}, {"a": 1, "b": 3}, minimum=2) == {"a": 1, "b": 2}
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -168,7 +176,7 @@ def test_ranks_are_the_average_of_draws() -> None:
 @pytest.mark.parametrize("dense", [None, DENSE], ids=["factors", "cheapest"])
 def test_property_8_the_budget_is_kept_and_used_up(seed: int, amount: int, dense: dict[str, int] | None) -> None:
     found = rows(seed)
-    ranks = select_ranks(found, COSTS, amount, dense=dense)
+    ranks = select(found, COSTS, amount, dense=dense)
     assert spent(ranks, dense) <= amount
     for name, k in ranks.items():
         assert 1 <= k <= len(found[name])
@@ -180,46 +188,45 @@ def test_property_8_the_budget_is_kept_and_used_up(seed: int, amount: int, dense
 
 def test_property_8_selection_is_deterministic_and_draws_nothing() -> None:
     state = torch.get_rng_state()
-    first = select_ranks(rows(), COSTS, 900)
+    first = select(rows(), COSTS, 900)
     torch.manual_seed(99)
-    assert select_ranks(rows(), COSTS, 900) == first
+    assert select(rows(), COSTS, 900) == first
     torch.set_rng_state(state)
-    select_ranks(rows(), COSTS, 900)
+    select(rows(), COSTS, 900)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_without_refill_ranks_only_fall() -> None:
     found = rows()
-    wanted = expected_ranks(found)
-    kept = select_ranks(found, COSTS, 10_000, refill=False)
-    assert kept == wanted
-    fallen = select_ranks(found, COSTS, 900, refill=False)
-    assert all(fallen[name] <= k for name, k in wanted.items())
-    assert spent(fallen) <= 900 < spent(wanted)
-    assert spent(fallen) <= spent(select_ranks(found, COSTS, 900)) <= 900
+    kept = select(found, COSTS, 10_000, refill=False)
+    assert kept == wanted(found)
+    fallen = select(found, COSTS, 900, refill=False)
+    assert all(fallen[name] <= k for name, k in kept.items())
+    assert spent(fallen) <= 900 < spent(kept)
+    assert spent(fallen) <= spent(select(found, COSTS, 900)) <= 900
 
 
 def test_the_layer_whose_last_component_is_kept_least_often_gives_it_up() -> None:
     found = {"a": torch.tensor([1.0, 0.9, 0.6]), "b": torch.tensor([1.0, 0.8, 0.7])}
     costs = {"a": 10, "b": 10}
-    assert select_ranks(found, costs, 50, refill=False) == {"a": 2, "b": 2}
-    assert select_ranks(found, costs, 50) == {"a": 2, "b": 3}  # one is left, and b's next is kept more often
-    assert select_ranks(found, costs, 30) == {"a": 2, "b": 1}
+    assert select(found, costs, 50, refill=False) == {"a": 2, "b": 2}
+    assert select(found, costs, 50) == {"a": 2, "b": 3}  # one is left, and b's next is kept more often
+    assert select(found, costs, 30) == {"a": 2, "b": 1}
     tied = {"a": torch.tensor([1.0, 0.9]), "b": torch.tensor([1.0, 0.9])}
-    assert select_ranks(tied, costs, 30) == {"a": 1, "b": 2}  # the earlier layer's goes first
-    assert select_ranks(tied, {"a": 10, "b": 11}, 32) == {"a": 2, "b": 1}  # the dearer
+    assert select(tied, costs, 30) == {"a": 1, "b": 2}  # the earlier layer's goes first
+    assert select(tied, {"a": 10, "b": 11}, 32) == {"a": 2, "b": 1}  # the dearer
 
 
 def test_where_dense_is_as_cheap_a_layer_keeps_all() -> None:
     """12 components of 24 parameters, 144 as a matrix: from 6 on the matrix is cheaper."""
-    assert select_ranks({"a": torch.ones(12)}, {"a": 24}, 144, dense={"a": 144}) == {"a": 12}
-    assert select_ranks({"a": torch.ones(12)}, {"a": 24}, 144) == {"a": 6}
-    assert select_ranks({"a": torch.ones(12)}, {"a": 24}, 143, dense={"a": 144}) == {"a": 5}
+    assert select({"a": torch.ones(12)}, {"a": 24}, 144, dense={"a": 144}) == {"a": 12}
+    assert select({"a": torch.ones(12)}, {"a": 24}, 144) == {"a": 6}
+    assert select({"a": torch.ones(12)}, {"a": 24}, 143, dense={"a": 144}) == {"a": 5}
 
 
 def test_what_cannot_be() -> None:
     with pytest.raises(ValueError, match=r"a budget of 224 parameters does not pay for 1 components in each of 4 lay"):
-        select_ranks(rows(), COSTS, 224)
+        select(rows(), COSTS, 224)
     for ratio in (0, 1.2, -0.1, float("nan")):
         with pytest.raises(ValueError, match="ratio is the share of the factorised layers' parameters that is kept"):
             require_ratio(ratio)
@@ -230,6 +237,6 @@ def test_what_cannot_be() -> None:
 def test_many_ranks_are_selected_at_once() -> None:
     """72 layers of 768 components, as BERT-base has them, down to the uniform rank of the ratio 0.48."""
     found = {str(i): torch.linspace(1, 0.2 + 0.01 * i, 768) for i in range(72)}
-    ranks = select_ranks(found, dict.fromkeys(found, 1536), 72 * 253 * 1536)
+    ranks = select(found, dict.fromkeys(found, 1536), 72 * 253 * 1536)
     assert sum(ranks.values()) == 72 * 253
     assert ranks["71"] > ranks["0"]
