@@ -5,6 +5,7 @@ from lightning_peft.adapters.ars import ElementMasks, Hypernetwork, MonotoneMask
 from lightning_peft.adapters.base import Adapter, AdapterFactory
 from lightning_peft.adapters.dynamic_dora import DynamicDoRA, NormShare, component_shares
 from lightning_peft.adapters.elalora import PruneAndGrow
+from lightning_peft.adapters.factorized import Factorized, ThinLinear
 from lightning_peft.adapters.gora import GoRA
 from lightning_peft.adapters.increlora import Growth, ModuleSensitivity
 from lightning_peft.adapters.learned_ranks import LearnedRanks
@@ -21,6 +22,7 @@ __all__ = [
     "CubicBudget",
     "DynamicDoRA",
     "ElementMasks",
+    "Factorized",
     "GoRA",
     "Growth",
     "Hypernetwork",
@@ -34,6 +36,7 @@ __all__ = [
     "PruneAndGrow",
     "SoRA",
     "SoftThreshold",
+    "ThinLinear",
     "TripletImportance",
     "WeightDecomposed",
     "component_shares",

@@ -187,9 +187,9 @@ class LearnedRanks(SamplingPolicy):
         learned = sum(price if dense is None else min(price, dense[name]) for name, price in prices.items())
         if learned > 1.02 * amount:
             warnings.warn(
-                f"masks have learned to keep {learned:,.0f} parameters, and the budget is {amount:,}: ranks were cut to it "
-                "all the same, but by no more than how often components are kept. Train for more steps, raise the "
-                "learning rate, or raise the weight of the budget's penalty.",
+                f"masks have learned to keep {learned:,.0f} parameters, and the budget is {amount:,}: ranks were cut "
+                "to it all the same, but by no more than how often components are kept. Train for more steps, raise "
+                "the learning rate, or raise the weight of the budget's penalty.",
                 stacklevel=4,
             )
 
