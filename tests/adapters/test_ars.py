@@ -442,7 +442,9 @@ def test_property_10_learned_ranks_beat_uniform_ones(seed: int) -> None:
 def test_property_8_the_last_event_is_within_the_budget_and_uses_it_up() -> None:
     net = factorised()
     learned = undecided(built(net, ars.policy(0.4)))
-    with pytest.warns(UserWarning, match=r"masks have learned to keep \d+ parameters, and the budget is 211: the ran"):
+    with pytest.warns(
+        UserWarning, match=r"masks have learned to keep \d+ parameters, and the budget is 211: ranks were"
+    ):
         masks = learned.decide(20, 20)
     budget = RankBudget.of(net)
     budget.keep(masks)
