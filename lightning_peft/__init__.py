@@ -63,6 +63,7 @@ from lightning_peft.rank import (
     Site,
     SlowCubic,
     Taylor,
+    WeightedSVD,
 )
 from lightning_peft.regularizers import (
     DEM,
@@ -137,6 +138,7 @@ __all__ = [
     "TripletImportance",
     "UntilTail",
     "WeightDecomposed",
+    "WeightedSVD",
     "adapter_state_dict",
     "adopt",
     "compact",

@@ -9,6 +9,7 @@ from lightning_peft.rank.policy import Policy, RankPolicy
 from lightning_peft.rank.probe import Probe
 from lightning_peft.rank.sampling import KeepProbability, MaskSampler, SamplingPolicy
 from lightning_peft.rank.schedule import Constant, Cubic, Linear, Schedule, SlowCubic, Step
+from lightning_peft.rank.weighted_svd import WeightedSVD
 
 __all__ = [
     "EVA",
@@ -30,6 +31,7 @@ __all__ = [
     "SlowCubic",
     "Step",
     "Taylor",
+    "WeightedSVD",
     "clean_name",
     "close_lowest",
     "close_some",
