@@ -13,7 +13,7 @@ from torchmetrics import Metric
 from transformers import AutoModelForCausalLM
 
 from lightning_peft.modules.language_data import LanguageBatch
-from lightning_peft.modules.optimization import adamw, require_warmup
+from lightning_peft.modules.optimization import Schedule, adamw, require_schedule
 from lightning_peft.modules.pretrained import from_folder_or_hub
 
 
@@ -51,8 +51,9 @@ class Perplexity(Metric):
             loss: mean negative log-likelihood per token, in nats.
             tokens: how many tokens it is the mean of.
         """
-        self.total += loss.detach().double() * tokens
-        self.tokens += tokens
+        # Not in place: states that were moved in inference mode could not be changed in training.
+        self.total = self.total + loss.detach().double() * tokens
+        self.tokens = self.tokens + tokens
 
     def compute(self) -> Tensor:
         """The perplexity."""
@@ -69,23 +70,33 @@ class LanguageModel(LightningModule):
         backbone: hub name, or folder with a ``config.json`` and weights.
         lr: peak learning rate.
         weight_decay: AdamW's decoupled weight decay.
-        warmup: share of the optimizer steps in which the rate rises from 0; then it falls linearly to 0.
+        warmup: share of the optimizer steps in which the rate rises from 0.
+        schedule: "linear" lets it fall to 0 then, "constant" leaves it.
+    Attributes:
+        newly_initialized: names of the model's parameters that the backbone did not have.
     Shape:
         input_ids, labels: (batch, length) -> logits (batch, length, vocabulary)
     Raises:
-        ValueError: the backbone cannot be found; warmup outside [0, 1).
+        ValueError: the backbone cannot be found; warmup outside [0, 1), or an unknown schedule.
     Example:
         >>> LanguageModel("no/such/folder")
         Traceback (most recent call last):
         ValueError: backbone='no/such/folder' cannot be loaded: ...
     """
 
-    def __init__(self, backbone: str, lr: float = 1e-3, weight_decay: float = 0.01, warmup: float = 0.06) -> None:
+    def __init__(
+        self,
+        backbone: str,
+        lr: float = 1e-3,
+        weight_decay: float = 0.01,
+        warmup: float = 0.06,
+        schedule: Schedule = "linear",
+    ) -> None:
         super().__init__()
-        require_warmup(warmup)
+        require_schedule(warmup, schedule)
         self.save_hyperparameters()
-        self.lr, self.weight_decay, self.warmup = lr, weight_decay, warmup
-        self.model = from_folder_or_hub(AutoModelForCausalLM, backbone)
+        self.lr, self.weight_decay, self.warmup, self.schedule = lr, weight_decay, warmup, schedule
+        self.model, self.newly_initialized = from_folder_or_hub(AutoModelForCausalLM, backbone)
         self.val_perplexity, self.test_perplexity = Perplexity(), Perplexity()
 
     def forward(self, batch: LanguageBatch) -> Any:
@@ -123,6 +134,5 @@ class LanguageModel(LightningModule):
         Raises:
             MisconfigurationException: nothing is trainable, or the number of steps is not known.
         """
-        return adamw(
-            self, self.parameter_groups(), self.weight_decay, self.warmup, "leave a part of the model unfrozen"
-        )
+        advice = "leave a part of the model to train"
+        return adamw(self, self.parameter_groups(), self.weight_decay, self.warmup, self.schedule, advice)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule
@@ -13,9 +13,17 @@ from torch.optim.lr_scheduler import LambdaLR
 # Where PyTorch has a fused AdamW kernel. It matters with adapters: hundreds of small tensors, a dozen kernels each.
 _FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
 
+Schedule = Literal["linear", "constant"]
+"""What learning rates do after warm-up: fall to 0 linearly, or stay."""
+
 
 def adamw(
-    module: LightningModule, groups: list[dict[str, Any]], weight_decay: float, warmup: float, advice: str
+    module: LightningModule,
+    groups: list[dict[str, Any]],
+    weight_decay: float,
+    warmup: float,
+    schedule: Schedule,
+    advice: str,
 ) -> OptimizerLRSchedulerConfig:
     """What `configure_optimizers` returns: AdamW on the groups, each at its own peak rate.
 
@@ -23,7 +31,8 @@ def adamw(
         module: attached to a trainer, which knows the number of steps.
         groups: parameter groups with their learning rates.
         weight_decay: AdamW's decoupled weight decay, for all groups.
-        warmup: share of the optimizer steps in which the rates rise from 0; then they fall linearly to 0.
+        warmup: share of the optimizer steps in which the rates rise from 0.
+        schedule: what they do then.
         advice: what else than adapters could be trained, for the error's sentence.
 
     Raises:
@@ -50,6 +59,8 @@ def adamw(
     def share(step: int) -> float:
         if step < rising:
             return (step + 1) / (rising + 1)  # not step / rising: a first step at rate 0 would be a wasted batch
+        if schedule == "constant":
+            return 1.0
         return max(0.0, (total - step) / max(1, total - rising))
 
     return {
@@ -58,11 +69,13 @@ def adamw(
     }
 
 
-def require_warmup(warmup: float) -> None:
-    """Check a share of steps.
+def require_schedule(warmup: float, schedule: Schedule) -> None:
+    """Check how learning rates are to move.
 
     Raises:
-        ValueError: it is outside [0, 1).
+        ValueError: warmup is outside [0, 1), or schedule is unknown.
     """
+    if schedule not in get_args(Schedule):
+        raise ValueError(f"schedule={schedule!r}: choose 'linear' (to 0) or 'constant'.")
     if not 0.0 <= warmup < 1.0:
         raise ValueError(f"warmup={warmup}: it is a share of the optimizer steps, at least 0 and below 1.")

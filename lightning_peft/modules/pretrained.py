@@ -7,20 +7,25 @@ from typing import Any, cast
 from torch import nn
 
 
-def from_folder_or_hub(auto_class: Any, backbone: str, **arguments: Any) -> nn.Module:
-    """Load a model, in training mode.
+def from_folder_or_hub(auto_class: Any, backbone: str, **arguments: Any) -> tuple[nn.Module, tuple[str, ...]]:
+    """Load a model, in training mode, and say what of it is new.
 
     Args:
         auto_class: transformers class with `from_pretrained`.
         backbone: hub name, or folder with a ``config.json`` and weights.
         arguments: passed on.
 
+    Returns:
+        The model, and the names of the parameters that it did not get from there, such as a new head's.
+
     Raises:
         ValueError: it cannot be loaded.
     """
     try:
         # trust_remote_code: a model's folder or hub page brings weights, never code
-        model = auto_class.from_pretrained(backbone, trust_remote_code=False, **arguments)
+        model, found = auto_class.from_pretrained(
+            backbone, trust_remote_code=False, output_loading_info=True, **arguments
+        )
     except (OSError, ValueError) as error:
         raise ValueError(
             f"backbone={backbone!r} cannot be loaded: it is neither a folder with a config.json and weights nor a name "
@@ -28,4 +33,5 @@ def from_folder_or_hub(auto_class: Any, backbone: str, **arguments: Any) -> nn.M
         ) from error
     # from_pretrained leaves the model in eval mode, and Lightning trains a module in the mode it finds it: no dropout.
     model.train()
-    return cast(nn.Module, model)
+    mismatched = {entry[0] for entry in found["mismatched_keys"]}
+    return cast(nn.Module, model), tuple(sorted({*found["missing_keys"], *mismatched}))

@@ -12,7 +12,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import AutoModelForSequenceClassification
 
-from lightning_peft.modules.optimization import adamw, require_warmup
+from lightning_peft.modules.optimization import Schedule, adamw, require_schedule
 from lightning_peft.modules.pretrained import from_folder_or_hub
 
 
@@ -46,11 +46,14 @@ class TextClassifier(LightningModule):
         lr: peak learning rate of trainable parameters inside the encoder (adapters).
         head_lr: peak learning rate of trainable parameters outside the encoder (the classification head).
         weight_decay: AdamW's decoupled weight decay, for both groups.
-        warmup: share of the optimizer steps in which the rates rise from 0; then they fall linearly to 0.
+        warmup: share of the optimizer steps in which the rates rise from 0.
+        schedule: "linear" lets them fall to 0 then, "constant" leaves them.
+    Attributes:
+        newly_initialized: names of the model's parameters that the backbone did not have: those of a new head.
     Shape:
         input_ids, attention_mask: (batch, length) -> logits (batch, num_labels)
     Raises:
-        ValueError: the backbone cannot be found; fewer than two classes; warmup outside [0, 1).
+        ValueError: the backbone cannot be found; fewer than two classes; warmup outside [0, 1), or an unknown schedule.
     Example:
         >>> TextClassifier("no/such/folder", num_labels=2)
         Traceback (most recent call last):
@@ -65,14 +68,16 @@ class TextClassifier(LightningModule):
         head_lr: float = 5e-3,
         weight_decay: float = 0.01,
         warmup: float = 0.06,
+        schedule: Schedule = "linear",
     ) -> None:
         super().__init__()
         if num_labels < 2:
             raise ValueError(f"num_labels={num_labels}: a classifier needs at least 2 classes.")
-        require_warmup(warmup)
+        require_schedule(warmup, schedule)
         self.save_hyperparameters()
-        self.lr, self.head_lr, self.weight_decay, self.warmup = lr, head_lr, weight_decay, warmup
-        self.model = _pretrained(backbone, num_labels)
+        self.lr, self.head_lr, self.weight_decay = lr, head_lr, weight_decay
+        self.warmup, self.schedule = warmup, schedule
+        self.model, self.newly_initialized = _pretrained(backbone, num_labels)
         metrics = MetricCollection(
             {
                 "accuracy": MulticlassAccuracy(num_labels, average="micro"),
@@ -131,13 +136,12 @@ class TextClassifier(LightningModule):
         Raises:
             MisconfigurationException: nothing is trainable, or the number of steps is not known.
         """
-        return adamw(
-            self, self.parameter_groups(), self.weight_decay, self.warmup, "let the head train (train=['classifier'])"
-        )
+        advice = "let the head train (train=['classifier'])"
+        return adamw(self, self.parameter_groups(), self.weight_decay, self.warmup, self.schedule, advice)
 
 
-def _pretrained(backbone: str, num_labels: int) -> nn.Module:
-    """The pretrained encoder with a new head, in training mode."""
+def _pretrained(backbone: str, num_labels: int) -> tuple[nn.Module, tuple[str, ...]]:
+    """The pretrained encoder in training mode, its head new if it has none for as many labels; and what is new."""
     return from_folder_or_hub(
         AutoModelForSequenceClassification,
         backbone,

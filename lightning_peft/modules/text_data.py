@@ -116,8 +116,11 @@ class TextData(PlannedData):
         window: batches sorted by length together, see `LengthGrouped`.
         seed: decides the order of batches and the held-out rows.
         num_workers: processes that make batches; 0 is fast enough, the texts are tokenised already.
+        label_names: all labels in the order of their numbers, for a model that was trained with another order, or with
+            more labels than the training set has; ``None`` for those of the training set, sorted.
     Raises:
-        ValueError: a file, column or tokenizer that cannot be found; a label that is not in the training set.
+        ValueError: a file, column or tokenizer that cannot be found; a label that is not in the training set, or not
+            among `label_names`.
     """
 
     def __init__(
@@ -136,11 +139,13 @@ class TextData(PlannedData):
         window: int = 20,
         seed: int = 0,
         num_workers: int = 0,
+        label_names: Sequence[str] | None = None,
     ) -> None:
         sources = {"train": train, "val": val, "test": test, "predict": predict or test}
         super().__init__(sources, tokenizer, batch_size, val_share, window, seed, num_workers)
         self.save_hyperparameters()
         self.dataset, self.text, self.label, self.max_length = dataset, text, label, max_length
+        self._given_names = None if label_names is None else [str(name) for name in label_names]
         self._label_names: list[str] | None = None
 
     @property
@@ -153,7 +158,7 @@ class TextData(PlannedData):
 
     @property
     def num_labels(self) -> int:
-        """Number of classes in the training set."""
+        """Number of classes."""
         return len(self.label_names)
 
     def read(self, stage: str) -> None:
@@ -200,7 +205,13 @@ class TextData(PlannedData):
                 f"{source!r} has {len(names)} class(es) in {len(rows)} labelled rows; it needs at least 2."
             )
         numbers = all(name.lstrip("-").isdigit() for name in names)
-        self._label_names = sorted(names, key=int) if numbers else sorted(names)  # "10" comes after "9"
+        ordered = sorted(names, key=int) if numbers else sorted(names)  # "10" comes after "9"
+        if self._given_names is not None and (unknown := [name for name in ordered if name not in self._given_names]):
+            raise ValueError(
+                f"{source!r} has labels that are not among label_names: {', '.join(map(repr, unknown[:5]))}. "
+                f"Known: {', '.join(map(repr, self._given_names[:10]))}."
+            )
+        self._label_names = ordered if self._given_names is None else self._given_names
         if self.sources["val"] is None and self.val_share > 0:
             held = self._held_out(rows)
             self._splits["val"] = self._number([row for i, row in enumerate(rows) if i in held], source)
@@ -216,7 +227,7 @@ class TextData(PlannedData):
         held: set[int] = set()
         for name in self.label_names:
             order = torch.randperm(len(members[name]), generator=generator).tolist()
-            count = min(round(self.val_share * len(order)), len(order) - 1)
+            count = max(0, min(round(self.val_share * len(order)), len(order) - 1))
             held.update(members[name][i] for i in islice(order, count))
         return held
 
