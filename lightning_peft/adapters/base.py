@@ -81,6 +81,10 @@ class Adapter(nn.Module, ABC):
         """What `compacted(keep)` keeps, (n,) bool: these components, and more where the adapter must have some."""
         return keep
 
+    def thin(self) -> nn.Module | None:
+        """Plain layers that do the same without this library, or none: then merging is all there is, the default."""
+        return None
+
     @classmethod
     def unfilled(cls, base: nn.Module, **arguments: Any) -> Adapter:
         """An adapter whose tensors are loaded next: its structure counts, not its start. By default a new one."""
