@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_peft.adapters.attention import AdaptedAttention, expose_in_proj, has_in_proj, hide_in_proj
 from lightning_peft.adapters.base import Adapter, AdapterFactory
 from lightning_peft.adapters.layers import is_convolution, why_not
-from lightning_peft.distributed import is_shard
+from lightning_peft.distributed import fingerprint, is_shard, world_size
 from lightning_peft.heads import Head, find_head
 from lightning_peft.rank.budget import WHOLE, clean_name, layer_name
 
@@ -22,6 +22,8 @@ from lightning_peft.rank.budget import WHOLE, clean_name, layer_name
 _BEFORE = "_requires_grad_before_inject"
 KEPT = "_kept_by_inject"
 """Likewise: names of what stayed trainable beside the adapters."""
+STARTS = "_starts_of_large_parameters"
+"""Likewise: what processes compare of their adapters' large parameters, which are in pieces when they could."""
 _DEFAULT = "all linear layers and convolutions except the head"  # what targets=None means, in sentences
 
 
@@ -79,7 +81,8 @@ def inject(
         factory: builds an adapter around a layer: `partial(LoRA, rank=8)`.
         targets: patterns of the layers to adapt: Linear, Conv1d, Conv2d, Conv3d, Embedding, transformers' Conv1D, and
             `in_proj` and `out_proj` of MultiheadAttention. ``None`` means all of them except embeddings, convolutions
-            in groups (small by design, and not for PEFT), and the head; see :func:`lightning_peft.heads.find_head`.
+            in groups (small by design, and not for PEFT), the head (see :func:`lightning_peft.heads.find_head`), and
+            what the adapter's class leaves alone.
         train: patterns of modules or parameters that stay trainable. ``None`` means the head; `[]` means nothing. Of an
             adapted layer its bias can be named, where the adapter has the layer's weight in another form.
 
@@ -136,7 +139,7 @@ def inject(
                 "call torch.compile afterwards, or compile the whole module."
             )
     head = find_head(module)
-    chosen = _choose(module, targets, head)
+    chosen = _choose(module, targets, head, _left(factory))
     _kept(module, train, head, chosen, set(chosen))  # a pattern that matches nothing is told before anything is built
     kept = partial(_kept, module, train, head, chosen)
     return install(module, {name: (layer, factory) for name, layer in chosen.items()}, kept)
@@ -203,6 +206,9 @@ def install(
         if id(parameter) not in own:  # an adapter knows itself what it trains
             parameter.requires_grad_(id(parameter) in kept_ids)
     module.__dict__[KEPT] = tuple(sorted(names))
+    if world_size() > 1:
+        large = {n: [fingerprint(p) for p in adapter.large_parameters()] for n, adapter in built.items()}
+        module.__dict__[STARTS] = {f"{n} at its start": torch.stack(v).tolist() for n, v in large.items() if v}
     module.__dict__[_BEFORE] = {name: wanted for name, wanted in trainable.items() if wanted != (name in names)}
     try:
         if verify is not None:
@@ -248,6 +254,7 @@ def take_out(module: nn.Module, layers: Mapping[int, nn.Module]) -> None:
     for owner in list(module.modules()):
         before = owner.__dict__.pop(_BEFORE, {})
         owner.__dict__.pop(KEPT, None)
+        owner.__dict__.pop(STARTS, None)
         owner.__dict__.pop(WHOLE, None)
         for name, parameter in owner.named_parameters():
             parameter.requires_grad_(before.get(clean_name(name), parameter.requires_grad))
@@ -370,10 +377,18 @@ def _build(factory: AdapterFactory, name: str, layer: nn.Module) -> Adapter:
     return adapter.train(training)
 
 
-def _choose(module: nn.Module, targets: Sequence[str] | None, head: Head) -> dict[str, nn.Module]:
+def _left(factory: AdapterFactory) -> tuple[str, ...]:
+    """What the class behind a factory leaves alone; nothing where a function hides it."""
+    while isinstance(factory, partial):
+        factory = factory.func
+    return factory.leaves if isinstance(factory, type) and issubclass(factory, Adapter) else ()
+
+
+def _choose(module: nn.Module, targets: Sequence[str] | None, head: Head, left: Sequence[str]) -> dict[str, nn.Module]:
     layers = adaptable(module)
     if targets is None:
-        chosen = {n: m for n, m in layers.items() if _is_usual(m) and not head.holds(n)}
+        usual = {n: m for n, m in layers.items() if _is_usual(m) and not head.holds(n)}
+        chosen = {n: m for n, m in usual.items() if not any(matches(left, part) for part in _prefixes(n))}
         if not chosen:
             raise ValueError(_nothing_to_adapt(module))
         return chosen
