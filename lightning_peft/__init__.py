@@ -55,7 +55,7 @@ from lightning_peft.rank import (
     SlowCubic,
     Taylor,
 )
-from lightning_peft.regularizers import DEM, Orthogonality, Regularizer, UntilTail, regularized
+from lightning_peft.regularizers import DEM, Distillation, Orthogonality, Regularizer, UntilTail, regularized
 from lightning_peft.surgery import Injection, eject, inject, small_parameters
 
 __version__ = "0.1.0"
@@ -75,6 +75,7 @@ __all__ = [
     "Conversion",
     "Cubic",
     "CubicBudget",
+    "Distillation",
     "DynamicDoRA",
     "Export",
     "Gate",
