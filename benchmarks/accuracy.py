@@ -39,14 +39,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "reuters")]  # this checkout 
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from accuracy_methods import METHODS  # noqa: E402
+from accuracy_methods import METHODS, RATES  # noqa: E402
 from accuracy_table import best_rate, table  # noqa: E402
 from inputs import minilm_folder, reuters  # noqa: E402
 from lightning.pytorch import Callback, Trainer, seed_everything  # noqa: E402
 
 from lightning_peft.modules import TextClassifier, TextData  # noqa: E402
 
-RATES = (1e-3, 2e-3, 4e-3)
 EPOCHS = {"r8": 2, "r52": 4}
 SEARCH_EPOCHS = {"r8": 2, "r52": 2}
 SEARCHED_ON = {("r8", 8): ("r8", 8), ("r52", 2): ("r52", 2), ("r8", 2): ("r52", 2), ("r52", 8): ("r52", 2)}
@@ -219,7 +218,7 @@ def plan(data: str, rank: int, methods: list[str]) -> None:
         for name in methods:
             if METHODS[name].searched:
                 _search(name, data, rank)
-    for seed in range(max(len(METHODS[name].seeds) for name in methods)):
+    for seed in range(max((len(METHODS[name].seeds) for name in methods), default=0)):
         for name in methods:
             if seed in seeds(name, data, rank):
                 rate = best_rate(load(), name, *searched) if METHODS[name].searched else RATES[0]
@@ -228,11 +227,12 @@ def plan(data: str, rank: int, methods: list[str]) -> None:
 
 def _search(method: str, data: str, rank: int) -> None:
     """Three learning rates; on R52 one beyond them where the best is the lowest or the highest."""
-    for lr in RATES:
+    rates = METHODS[method].rates
+    for lr in rates:
         _in_own_process(Run(method, data, rank, 0, lr, search=True))
     best = best_rate(load(), method, data, rank)
-    if data == "r52" and best in (RATES[0], RATES[-1]):
-        _in_own_process(Run(method, data, rank, 0, best / 2 if best == RATES[0] else best * 2, search=True))
+    if data == "r52" and best in (rates[0], rates[-1]):
+        _in_own_process(Run(method, data, rank, 0, best / 2 if best == rates[0] else best * 2, search=True))
 
 
 def seeds(method: str, data: str, rank: int) -> tuple[int, ...]:

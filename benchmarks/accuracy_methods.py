@@ -22,6 +22,7 @@ from lightning_peft.modules import TextClassifier
 
 ALPHA = {8: 16, 2: 8}
 """alpha of the methods whose paper leaves it open, by rank: scale alpha / r is 2 at rank 8 and 4 at rank 2."""
+RATES = (1e-3, 2e-3, 4e-3)
 ENCODER_LINEARS = r"encoder\.layer\..*"
 
 
@@ -43,7 +44,8 @@ class Method:
         build: prepares a fresh classifier, given the number of optimizer steps to come and the final average rank.
         settings: what a reader must know to repeat it, by rank.
         searched: whether the adapters' learning rate is searched; a method without adapters has none.
-        seeds: seeds of the final runs.
+        seeds: seeds of the final runs; none for what is only searched.
+        rates: learning rates that are searched.
     """
 
     title: str
@@ -51,6 +53,7 @@ class Method:
     settings: Callable[[int], Mapping[str, Any]]
     searched: bool = True
     seeds: tuple[int, ...] = (0, 1, 2)
+    rates: tuple[float, ...] = RATES
 
 
 def frozen(classifier: TextClassifier, steps: int, rank: int) -> Prepared:
@@ -139,11 +142,11 @@ def lora(classifier: TextClassifier, steps: int, rank: int) -> Prepared:
     return _ours(classifier, presets.lora(rank=rank, alpha=ALPHA[rank], targets=[ENCODER_LINEARS]))
 
 
-def dynamic_dora(classifier: TextClassifier, steps: int, rank: int) -> Prepared:
-    """This package's dynamic DoRA."""
+def dynamic_dora(classifier: TextClassifier, steps: int, rank: int, **changes: Any) -> Prepared:
+    """This package's dynamic DoRA, with the preset's settings but for the named changes."""
     from lightning_peft import presets
 
-    return _ours(classifier, presets.dynamic_dora(final_rank=rank, targets=[ENCODER_LINEARS]))
+    return _ours(classifier, presets.dynamic_dora(final_rank=rank, targets=[ENCODER_LINEARS], **changes))
 
 
 def adalora(classifier: TextClassifier, steps: int, rank: int) -> Prepared:
@@ -163,11 +166,11 @@ def adalora(classifier: TextClassifier, steps: int, rank: int) -> Prepared:
     )
 
 
-def weight_decomposed(classifier: TextClassifier, steps: int, rank: int) -> Prepared:
-    """Weight decomposition whose rank moves by dynamic DoRA's policy."""
+def weight_decomposed(classifier: TextClassifier, steps: int, rank: int, **changes: Any) -> Prepared:
+    """Weight decomposition whose rank moves by dynamic DoRA's policy, with the named changes."""
     from lightning_peft import presets
 
-    return _ours(classifier, presets.weight_decomposed(final_rank=rank, targets=[ENCODER_LINEARS]))
+    return _ours(classifier, presets.weight_decomposed(final_rank=rank, targets=[ENCODER_LINEARS], **changes))
 
 
 def sora(classifier: TextClassifier, steps: int, rank: int) -> Prepared:
@@ -291,4 +294,53 @@ METHODS: dict[str, Method] = {
         "IncreLoRA", increlora, _settings(most=_double, alpha=_double_alpha, preset="default"), seeds=(0,)
     ),
     "elalora": Method("ElaLoRA", elalora, _settings(most=_double, alpha=_double_alpha, preset="default"), seeds=(0,)),
+}
+
+
+def _scale_kept(rank: int) -> float:
+    """alpha with which a gain moves the update at every rank as far as at 8, where the preset's alpha is the paper's.
+
+    At the start one component's update has the norm (alpha / R) |c| |a| |b|, near 2 (alpha / R) |c| sqrt(d_out / R).
+    """
+    return 8 * (start_rank(rank) / 12) ** 1.5
+
+
+def _lora_of(alpha: float) -> Callable[[TextClassifier, int, int], Prepared]:
+    def build(classifier: TextClassifier, steps: int, rank: int) -> Prepared:
+        from lightning_peft import presets
+
+        return _ours(classifier, presets.lora(rank=rank, alpha=alpha, targets=[ENCODER_LINEARS]))
+
+    return build
+
+
+def _dora_of(**changes: Any) -> Method:
+    return Method(
+        "dynamic DoRA, " + ", ".join(f"{name} {value:g}" for name, value in changes.items()),
+        lambda classifier, steps, rank: dynamic_dora(classifier, steps, rank, **changes),
+        _settings(init=start_rank, preset="default but for", **changes),
+        seeds=(),
+    )
+
+
+_SCALED = _settings(init=start_rank, preset="default but for", alpha=_scale_kept, dropout=0.0)
+METHODS |= {
+    "dynamic-dora-scaled": Method(
+        "dynamic DoRA, alpha = 8 (R / 12)^1.5, no dropout",
+        lambda classifier, steps, rank: dynamic_dora(classifier, steps, rank, alpha=_scale_kept(rank), dropout=0.0),
+        _SCALED,
+        rates=(8e-3, 1.6e-2, 3.2e-2),
+    ),
+    "weight-decomposed-scaled": Method(
+        "weight-decomposed, dynamic rank, alpha = 8 (R / 12)^1.5, no dropout",
+        lambda classifier, steps, rank: weight_decomposed(
+            classifier, steps, rank, alpha=_scale_kept(rank), dropout=0.0
+        ),
+        _SCALED,
+        rates=(8e-3, 1.6e-2, 3.2e-2),
+    ),
+    # Searched only: what one setting is worth on the held-out tenth.
+    "dynamic-dora-dry": _dora_of(dropout=0.0),
+    "dynamic-dora-dry-scale-2": _dora_of(dropout=0.0, alpha=2.0),
+    "lora-alpha-2": Method("LoRA, alpha 2", _lora_of(2.0), _settings(alpha=2.0, dropout=0.0), seeds=()),
 }

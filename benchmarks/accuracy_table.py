@@ -49,7 +49,7 @@ def table(
         "batches, number of steps, head learning rate and search for every row. Adapters on all 36 linear layers of "
         "the encoder. "
         "Learning rate: best of three on a held-out tenth of the training set, one seed (on R52 over half "
-        "the epochs, and over a fourth rate where the best stands at an end); "
+        "the epochs, and over a fourth rate where the best stands at an end; the rates tried are in the table); "
         "then the runs below on the whole training set, each evaluated on the test set once. Mean ± standard deviation "
         "over the seeds. Rank is the average per layer at the end. Memory is what the process held at most beyond what "
         "it held when training began; times are wall times on a machine that did other work as well.",
@@ -67,6 +67,8 @@ def table(
             )
         waiting: list[str] = []
         for name, method in methods.items():
+            if not method.seeds:
+                continue
             if not any(row["method"] == name for row in section):
                 waiting.append(method.title)
                 continue
@@ -83,7 +85,8 @@ def table(
             + ", ".join(f"{package} {number}" for package, number in some["versions"].items())
             + "."
         )
-        parts += ["", *notes, *_where_ranks_went([row for row in section if not row["search"]], methods)]
+        parts += ["", *notes, *_searched_only([row for row in section if row["search"]], methods)]
+        parts += _where_ranks_went([row for row in section if not row["search"]], methods)
     return "\n".join(parts) + "\n"
 
 
@@ -102,7 +105,7 @@ def _line(
         notes.append(f"only {len(searched)} of 3 learning rates searched so far.")
     if missing := sorted(set(seeds) - {row["seed"] for row in final}):
         notes.append(f"seeds missing: {', '.join(map(str, missing))}.")
-    search = ", ".join(f"{row['lr']:g}: {100 * row['accuracy']:.2f}" for row in searched)
+    search = _rates(searched)
     rate_cell = f"{rate:g} ({search})" if rate is not None else ("not yet" if method.searched else "head only")
     if not final:
         return f"| {method.title} | 0 | {rate_cell} |" + " – |" * 9, notes
@@ -124,6 +127,23 @@ def _line(
         f"{statistics.mean(row['cpu_ms_per_step'] for row in final):.0f}",
     ]
     return "| " + " | ".join(cells) + " |", notes
+
+
+def _rates(searched: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(f"{row['lr']:g}: {100 * row['accuracy']:.2f}" for row in searched)
+
+
+def _searched_only(rows: Sequence[Mapping[str, Any]], methods: Mapping[str, Method]) -> list[str]:
+    """Held-out accuracy of what has no final runs: one setting of a method, changed."""
+    lines: list[str] = []
+    for name, method in methods.items():
+        tried = sorted((row for row in rows if row["method"] == name), key=lambda row: row["lr"])
+        if method.seeds or not tried:
+            continue
+        if not lines:
+            lines = ["", "What one setting is worth, held out, one seed; no final runs:", ""]
+        lines.append(f"- {method.title}: {_rates(tried)}.")
+    return lines
 
 
 def _where_ranks_went(rows: Sequence[Mapping[str, Any]], methods: Mapping[str, Method]) -> list[str]:

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.attention import has_in_proj
-from lightning_peft.adapters.base import AdapterFactory
+from lightning_peft.adapters.base import Adapter, AdapterFactory
 from lightning_peft.archive import AdapterFileError as AdapterFileError
 from lightning_peft.archive import check_archive, reading
 from lightning_peft.archive import unreadable as unreadable
 from lightning_peft.export import own_random
 from lightning_peft.fingerprint import check_base, fingerprint
-from lightning_peft.rank.budget import WHOLE, RankBudget, clean_name, whole
-from lightning_peft.surgery import adaptable, adapters, eject, install, is_flattened, trained
+from lightning_peft.rank.budget import WHOLE, RankBudget, clean_name, layer_name, whole
+from lightning_peft.surgery import adaptable, adapters, install, is_flattened, trained
 from lightning_peft.validation import (
     CUT,
     adapter_class,
@@ -98,9 +98,10 @@ def recipe(module: nn.Module) -> dict[str, Any]:
         else:
             group["layers"].append(name)
     own = {id(p) for adapter in adapters(module).values() for _, p in adapter.own_parameters()}
+    paths = {path for path, child in module.named_modules() if isinstance(child, Adapter)}
     return {
         "adapters": groups,
-        "trained": sorted(clean_name(n) for n, p in trained(module).items() if id(p) not in own),
+        "trained": sorted(layer_name(n, paths) for n, p in trained(module).items() if id(p) not in own),
     }
 
 
@@ -272,12 +273,8 @@ def _load(module: nn.Module, checkpoint: Mapping[str, Any], source: str) -> nn.M
         known = {name for name, _ in module.named_parameters()}
         # The start of the adapters is overwritten at once: it must not use up the caller's random numbers.
         with own_random(module):
-            install(module, plan, {name for name in entry["recipe"]["trained"] if name in known})
-        try:
-            check(module, checkpoint, source)
-        except BaseException:
-            eject(module)
-            raise
+            wanted = {name for name in entry["recipe"]["trained"] if name in known}
+            install(module, plan, lambda _: wanted, lambda: check(module, checkpoint, source))
     else:
         check(module, checkpoint, source)
     module.load_state_dict({key: checkpoint["state_dict"][key] for key in adapter_state_dict(module)}, strict=False)
@@ -303,7 +300,7 @@ def _plan(
             layer = layers[name]
             path = paths[id(layer)] + (".in_proj" if has_in_proj(layer) else "")
             check_sizes(kind, arguments, layer, path, checkpoint["state_dict"], source)
-            plan[name] = (layer, partial(kind, **arguments))
+            plan[name] = (layer, partial(kind.unfilled, **arguments))
     return plan
 
 

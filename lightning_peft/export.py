@@ -20,7 +20,7 @@ from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.layers import stored
 from lightning_peft.distributed import is_shard
 from lightning_peft.rank.budget import clean_name
-from lightning_peft.surgery import adapters, eject, is_flattened, refuse_hosted, replace
+from lightning_peft.surgery import adapters, is_flattened, refuse_hosted, replace, take_out
 
 A = TypeVar("A", bound=Adapter)
 
@@ -72,7 +72,7 @@ def merge(module: nn.Module) -> Merged:
         )
     # An attention's in_proj is a layer only while it is adapted: the weight goes back to the attention itself.
     attentions = {id(child.in_proj): child for child in module.modules() if isinstance(child, AdaptedAttention)}
-    eject(module)
+    take_out(module, {id(adapter): adapter.base for adapter in found.values()})
     before = dict(module.named_parameters(remove_duplicate=False))
     for adapter in found.values():
         owner, attribute = attentions.get(id(adapter), adapter.base), "weight"

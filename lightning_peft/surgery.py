@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ class Injection:
 
     Attributes:
         adapted: names of the layers that now have an adapter, in the module's order.
-        trained: names of the base's parameters that stay trainable beside the adapters.
+        trained: names of the base's parameters that stay trainable beside the adapters; as they were before.
         frozen: names of the base's parameters that were trainable and no longer are.
         read: adapted layers whose weight is read by their parent and which are never called themselves.
         parameters: trainable parameters of the adapters.
@@ -79,7 +80,8 @@ def inject(
         targets: patterns of the layers to adapt: Linear, Conv1d, Conv2d, Conv3d, Embedding, transformers' Conv1D, and
             `in_proj` and `out_proj` of MultiheadAttention. ``None`` means all of them except embeddings, convolutions
             in groups (small by design, and not for PEFT), and the head; see :func:`lightning_peft.heads.find_head`.
-        train: patterns of modules or parameters that stay trainable. ``None`` means the head; `[]` means nothing.
+        train: patterns of modules or parameters that stay trainable. ``None`` means the head; `[]` means nothing. Of an
+            adapted layer its bias can be named, where the adapter has the layer's weight in another form.
 
     Returns:
         What was done; print it.
@@ -135,7 +137,8 @@ def inject(
             )
     head = find_head(module)
     chosen = _choose(module, targets, head)
-    kept = _kept(module, train, head, chosen)
+    _kept(module, train, head, chosen, set(chosen))  # a pattern that matches nothing is told before anything is built
+    kept = partial(_kept, module, train, head, chosen)
     return install(module, {name: (layer, factory) for name, layer in chosen.items()}, kept)
 
 
@@ -151,20 +154,24 @@ def require_factory(factory: object) -> None:
 
 
 def install(
-    module: nn.Module, plan: Mapping[str, tuple[nn.Module, AdapterFactory]], kept: Collection[str]
+    module: nn.Module,
+    plan: Mapping[str, tuple[nn.Module, AdapterFactory]],
+    kept: Callable[[Collection[str]], Collection[str]],
+    verify: Callable[[], object] | None = None,
 ) -> Injection:
     """Put adapters exactly where `plan` says: name -> (layer, factory); what :func:`inject` does once it has chosen.
 
     Args:
         module: the module that is changed.
         plan: what to adapt, from :func:`adaptable`, with the factory for each layer.
-        kept: names of the base's parameters that stay trainable.
+        kept: gives the names, before injection, of the base's parameters that stay trainable; it is told of which
+            adapted layers the bias may be.
+        verify: called when all is in place; if it raises, all is put back as it was.
 
     Raises:
         RuntimeError: an attention's input projection is to be adapted and is sharded already.
     """
     trainable = {clean_name(name): p.requires_grad for name, p in module.named_parameters()}
-    total = sum(p.numel() for p in module.parameters())
     before = [(p, p.requires_grad) for p in module.parameters()]
     inputs = {name: layer for name, (layer, _) in plan.items() if isinstance(layer, nn.MultiheadAttention)}
     for name, attention in inputs.items():
@@ -178,6 +185,7 @@ def install(
     layers = {n: expose_in_proj(m) if isinstance(m, nn.MultiheadAttention) else m for n, (m, _) in plan.items()}
     try:
         built = {name: _build(plan[name][1], name, layer) for name, layer in layers.items()}
+        names = {clean_name(name) for name in kept({n for n, adapter in built.items() if adapter.releases_base})}
     except Exception:
         # Nothing half done: a layer was refused, so all is put back as it was.
         for attention in inputs.values():
@@ -188,14 +196,20 @@ def install(
     read = tuple(name for name, layer in layers.items() if _is_read(module, layer))
     replace(module, {id(layers[name]): adapter for name, adapter in built.items()})
     own = {id(p): p for adapter in built.values() for _, p in adapter.own_parameters()}
-    names = {clean_name(name) for name in kept}
-    beside = [p for name, p in module.named_parameters() if clean_name(name) in names]
+    paths = _paths(module)
+    beside = [p for name, p in module.named_parameters() if layer_name(name, paths) in names]
     kept_ids = {id(p) for p in beside}
     for parameter in module.parameters():
         if id(parameter) not in own:  # an adapter knows itself what it trains
             parameter.requires_grad_(id(parameter) in kept_ids)
     module.__dict__[KEPT] = tuple(sorted(names))
     module.__dict__[_BEFORE] = {name: wanted for name, wanted in trainable.items() if wanted != (name in names)}
+    try:
+        if verify is not None:
+            verify()
+    except BaseException:
+        take_out(module, {id(adapter): layers[name] for name, adapter in built.items()})
+        raise
     return Injection(
         adapted=tuple(built),
         trained=tuple(sorted(names)),
@@ -203,7 +217,7 @@ def install(
         read=read,
         parameters=sum(p.numel() for p in own.values() if p.requires_grad),
         trained_parameters=sum(p.numel() for p in beside),
-        total=total + sum(p.numel() for p in own.values()),
+        total=sum(p.numel() for p in module.parameters()),
     )
 
 
@@ -212,12 +226,25 @@ def eject(module: nn.Module) -> None:
 
     Raises:
         ValueError: there is no adapter.
+        RuntimeError: an adapter has its layer's weight in another form, and the layer has none to return with.
     """
-    found = [child for child in module.modules() if isinstance(child, Adapter)]
+    found = adapters(module)
     refuse_hosted(module, "eject")
     if not found:
         raise ValueError(f"eject found no adapter in {type(module).__name__}; inject puts them in.")
-    replace(module, {id(adapter): adapter.base for adapter in found})
+    gone = next((name for name, adapter in found.items() if adapter.releases_base), None)
+    if gone is not None:
+        raise RuntimeError(
+            f"eject cannot bring back the layer {gone!r}: {type(found[gone]).__name__} has taken its weight apart and "
+            "released it. Call merge(model), which writes the adapter into a plain layer; for the weight that was "
+            "there before, build the model anew."
+        )
+    take_out(module, {id(adapter): adapter.base for adapter in found.values()})
+
+
+def take_out(module: nn.Module, layers: Mapping[int, nn.Module]) -> None:
+    """Put layers in the adapters' places (by `id`), and what was trainable before :func:`inject` back to that."""
+    replace(module, layers)
     for owner in list(module.modules()):
         before = owner.__dict__.pop(_BEFORE, {})
         owner.__dict__.pop(KEPT, None)
@@ -258,6 +285,10 @@ def adapters(module: nn.Module) -> dict[str, Adapter]:
     return {layer_name(path, paths): child for path, child in paths.items()}
 
 
+def _paths(module: nn.Module) -> set[str]:
+    return {path for path, child in module.named_modules() if isinstance(child, Adapter)}
+
+
 def adaptable(module: nn.Module) -> dict[str, nn.Module]:
     """What can be adapted, by name; a shared layer once. An attention stands for its `in_proj`."""
     found: dict[str, nn.Module] = {}
@@ -282,14 +313,16 @@ def trained(module: nn.Module) -> dict[str, nn.Parameter]:
     for owner in module.modules():
         kept = owner.__dict__.get(KEPT, ())
         if kept:
-            ids |= {id(p) for name, p in owner.named_parameters() if clean_name(name) in kept}
+            paths = _paths(owner)
+            ids |= {id(p) for name, p in owner.named_parameters() if layer_name(name, paths) in kept}
     named = module.named_parameters(remove_duplicate=False)
     return {name: p for name, p in named if p.requires_grad or id(p) in ids}
 
 
 def small_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """What is to stay whole when the rest is sharded: all that is trained, adapters and what is trained beside them.
+    """What is to stay whole when the rest is sharded: adapters, and what is trained beside them.
 
+    Not the factors of an adapter that has its layer's weight in another form: they are sharded as the weight would be.
     For a module that shards itself, after its adapters are in and before it does:
 
         fully_shard(block, mesh=mesh, ignored_params=set(small_parameters(self)))
@@ -303,7 +336,13 @@ def small_parameters(module: nn.Module) -> list[nn.Parameter]:
         raise ValueError(
             f"small_parameters found no adapter in {type(module).__name__}; call inject before it, fully_shard after."
         )
-    return list({id(p): p for p in trained(module).values()}.values())
+    large = large_parameters(module)
+    return list({id(p): p for p in trained(module).values() if id(p) not in large}.values())
+
+
+def large_parameters(module: nn.Module) -> set[int]:
+    """Ids of the adapters' own parameters that may be sharded."""
+    return {id(p) for adapter in adapters(module).values() for p in adapter.large_parameters()}
 
 
 def is_flattened(parameter: Tensor) -> bool:
@@ -378,9 +417,20 @@ def _nothing_to_adapt(module: nn.Module) -> str:
     )
 
 
-def _kept(module: nn.Module, train: Sequence[str] | None, head: Head, chosen: Mapping[str, nn.Module]) -> set[str]:
-    """Names of the base's parameters that stay trainable."""
-    adapted = {id(p) for layer in chosen.values() for p in layer.parameters(recurse=False)}
+def _kept(
+    module: nn.Module,
+    train: Sequence[str] | None,
+    head: Head,
+    chosen: Mapping[str, nn.Module],
+    biased: Collection[str],
+) -> set[str]:
+    """Names of the base's parameters that stay trainable; of adapted layers the biases of those that `biased` names."""
+    adapted = {
+        id(p)
+        for name, layer in chosen.items()
+        for part, p in layer.named_parameters(recurse=False)
+        if part != "bias" or name not in biased
+    }
     own = {id(p): clean_name(name) for name, p in module.named_parameters() if id(p) not in adapted}
     if train is None:
         wanted = {id(p) for p in module.parameters() if p.requires_grad}

@@ -4,6 +4,7 @@ from lightning_peft.adapters.adalora import AdaLoRA, CubicBudget, TripletImporta
 from lightning_peft.adapters.base import Adapter, AdapterFactory
 from lightning_peft.adapters.dynamic_dora import DynamicDoRA, NormShare, component_shares
 from lightning_peft.adapters.elalora import PruneAndGrow
+from lightning_peft.adapters.factorized import Factorized, ThinLinear
 from lightning_peft.adapters.gora import GoRA
 from lightning_peft.adapters.increlora import Growth, ModuleSensitivity
 from lightning_peft.adapters.lora import LoRA
@@ -18,6 +19,7 @@ __all__ = [
     "AdapterFactory",
     "CubicBudget",
     "DynamicDoRA",
+    "Factorized",
     "GoRA",
     "Growth",
     "LoRA",
@@ -28,6 +30,7 @@ __all__ = [
     "PruneAndGrow",
     "SoRA",
     "SoftThreshold",
+    "ThinLinear",
     "TripletImportance",
     "WeightDecomposed",
     "component_shares",

@@ -35,11 +35,16 @@ class Adapter(nn.Module, ABC):
         identity_at_start: whether a new adapter gives the base's output bit for bit.
         hosted: whether its tensors live in another library's layer, which computes. Such an adapter stands in no
             layer's place, so it is neither put in, taken out, merged nor cut here.
+        releases_base: whether the base's weight is gone, and the adapter has it in another form. Such an adapter is not
+            taken out again; it is merged.
+        trained: whether it has something to train itself; else something outside moves its gate.
     """
 
     mergeable: ClassVar[bool] = True
     identity_at_start: ClassVar[bool] = True
     hosted: ClassVar[bool] = False
+    releases_base: ClassVar[bool] = False
+    trained: bool = True
 
     base: nn.Module
     gate: Gate | None
@@ -75,6 +80,18 @@ class Adapter(nn.Module, ABC):
     def kept(self, keep: Tensor) -> Tensor:
         """What `compacted(keep)` keeps, (n,) bool: these components, and more where the adapter must have some."""
         return keep
+
+    @classmethod
+    def unfilled(cls, base: nn.Module, **arguments: Any) -> Adapter:
+        """An adapter whose tensors are loaded next: its structure counts, not its start. By default a new one."""
+        return cls(base, **arguments)
+
+    def large_parameters(self) -> Iterator[nn.Parameter]:
+        """Own parameters as large as the base's, which may be split over processes as these are; by default none.
+
+        All others stay whole on every process.
+        """
+        return iter(())
 
     def lasting_parameters(self) -> Iterator[nn.Parameter]:
         """Own parameters that belong to no component, and stay whole when components are cut out; by default none."""

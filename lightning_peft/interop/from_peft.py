@@ -118,7 +118,7 @@ def from_hf_peft(module: Module, folder: str | Path) -> Module:
     kept = [name for name in beside if isinstance(own[name], nn.Parameter) and _to_save(name, config)]
     dropout = float(config.get("lora_dropout") or 0.0)
     plan = {name: (found[name], _factory(layer, dropout)) for name, layer in layers.items()}
-    install(host, plan, [clean_name(name) for name in kept])
+    install(host, plan, lambda _: [clean_name(name) for name in kept])
     with torch.no_grad():
         for name, tensor in beside.items():
             own[name].copy_(tensor)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call
 
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.layers import is_convolution, is_transposed, stored
@@ -41,7 +42,8 @@ def forward_is_effective_weight(case: Case) -> None:
         if case.kind == "embedding":
             y = F.embedding(x, weight.t())
         elif is_convolution(adapter.base):
-            y = functional_call(adapter.base, {"weight": stored(adapter.base, weight)}, x)
+            base: Any = adapter.base
+            y = base._conv_forward(x, stored(base, weight), adapter.bias)
         else:
             y = F.linear(x, weight, adapter.bias)
         close(adapter(x), y, f"forward is not effective_weight() x + bias in {dtype}", tolerance, tolerance)

@@ -8,6 +8,7 @@ from lightning_peft import (
     AdaLoRA,
     Cubic,
     DynamicDoRA,
+    Factorized,
     LoRA,
     ModuleSensitivity,
     NormShare,
@@ -37,6 +38,9 @@ test_weight_decomposed_with_dropout = laws(
 test_weight_decomposed_with_triplets = laws(
     partial(WeightDecomposed, rank=3, components="adalora"), ("linear", "convolution_1d")
 )
+test_factorized = laws(Factorized)
+test_factorized_at_a_rank = laws(partial(Factorized, rank=4), ("linear", "conv1d", "convolution_2d"))
+test_factorized_to_break_even = laws(partial(Factorized, rank="breakeven"), ("linear_no_bias", "attention_out"))
 
 test_taylor = importance_laws(Taylor)
 test_taylor_of_lora = importance_laws(Taylor, partial(LoRA, rank=4))
