@@ -131,27 +131,26 @@ class Compression:
             source = Source(source, seed=self.seed) if isinstance(source, str) else source
             data = task.data(source)
             data.setup("fit")
-            if source.test is not None:
-                data.setup("test")
             module: Any = task.module(data)
             self._require_head(task, module, data, chosen)
         before = size(hub_model(module), full)
-        quality_before = {} if task.missing(module) else self._quality(module, data, source, "the dense model", clock)
+        quality_before = {} if task.missing(module) else self._quality(module, data, "the dense model", clock)
         with clock.stage("compression"):
             steps = (chosen.steps if self.steps is None else self.steps) if chosen.trains else 0
             self._say(f"{chosen.title}: {len(full)} layers to ratio {self.ratio:g}.")
             self._find_ranks(module, data, task, chosen, steps)
             ranks = _below(RankBudget.of(module).ranks(), "model.")
             to_plain(module)
-        quality = compressed = self._quality(module, data, source, "the compressed model", clock)
+        quality = compressed = self._quality(module, data, "the compressed model", clock)
         if self.fine_tuning:
             with clock.stage("fine-tuning"):
                 self._fine_tune(module, data, task)
-            quality = self._quality(module, data, source, "the fine-tuned model", clock)
+            quality = self._quality(module, data, "the fine-tuned model", clock)
         plain = hub_model(module).cpu()
         after = size(plain, full)
+        rows: Any = data.val_dataloader().dataset
         with clock.stage("timing"):
-            timed_on, batch = task.timed(self._rows(data, source), data)
+            timed_on, batch = task.timed(rows, data)
             dense = hub_model(task.module(data))
             times = milliseconds([dense, plain], batch)
             del dense
@@ -170,7 +169,7 @@ class Compression:
             quality_before=quality_before,
             quality_compressed=compressed,
             quality_after=quality,
-            quality_on=f"{len(self._rows(data, source)):,} rows, {'of the test file' if source.test else 'held out'}",
+            quality_on=f"{len(rows):,} rows, {'of the test file' if source.test else 'held out'}",
             milliseconds=(times[0], times[1]),
             timed_on=timed_on,
             steps={"compression": steps, "fine-tuning": self.fine_tuning},
@@ -241,20 +240,12 @@ class Compression:
         self._say(f"Fine-tuning for {self.fine_tuning} steps.")
         self._trainer(callbacks, self.fine_tuning, 1.0).fit(module, datamodule=data)
 
-    def _quality(
-        self, module: LightningModule, data: PlannedData, source: Source, what: str, clock: _Clock
-    ) -> dict[str, float]:
-        trainer = self._trainer([], 1, None)
-        evaluate = trainer.validate if source.test is None else trainer.test
+    def _quality(self, module: LightningModule, data: PlannedData, what: str, clock: _Clock) -> dict[str, float]:
         with clock.stage("evaluation"):
-            found = evaluate(module, datamodule=data, verbose=False)[0]
+            found = self._trainer([], 1, None).validate(module, datamodule=data, verbose=False)[0]
         quality = {name.rpartition("/")[2]: value for name, value in found.items()}
         self._say(f"Quality of {what}: {', '.join(f'{name} {value:.4f}' for name, value in quality.items())}.")
         return quality
-
-    def _rows(self, data: PlannedData, source: Source) -> Any:
-        loader: Any = data.val_dataloader() if source.test is None else data.test_dataloader()
-        return loader.dataset
 
     def _trainer(self, callbacks: list[Callback], steps: int, clip: float | None) -> Trainer:
         return Trainer(

@@ -99,7 +99,7 @@ class Classification(Task):
         return TextData(
             source.train,
             tokenizer=self.folder,
-            test=source.test,
+            val=source.test,
             text=source.text,
             label=source.label,
             max_length=source.length or 64,
@@ -146,7 +146,7 @@ class Language(Task):
         return LanguageData(
             source.train,
             tokenizer=self.folder,
-            test=source.test,
+            val=source.test,
             text=source.text,
             block_size=source.length or 256,
             batch_size=source.batch_size or 4,

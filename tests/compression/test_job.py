@@ -143,7 +143,7 @@ def test_labels_have_the_order_of_the_model(models: SimpleNamespace, tmp_path: P
 
     found = Classification(folder).data(Source(models.csv))
     assert found.label_names == ["weather", "plant", "street"]
-    other = save_encoder(tmp_path / "other", id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1})
+    other = save_encoder(tmp_path / "other", 2, id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1})
     with pytest.raises(ValueError, match=r"labels that are not among label_names: 'plant', 'street', 'weather'"):
         data.run(other, Source(models.csv), "out")
 
