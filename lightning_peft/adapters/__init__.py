@@ -10,6 +10,7 @@ from lightning_peft.adapters.increlora import Growth, ModuleSensitivity
 from lightning_peft.adapters.lora import LoRA
 from lightning_peft.adapters.low_rank import LowRank
 from lightning_peft.adapters.partly_open import PartlyOpen
+from lightning_peft.adapters.rankdyna import GroupImportance
 from lightning_peft.adapters.sora import SoftThreshold, SoRA
 from lightning_peft.adapters.weight_decomposed import WeightDecomposed
 
@@ -21,6 +22,7 @@ __all__ = [
     "DynamicDoRA",
     "Factorized",
     "GoRA",
+    "GroupImportance",
     "Growth",
     "LoRA",
     "LowRank",
