@@ -135,6 +135,21 @@ class Adapter(nn.Module, ABC):
         names = list(inspect.signature(type(self)).parameters)[1:]
         return {name: getattr(self, name) for name in names}
 
+    @property
+    def dense_parameters(self) -> int:
+        """Numbers in the weight that the layer has without an adapter; 0 if it is no layer with one.
+
+        Raises:
+            RuntimeError: FSDP1 has made the weight a part of a flat one.
+        """
+        weight = getattr(self.base, "weight", None)
+        if getattr(weight, "_fsdp_flattened", False):
+            raise RuntimeError(
+                "a share of the dense layers' parameters cannot be told where FSDP1 has them in flat slices. Give the "
+                "budget in parameters."
+            )
+        return weight.numel() if isinstance(weight, Tensor) else 0
+
     def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The adapter's own parameters, without its base's."""
         return ((name, p) for name, p in self.named_parameters() if not name.startswith("base."))
