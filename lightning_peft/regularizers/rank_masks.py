@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_peft.adapters.layers import matrix
 from lightning_peft.functional.rank_masks import deviation, excess, misplaced, require_ratio
 from lightning_peft.rank.budget import RankBudget, Site
+from lightning_peft.rank.sampling import MaskSampler
 from lightning_peft.regularizers.base import Regularizer, Weight
 
 
@@ -90,21 +91,23 @@ class MaskAlignment(Regularizer):
 
 
 def _drawn(module: nn.Module) -> list[tuple[list[Site], Tensor]]:
-    """The masks that are drawn for this step, (L, K), by number of components."""
+    """The masks that are drawn for this step, (L, K), by number of components.
+
+    In a step that is only looked at, by a calibration, nothing is drawn, and the gates' own masks count.
+    """
     groups: dict[int, list[Site]] = {}
     for site in RankBudget.of(module).values():
         groups.setdefault(len(site.gate), []).append(site)
-    found = []
-    for sites in groups.values():
-        masks = []
-        for site in sites:
-            if site.gate.drawn is None:
-                raise RuntimeError(
-                    f"no mask was drawn for layer {site.name!r}, and this term is about masks that are: put "
-                    "RankSelection, which draws them, into the Trainer's callbacks."
-                )
-            masks.append(site.gate.drawn)
-        found.append((sites, torch.stack(masks)))
-    if not found:
+    if not groups:
         raise RuntimeError("no adapter is there for a mask to be drawn for: put AdapterInjection into the callbacks.")
-    return found
+    sites = [site for group in groups.values() for site in group]
+    if any(site.gate.drawn is None for site in sites) and not any(isinstance(m, MaskSampler) for m in module.modules()):
+        raise RuntimeError(
+            f"no mask is drawn for layer {sites[0].name!r}, and this term is about masks that are: put RankSelection, "
+            "which draws them, into the Trainer's callbacks."
+        )
+    return [(group, torch.stack([_mask(site) for site in group])) for group in groups.values()]
+
+
+def _mask(site: Site) -> Tensor:
+    return site.gate.mask.detach() if site.gate.drawn is None else site.gate.drawn

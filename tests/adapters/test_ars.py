@@ -249,7 +249,7 @@ def test_property_5_the_energys_share_does_not_change_with_the_weights_scale() -
 def test_terms_need_masks_that_are_drawn() -> None:
     net = factorised()
     for term in (BudgetPenalty(0.5), MaskAlignment()):
-        with pytest.raises(RuntimeError, match=r"no mask was drawn for layer 'a', .* put RankSelection, which draws"):
+        with pytest.raises(RuntimeError, match=r"no mask is drawn for layer 'a', .* put RankSelection, which draws"):
             term(net, None, None)
         with pytest.raises(RuntimeError, match="no adapter is there for a mask to be drawn for"):
             term(Net(), None, None)

@@ -392,7 +392,7 @@ def test_other_adapters_and_ratios_that_cannot_be_are_told() -> None:
 
 def test_terms_without_draws_are_told() -> None:
     frozen = AdapterInjection(partial(Factorized, trained=False), ["body.*"], ["head"])
-    with pytest.raises(RuntimeError, match="no mask was drawn for layer 'body.0', .* put RankSelection"):
+    with pytest.raises(RuntimeError, match="no mask is drawn for layer 'body.0', .* put RankSelection"):
         trainer(frozen, terms()).fit(Net(), data())
 
 
