@@ -19,7 +19,7 @@ from lightning_peft.adapters.factorized import Factorized
 from lightning_peft.arguments import require_integer, require_number
 from lightning_peft.callbacks import Regularization
 from lightning_peft.compression.figures import milliseconds, size
-from lightning_peft.compression.methods import METHODS, Method, Plan, method
+from lightning_peft.compression.methods import METHODS, Method, Plan, Training, method
 from lightning_peft.compression.report import Report
 from lightning_peft.compression.task import Source, Task, hub_model, task_of
 from lightning_peft.interop.folder import refuse_to_overwrite
@@ -31,6 +31,7 @@ from lightning_peft.rank.weighted_svd import Weighting
 from lightning_peft.regularizers import Distillation
 from lightning_peft.surgery import inject
 
+_HEAD_LR = 5e-3  # of a new head, which needs larger steps than what is pretrained
 _PACKAGES = ("lightning-peft", "torch", "lightning", "transformers")
 
 
@@ -141,6 +142,8 @@ class Compression:
             self._find_ranks(module, data, task, chosen, steps)
             ranks = _below(RankBudget.of(module).ranks(), "model.")
             to_plain(module)
+            for child in ("peft_masks", "peft_terms"):  # what drew masks, and its terms: not to be fine-tuned
+                module._modules.pop(child, None)
         quality = compressed = self._quality(module, data, "the compressed model", clock)
         if self.fine_tuning:
             with clock.stage("fine-tuning"):
@@ -220,25 +223,25 @@ class Compression:
             )
 
     def _find_ranks(self, module: Any, data: PlannedData, task: Task, chosen: Method, steps: int) -> None:
-        plan = Plan(self.ratio, self.targets, self.calibration, self.weighting or chosen.weighting, steps)
-        lr, head_lr, constant = chosen.rates
-        if chosen.heads:
-            lr = self.lr
-            head_lr = head_lr if task.missing(module) else lr
-        task.set_rates(module, lr, head_lr)
-        module.schedule = "constant" if constant else "linear"
-        clip = None if constant else 1.0
-        self._trainer(chosen.callbacks(plan), steps or 1, clip).fit(module, datamodule=data)
+        weighting = self.weighting or chosen.weighting
+        plan = Plan(self.ratio, self.targets, self.calibration, weighting, steps, self.seed)
+        training = chosen.training or Training(self.lr, _HEAD_LR if task.missing(module) else self.lr)
+        self._fit(module, data, task, chosen.callbacks(plan), steps or 1, training)
 
     def _fine_tune(self, module: Any, data: PlannedData, task: Task) -> None:
         callbacks: list[Callback] = []
         if self.distill:
             teacher = task.module(data)
             callbacks = [Regularization({"distillation": Distillation(self.distill, teacher, of="model")})]
-        task.set_rates(module, self.lr, self.lr)
-        module.schedule = "linear"
         self._say(f"Fine-tuning for {self.fine_tuning} steps.")
-        self._trainer(callbacks, self.fine_tuning, 1.0).fit(module, datamodule=data)
+        self._fit(module, data, task, callbacks, self.fine_tuning, Training(self.lr, self.lr))
+
+    def _fit(
+        self, module: Any, data: PlannedData, task: Task, callbacks: list[Callback], steps: int, training: Training
+    ) -> None:
+        task.set_rates(module, training.lr, training.head_lr)
+        module.weight_decay, module.schedule = training.weight_decay, training.schedule
+        self._trainer(callbacks, steps, training.clip).fit(module, datamodule=data)
 
     def _quality(self, module: LightningModule, data: PlannedData, what: str, clock: _Clock) -> dict[str, float]:
         with clock.stage("evaluation"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, get_args
+from typing import Literal, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -27,6 +27,7 @@ class Plan:
         batches: of calibration, at most.
         weighting: what the decomposition goes by; ``None`` for the method's own.
         steps: optimizer steps to come.
+        seed: of what is drawn.
     """
 
     ratio: float
@@ -34,6 +35,26 @@ class Plan:
     batches: int
     weighting: Weighting | None
     steps: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Training:
+    """How an optimizer is set.
+
+    Attributes:
+        lr: peak learning rate.
+        head_lr: that of a head which is new.
+        weight_decay: AdamW's.
+        schedule: what the rates do after warm-up.
+        clip: norm that gradients are clipped to; ``None`` for none.
+    """
+
+    lr: float
+    head_lr: float
+    weight_decay: float = 0.01
+    schedule: Literal["linear", "constant"] = "linear"
+    clip: float | None = 1.0
 
 
 @dataclass(frozen=True)
@@ -47,7 +68,7 @@ class Method:
         trains: whether it takes optimizer steps of its own.
         heads: whether it trains a new head, too, so that the model need not be trained for its task before.
         steps: optimizer steps if nothing is said.
-        rates: learning rates inside and outside the encoder while it trains, and whether they stay what they are.
+        training: how the optimizer is set while it trains; ``None`` for as in fine-tuning.
     """
 
     title: str
@@ -56,7 +77,7 @@ class Method:
     trains: bool = False
     heads: bool = False
     steps: int = 0
-    rates: tuple[float, float, bool] = (0.0, 0.0, True)
+    training: Training | None = None
 
 
 class OnlyCalibrate(Callback):
@@ -78,8 +99,18 @@ def uniform(plan: Plan, weighting: Weighting) -> list[Callback]:
 
 def learned(plan: Plan) -> list[Callback]:
     """Masks over the components of a weighted decomposition are trained."""
-    preset = presets.ars(plan.ratio, weighting=plan.weighting, batches=plan.batches, targets=plan.targets)
-    return _working(preset)
+    assert plan.weighting is not None
+    # "cheapest": a layer that is as cheap dense is dense in the end, and counts as such.
+    return _working(
+        presets.ars(
+            plan.ratio,
+            weighting=plan.weighting,
+            batches=plan.batches,
+            price="cheapest",
+            seed=plan.seed,
+            targets=plan.targets,
+        )
+    )
 
 
 def one_round(plan: Plan) -> list[Callback]:
@@ -97,13 +128,16 @@ def _uniform(weighting: Weighting) -> Callable[[Plan], list[Callback]]:
     return partial(uniform, weighting=weighting)
 
 
+# Adam at a constant rate, as the paper of ARS has it for the network that draws masks.
+PAPER = Training(1e-3, 1e-3, weight_decay=0.0, schedule="constant", clip=None)
+
 METHODS: Mapping[str, Method] = {
     "svd": Method("plain SVD, uniform ranks", _uniform("none")),
     "fwsvd": Method("FWSVD, uniform ranks", _uniform("fisher")),
     "asvd": Method("ASVD, uniform ranks", _uniform("activation")),
     "svd-llm": Method("SVD-LLM, uniform ranks", _uniform("whiten")),
-    "ars": Method("ARS", learned, "fisher", trains=True, steps=1000, rates=(1e-3, 1e-3, True)),
-    "rankdyna": Method("RankDyna", one_round, trains=True, heads=True, steps=1000, rates=(1e-4, 5e-3, False)),
+    "ars": Method("ARS", learned, "fisher", trains=True, steps=1000, training=PAPER),
+    "rankdyna": Method("RankDyna", one_round, trains=True, heads=True, steps=1000),
 }
 
 
@@ -116,8 +150,3 @@ def method(name: str) -> Method:
     if name not in METHODS:
         raise ValueError(f"method={name!r}: choose {', '.join(METHODS)}.")
     return METHODS[name]
-
-
-def arguments() -> dict[str, Any]:
-    """Names and titles, for a command's help."""
-    return {name: found.title for name, found in METHODS.items()}
