@@ -16,6 +16,7 @@ from lightning_peft import (
     Budget,
     Calibration,
     Cubic,
+    Distillation,
     DynamicDoRA,
     Factorized,
     Growth,
@@ -219,6 +220,11 @@ ROWS: Rows = {
     "no term": (lambda: Regularization({}), TypeError),
     "a term's class in place of a term": (lambda: Regularization({"dem": DEM}), TypeError),  # type: ignore[dict-item]
     "a term's name that no log can hold": (lambda: Regularization({"loss/dem": DEM()}), ValueError),
+    "a misspelt loss of distillation": (lambda: Distillation(loss="ce"), ValueError),  # type: ignore[arg-type]
+    "a temperature of 0": (lambda: Distillation(temperature=0), ValueError),
+    "a teacher by its name": (lambda: Distillation(teacher="bert-base-uncased"), TypeError),  # type: ignore[arg-type]
+    "hidden states as one name": (lambda: Distillation(hidden="encoder"), TypeError),
+    "distillation of nothing": (lambda: Distillation(loss=None), ValueError),
     "a misspelt normalizer": (lambda: presets.dynamic_dora(dem_normalizer="paper"), ValueError),  # type: ignore[arg-type]
     "a misspelt mode of AdaLoRA": (lambda: presets.adalora(mode="post"), ValueError),  # type: ignore[arg-type]
     "a target rank and a budget": (lambda: presets.adalora(4, budget=Budget(share=0.5)), ValueError),
