@@ -23,6 +23,7 @@ from lightning_peft import (
     AdapterCheckpoint,
     AdapterInjection,
     Calibration,
+    Distillation,
     Factorized,
     RankBudget,
     RankMonitor,
@@ -125,6 +126,10 @@ class FreezesAll(callbacks.BaseFinetuning):
 def other(callback: Any, module: Any = OtherModule) -> object:
     """A Trainer of `pytorch_lightning` with one callback of ours."""
     return fit(module(), callback, kind=pytorch_lightning.Trainer)
+
+
+def own_teacher(module: Any) -> object:
+    return fit(module, AdapterInjection(LORA), Regularization({"t": Distillation(of="query", teacher=module.query)}))
 
 
 def stop(trainer: Trainer, module: Any) -> None:
@@ -278,6 +283,35 @@ ROWS: Rows = {
     "`RankPruning` without adapters": (lambda: fit(Encoder(), pruning(rank=2)), MisconfigurationException),
     "`RankMonitor` without adapters": (lambda: fit(Encoder(), RankMonitor()), MisconfigurationException),
     "`Regularization` without adapters": (lambda: fit(Encoder(), Regularization({"dem": DEM()})), RuntimeError),
+    "distillation where several children have parameters": (
+        lambda: fit(Encoder(), AdapterInjection(LORA), Regularization({"teacher": Distillation()})),
+        ValueError,
+    ),
+    "distillation of adapters that are in already": (
+        lambda: fit(adapted(), Regularization({"teacher": Distillation(of="query")})),
+        RuntimeError,
+    ),
+    "a student that is its own teacher": (lambda: own_teacher(Encoder()), ValueError),
+    "distillation of a module that is not called": (
+        lambda: fit(Unused(), AdapterInjection(LORA), Regularization({"teacher": Distillation(of="query")})),
+        RuntimeError,
+    ),
+    "a hidden state that there is not": (
+        lambda: fit(
+            Encoder(),
+            AdapterInjection(LORA),
+            Regularization({"teacher": Distillation(of="query", loss=None, hidden=["dense"])}),
+        ),
+        ValueError,
+    ),
+    "a teacher of other classes": (
+        lambda: fit(
+            Encoder(),
+            AdapterInjection(LORA),
+            Regularization({"teacher": Distillation(of="query", teacher=torch.nn.Linear(8, 3))}),
+        ),
+        RuntimeError,
+    ),
     "an optimizer of the head alone": (lambda: fit(HeadOnly(), *presets.lora(rank=4)), MisconfigurationException),
     "an optimizer of the adapters alone": (lambda: fit(AdaptersOnly(), *presets.lora(rank=4)), UserWarning),
     "an optimizer that is built in `__init__`": (
