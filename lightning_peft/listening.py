@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_peft.adapters.rows import input_rows, output_rows
+from lightning_peft.adapters.rows import input_rows, output_rows, sample_rows
 from lightning_peft.rank.budget import RankBudget, Site
 from lightning_peft.rank.probe import Probe
 
@@ -32,17 +32,42 @@ def positions(batch: Any) -> Tensor | None:
     return mask.bool()
 
 
+def samples(batch: Any) -> int | None:
+    """How many samples a batch has: the first dimension of all its tensors; ``None`` where they differ."""
+    sizes = {len(tensor) for tensor in _tensors(batch) if tensor.dim()}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping | list | tuple):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors(part)
+
+
 @contextmanager
 def heard(
-    probe: Probe, budget: RankBudget, layers: Collection[str] | None = None, shown: Tensor | None = None
+    probe: Probe,
+    budget: RankBudget,
+    layers: Collection[str] | None = None,
+    shown: Tensor | None = None,
+    samples: int | None = None,
 ) -> Iterator[None]:
-    """Have a probe hear every call of adapted layers, and of a probe of gradients their backward, inside the block.
+    """Have a probe hear every call of adapted layers inside the block, and their backward where it reads gradients.
+
+    Gradients reach it also where nothing that comes before a layer is trained, and the layer is not.
 
     Args:
         probe: hears.
         budget: the adapters.
         layers: names of the layers that it is to hear; ``None`` for those that it wants.
-        shown: (batch, length) bool, positions of a batch of text that count; see :func:`positions`.
+        shown: (batch, length) bool, positions of a batch of text that count; see :func:`positions`. A probe of samples
+            gets all: a sample's gradient is the sum over every position, whatever its label.
+        samples: how many samples the batch has, for a probe of samples; see :func:`samples`.
+
+    Raises:
+        RuntimeError: it reads samples, and which rows of a layer are whose cannot be told.
 
     Example:
         >>> from functools import partial
@@ -61,17 +86,36 @@ def heard(
         {'0': 2}
     """
     with ExitStack() as hooks:
+        by_sample = []
         for name in probe.wanted() if layers is None else layers:
-            listen = partial(_hear, probe, budget[name], shown)
+            listen: Callable[..., Tensor | None]
+            if probe.reads == "samples":
+                by_sample.append(_Samples(probe, budget[name], samples))
+                listen = by_sample[-1].hear
+            else:
+                listen = partial(_hear, probe, budget[name], shown)
             hook = budget[name].adapter.register_forward_hook(listen, with_kwargs=True)
             hooks.callback(hook.remove)
         yield
+        for layer in by_sample:
+            layer.tell()
+
+
+def _input(args: Any, kwargs: Mapping[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _with_gradient(output: Any) -> Any:
+    """The output, or one that is equal and gets a gradient though nothing before it asks for one."""
+    if output.requires_grad or not torch.is_grad_enabled():
+        return output
+    return output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
 
 
 def _hear(
     probe: Probe, site: Site, shown: Tensor | None, adapter: Any, args: Any, kwargs: Mapping[str, Any], output: Any
-) -> None:
-    x = args[0] if args else next(iter(kwargs.values()))
+) -> Tensor | None:
+    x = _input(args, kwargs)
 
     def rows(tensor: Tensor, of: Callable[[Any, Tensor], Tensor]) -> Tensor:
         tensor = tensor.detach()
@@ -82,5 +126,55 @@ def _hear(
     inputs = partial(rows, x, input_rows)
     if probe.reads == "inputs":
         probe.see(site.name, x, inputs, None)
-    elif output.requires_grad:
+        return None
+    output = _with_gradient(output)
+    if output.requires_grad:
         output.register_hook(lambda g: probe.see(site.name, x, inputs, partial(rows, g, output_rows)))
+    return output  # type: ignore[no-any-return]
+
+
+class _Samples:
+    """A layer's calls in one batch, told to the probe as one: a sample's gradient is the sum over all of them."""
+
+    def __init__(self, probe: Probe, site: Site, samples: int | None) -> None:
+        self.probe, self.site, self.samples = probe, site, samples
+        self.calls = 0
+        self.heard: list[tuple[Tensor, Tensor]] = []
+
+    def hear(self, adapter: Any, args: Any, kwargs: Mapping[str, Any], output: Any) -> Tensor:
+        output = _with_gradient(output)
+        if output.requires_grad:
+            self.calls += 1
+            output.register_hook(partial(self._arrived, _input(args, kwargs).detach()))
+        return output  # type: ignore[no-any-return]
+
+    def _arrived(self, x: Tensor, g: Tensor) -> None:
+        self.heard.append((x, g.detach()))
+        # Calls whose output the loss does not depend on never arrive; what waits for them is told in the end.
+        if len(self.heard) == self.calls:
+            self.tell()
+
+    def tell(self) -> None:
+        heard, self.heard, self.calls = self.heard, [], 0
+        if heard:
+            self.probe.see(
+                self.site.name,
+                heard[0][0],
+                lambda: torch.cat([self._rows(x, input_rows) for x, _ in heard], 1),
+                lambda: torch.cat([self._rows(g, output_rows) for _, g in heard], 1),
+            )
+
+    def _rows(self, tensor: Tensor, rows: Callable[[Any, Tensor], Tensor]) -> Tensor:
+        kind = type(self.probe).__name__
+        if self.samples is None:
+            raise RuntimeError(
+                f"{kind} looks at every sample's gradient, and how many samples a batch has cannot be told: its "
+                "tensors do not agree in their first dimension. Give it others: Calibration(..., data=<batches>)."
+            )
+        try:
+            return sample_rows(self.site.adapter.base, tensor, self.samples, rows)
+        except ValueError as error:
+            raise RuntimeError(
+                f"{kind} looks at every sample's gradient, and at {self.site.name!r} it cannot be told whose is "
+                f"whose: {error} Give it batches of one: Calibration(..., data=DataLoader(..., batch_size=1))."
+            ) from None

@@ -1,4 +1,4 @@
-"""All that depends on the Trainer's strategy: small things stay whole on every process, only the base is sharded.
+"""All that depends on the Trainer's strategy: small things stay whole on every process, what is base-sized is sharded.
 
     one process, DDP     nothing to do: DDP averages gradients and broadcasts masks
     FSDP1                the strategy is told to ignore the small parameters
@@ -38,7 +38,7 @@ from lightning_peft.checkpoint import adapter_state_dict
 from lightning_peft.distributed import is_shard, like, whole
 from lightning_peft.rank.budget import RankBudget, clean_name
 from lightning_peft.seams import Link, wrap_method
-from lightning_peft.surgery import adapters, is_flattened, trained
+from lightning_peft.surgery import STARTS, adapters, is_flattened, large_parameters, trained
 
 Undo = Callable[[], object]
 
@@ -175,7 +175,7 @@ def require_synchronised(strategy: Strategy, module: LightningModule) -> None:
             f"({sharded[0]!r}). Use bf16-mixed, or inject in configure_model and pass "
             "ignored_params=set(small_parameters(self)) to every call of fully_shard."
         )
-    own = {id(p) for adapter in adapters(module).values() for _, p in adapter.own_parameters()}
+    own = {id(p) for a in adapters(module).values() for _, p in a.own_parameters()} - large_parameters(module)
     known: set[int] | None = None
     ignored: set[str] = set()
     if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, nn.parallel.DistributedDataParallel):
@@ -207,7 +207,7 @@ def require_synchronised(strategy: Strategy, module: LightningModule) -> None:
 
 
 def require_alike(module: nn.Module) -> None:
-    """Check that all processes train the same parameters, of the same shapes.
+    """Check that all processes train the same parameters, of the same shapes, and what is sharded from one start.
 
     Raises:
         RuntimeError: on all processes, if one of them does not.
@@ -217,6 +217,12 @@ def require_alike(module: nn.Module) -> None:
         raise RuntimeError(
             f"{name!r} is not trained in the same way on all processes: they have other adapters, or froze other "
             "parameters. Call inject and requires_grad_ on every process alike, whatever its rank."
+        )
+    odd = distributed.first_odd({k: v for m in module.modules() for k, v in m.__dict__.get(STARTS, {}).items()})
+    if odd is not None and any(map(is_shard, module.parameters())):
+        raise RuntimeError(
+            f"the adapter of {odd} differs between processes, and each has kept its own part: their weights, or what "
+            "decomposes them, are not the same. Inject in one process, save a checkpoint, load it in configure_model."
         )
 
 

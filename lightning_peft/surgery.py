@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from lightning_peft.adapters.attention import AdaptedAttention, expose_in_proj, has_in_proj, hide_in_proj
 from lightning_peft.adapters.base import Adapter, AdapterFactory
 from lightning_peft.adapters.layers import is_convolution, why_not
-from lightning_peft.distributed import is_shard
+from lightning_peft.distributed import fingerprint, is_shard, world_size
 from lightning_peft.heads import Head, find_head
 from lightning_peft.rank.budget import WHOLE, clean_name, layer_name
 
@@ -22,6 +23,8 @@ from lightning_peft.rank.budget import WHOLE, clean_name, layer_name
 _BEFORE = "_requires_grad_before_inject"
 KEPT = "_kept_by_inject"
 """Likewise: names of what stayed trainable beside the adapters."""
+STARTS = "_starts_of_large_parameters"
+"""Likewise: what processes compare of their adapters' large parameters, which are in pieces when they could."""
 _DEFAULT = "all linear layers and convolutions except the head"  # what targets=None means, in sentences
 
 
@@ -79,7 +82,8 @@ def inject(
         factory: builds an adapter around a layer: `partial(LoRA, rank=8)`.
         targets: patterns of the layers to adapt: Linear, Conv1d, Conv2d, Conv3d, Embedding, transformers' Conv1D, and
             `in_proj` and `out_proj` of MultiheadAttention. ``None`` means all of them except embeddings, convolutions
-            in groups (small by design, and not for PEFT), and the head; see :func:`lightning_peft.heads.find_head`.
+            in groups (small by design, and not for PEFT), the head (see :func:`lightning_peft.heads.find_head`), and
+            what the adapter's class leaves alone.
         train: patterns of modules or parameters that stay trainable. ``None`` means the head; `[]` means nothing. Of an
             adapted layer its bias can be named, where the adapter has the layer's weight in another form.
 
@@ -115,13 +119,14 @@ def inject(
             f"inject replaces layers inside a module and got a single {type(module).__name__}; "
             "wrap it (nn.Sequential) or call the adapter's class on it."
         )
-    first = next((name for name, child in module.named_modules() if isinstance(child, Adapter)), None)
+    first = next(((name, child) for name, child in module.named_modules() if isinstance(child, Adapter)), None)
     if first is not None:
         refuse_hosted(module, "inject")
         # Adding to them would freeze them, and the layers left over are no longer where the head can be told from.
         raise ValueError(
-            f"{type(module).__name__} has adapters already, the first at {clean_name(first)!r}: call eject first, or "
-            "inject all layers in one call. Parts of a model can have adapters of their own: call inject on each part."
+            f"{type(module).__name__} has adapters already, the first at {clean_name(first[0])!r}: call "
+            f"{'merge' if first[1].releases_base else 'eject'} first, or inject all layers in one call. Parts of a "
+            "model can have adapters of their own: call inject on each part."
         )
     for name, child in module.named_modules():
         # By its class's name, for PEFT may not be installed; its layers hold the linear layers A and B.
@@ -136,8 +141,10 @@ def inject(
                 "call torch.compile afterwards, or compile the whole module."
             )
     head = find_head(module)
-    chosen = _choose(module, targets, head)
-    _kept(module, train, head, chosen, set(chosen))  # a pattern that matches nothing is told before anything is built
+    kind = _kind(factory)
+    chosen = _choose(module, targets, head, () if kind is None else kind.leaves)
+    # A pattern that matches nothing is told before anything is built.
+    _kept(module, train, head, chosen, chosen if kind is None or kind.releases_base else ())
     kept = partial(_kept, module, train, head, chosen)
     return install(module, {name: (layer, factory) for name, layer in chosen.items()}, kept)
 
@@ -193,7 +200,8 @@ def install(
         for parameter, wanted in before:
             parameter.requires_grad_(wanted)
         raise
-    read = tuple(name for name, layer in layers.items() if _is_read(module, layer))
+    read = tuple(name for name, layer in layers.items() if is_read(module, layer))
+    released = {name: layers[name].weight for name, adapter in built.items() if adapter.releases_base}
     replace(module, {id(layers[name]): adapter for name, adapter in built.items()})
     own = {id(p): p for adapter in built.values() for _, p in adapter.own_parameters()}
     paths = _paths(module)
@@ -203,6 +211,9 @@ def install(
         if id(parameter) not in own:  # an adapter knows itself what it trains
             parameter.requires_grad_(id(parameter) in kept_ids)
     module.__dict__[KEPT] = tuple(sorted(names))
+    if world_size() > 1:
+        large = {n: [fingerprint(p) for p in adapter.large_parameters()] for n, adapter in built.items()}
+        module.__dict__[STARTS] = {f"{n} at its start": torch.stack(v).tolist() for n, v in large.items() if v}
     module.__dict__[_BEFORE] = {name: wanted for name, wanted in trainable.items() if wanted != (name in names)}
     try:
         if verify is not None:
@@ -210,6 +221,7 @@ def install(
     except BaseException:
         take_out(module, {id(adapter): layers[name] for name, adapter in built.items()})
         raise
+    _warn_of_untied(module, released)
     return Injection(
         adapted=tuple(built),
         trained=tuple(sorted(names)),
@@ -219,6 +231,19 @@ def install(
         trained_parameters=sum(p.numel() for p in beside),
         total=sum(p.numel() for p in module.parameters()),
     )
+
+
+def _warn_of_untied(module: nn.Module, released: Mapping[str, object]) -> None:
+    """Warn of weights that were one parameter with another, and are taken apart on their own from now on."""
+    others = {id(p): clean_name(name) for name, p in module.named_parameters()}
+    for name, weight in released.items():
+        other = others.setdefault(id(weight), f"{name}.weight")
+        if other != f"{name}.weight":
+            warnings.warn(
+                f"the weight of {name!r} was one parameter with {other!r} and no longer is: its factors are its own, "
+                "and what they are compressed to is not shared. Leave the layer out of the targets to keep it.",
+                stacklevel=4,
+            )
 
 
 def eject(module: nn.Module) -> None:
@@ -248,6 +273,7 @@ def take_out(module: nn.Module, layers: Mapping[int, nn.Module]) -> None:
     for owner in list(module.modules()):
         before = owner.__dict__.pop(_BEFORE, {})
         owner.__dict__.pop(KEPT, None)
+        owner.__dict__.pop(STARTS, None)
         owner.__dict__.pop(WHOLE, None)
         for name, parameter in owner.named_parameters():
             parameter.requires_grad_(before.get(clean_name(name), parameter.requires_grad))
@@ -370,10 +396,18 @@ def _build(factory: AdapterFactory, name: str, layer: nn.Module) -> Adapter:
     return adapter.train(training)
 
 
-def _choose(module: nn.Module, targets: Sequence[str] | None, head: Head) -> dict[str, nn.Module]:
+def _kind(factory: AdapterFactory) -> type[Adapter] | None:
+    """The class behind a factory; ``None`` where a function hides it."""
+    while isinstance(factory, partial):
+        factory = factory.func
+    return factory if isinstance(factory, type) and issubclass(factory, Adapter) else None
+
+
+def _choose(module: nn.Module, targets: Sequence[str] | None, head: Head, left: Sequence[str]) -> dict[str, nn.Module]:
     layers = adaptable(module)
     if targets is None:
-        chosen = {n: m for n, m in layers.items() if _is_usual(m) and not head.holds(n)}
+        usual = {n: m for n, m in layers.items() if _is_usual(m) and not head.holds(n)}
+        chosen = {n: m for n, m in usual.items() if not any(matches(left, part) for part in _prefixes(n))}
         if not chosen:
             raise ValueError(_nothing_to_adapt(module))
         return chosen
@@ -462,7 +496,7 @@ def _prefixes(name: str) -> list[str]:
     return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
-def _is_read(module: nn.Module, layer: nn.Module) -> bool:
+def is_read(module: nn.Module, layer: nn.Module) -> bool:
     """Whether an attention reads this layer's weight and never calls it."""
     return any(
         isinstance(parent, nn.MultiheadAttention) and layer in (parent.out_proj, getattr(parent, "in_proj", None))

@@ -37,6 +37,7 @@ class Adapter(nn.Module, ABC):
             layer's place, so it is neither put in, taken out, merged nor cut here.
         releases_base: whether the base's weight is gone, and the adapter has it in another form. Such an adapter is not
             taken out again; it is merged.
+        leaves: names of modules whose layers it takes only where they are named, beside the head and embeddings.
         trained: whether it has something to train itself; else something outside moves its gate.
     """
 
@@ -44,6 +45,7 @@ class Adapter(nn.Module, ABC):
     identity_at_start: ClassVar[bool] = True
     hosted: ClassVar[bool] = False
     releases_base: ClassVar[bool] = False
+    leaves: ClassVar[tuple[str, ...]] = ()
     trained: bool = True
 
     base: nn.Module
@@ -80,6 +82,10 @@ class Adapter(nn.Module, ABC):
     def kept(self, keep: Tensor) -> Tensor:
         """What `compacted(keep)` keeps, (n,) bool: these components, and more where the adapter must have some."""
         return keep
+
+    def thin(self) -> nn.Module | None:
+        """Plain layers that do the same without this library, or none: then merging is all there is, the default."""
+        return None
 
     @classmethod
     def unfilled(cls, base: nn.Module, **arguments: Any) -> Adapter:

@@ -67,6 +67,7 @@ class Factorized(Adapter):
 
     identity_at_start = False
     releases_base = True
+    leaves = ("pooler",)  # as FWSVD and ARS have it; a convention of the papers' group, remembered
 
     U: nn.Parameter
     Vh: nn.Parameter

@@ -51,6 +51,7 @@ class GoRA(Probe):
     """
 
     reads = "gradients"
+    weights = True
 
     def __init__(self, rank: float = 8, minimum: int = 1, gamma: float = 1e-3) -> None:
         require_number("rank", rank)

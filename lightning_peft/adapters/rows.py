@@ -5,6 +5,7 @@ For a convolution a row of the input is what its kernel covers at one place of t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -54,6 +55,32 @@ def output_rows(layer: nn.Module, y: Tensor) -> Tensor:
         own = slice(group * size, (group + 1) * size)
         every[group, :, own] = rows[:, own]
     return every.flatten(0, 1)
+
+
+def sample_rows(layer: nn.Module, x: Tensor, samples: int, rows: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
+    """The rows of a layer's input or output, by sample: (samples, n, d).
+
+    Samples are the first dimension, or the second where only that is as long: of (length, samples, d).
+
+    Args:
+        layer: a layer that can be adapted.
+        x: its input or output.
+        samples: how many the batch has.
+        rows: :func:`input_rows` or :func:`output_rows`.
+
+    Raises:
+        ValueError: neither dimension is as long, so that whose rows they are cannot be told.
+    """
+    if isinstance(layer, _CONVOLUTIONS):
+        conv: Any = layer
+        if _batched(x, len(conv.kernel_size)).shape[0] == samples:
+            every = rows(layer, x)  # of groups, then samples, then places
+            return every.reshape(conv.groups, samples, -1, every.shape[-1]).transpose(0, 1).flatten(1, 2)
+    elif samples == 1 or (x.dim() > 1 and x.shape[0] == samples):
+        return rows(layer, x).reshape(samples, -1, x.shape[-1])
+    elif x.dim() > 2 and x.shape[1] == samples:
+        return rows(layer, x.transpose(0, 1)).reshape(samples, -1, x.shape[-1])
+    raise ValueError(f"rows of shape {tuple(x.shape)} are not those of {samples} samples.")
 
 
 def _batched(x: Tensor, dims: int) -> Tensor:

@@ -24,8 +24,8 @@ from lightning_peft.callbacks.preflight import Preflight
 from lightning_peft.callbacks.pruning import RankPruning
 from lightning_peft.callbacks.steps import scaler_of
 from lightning_peft.callbacks.undisturbed import undisturbed
-from lightning_peft.distributed import agreed, broadcast, gather_objects, whole
-from lightning_peft.listening import heard, positions
+from lightning_peft.distributed import agreed, broadcast, gather_objects, like, whole
+from lightning_peft.listening import heard, positions, samples
 from lightning_peft.rank.budget import RankBudget
 from lightning_peft.rank.probe import Probe
 from lightning_peft.strategies import each_alone, flattens, small
@@ -36,9 +36,9 @@ _NONE = object()
 class Calibration(Preflight):
     """Run a few training batches before the first step, let a probe listen to the adapted layers, and let it act once.
 
-    The probe (:class:`lightning_peft.EVA`, :class:`lightning_peft.GoRA`, or one of your own) sets ranks, as masks, and
-    fills the adapters' factors. The batches are the training data's, through the module's own `training_step`; with
-    several processes each has its own, and all of them end with the same adapters.
+    The probe (:class:`lightning_peft.EVA`, :class:`lightning_peft.GoRA`, :class:`lightning_peft.WeightedSVD`, or one of
+    your own) sets ranks, as masks, and fills the adapters' factors. The batches are the training data's, through the
+    module's own `training_step`; with several processes each has its own, and all of them end with the same adapters.
 
     Training then goes on as if nobody had looked: the same batches in the same order, the same random numbers, modes,
     buffers and metrics; no gradient is left and nothing is logged. See :func:`~.undisturbed.undisturbed` for what
@@ -60,9 +60,9 @@ class Calibration(Preflight):
         TypeError: probe is no Probe.
         ValueError: batches is below 1, or mode or compact is unknown.
         MisconfigurationException: no adapter is there, the callbacks are in the wrong order, the module optimizes by
-            hand, there is no batch, the training data cannot be read twice, or a probe of gradients meets float16
-            scaling or FSDP1.
-        RuntimeError: the adapters have been trained, or `training_step` calls no adapted layer.
+            hand, there is no batch, the training data cannot be read twice, a probe of gradients meets float16
+            scaling or a `training_step` without a loss, or a probe of weights meets FSDP1.
+        RuntimeError: the probe cannot act on the adapters as they are, or `training_step` calls no adapted layer.
 
     Example:
         >>> from lightning_peft import EVA
@@ -125,18 +125,17 @@ class Calibration(Preflight):
             raise MisconfigurationException(
                 "Calibration has no batch to look at: limit_train_batches=0. Raise it, or take Calibration out."
             )
-        if self.probe.reads == "gradients":
-            name = type(self.probe).__name__
-            if scaler_of(trainer) is not None:
-                raise MisconfigurationException(
-                    f"{name} reads gradients, and float16 gradients need a loss scale that is found while training. "
-                    "Use bf16-mixed or 32-true."
-                )
-            if flattens(trainer.strategy):
-                raise MisconfigurationException(
-                    f"{name} reads the base's weights, which {type(trainer.strategy).__name__} has in flat slices. Use "
-                    "DDP, or FSDP2 (ModelParallelStrategy)."
-                )
+        name = type(self.probe).__name__
+        if self.probe.reads != "inputs" and scaler_of(trainer) is not None:
+            raise MisconfigurationException(
+                f"{name} reads gradients, and float16 gradients need a loss scale that is found while training. "
+                "Use bf16-mixed or 32-true."
+            )
+        if self.probe.weights and flattens(trainer.strategy):
+            raise MisconfigurationException(
+                f"{name} reads the base's weights, which {type(trainer.strategy).__name__} has in flat slices. Use "
+                "DDP, or FSDP2 (ModelParallelStrategy)."
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -185,7 +184,8 @@ class Calibration(Preflight):
         """Run batches until the probe has seen enough on all processes, or one of them has no more."""
         seen = 0
         shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        gradients = self.probe.reads == "gradients"
+        gradients = self.probe.reads != "inputs"
+        losses = 0
         with (
             undisturbed(trainer, module),
             torch.set_grad_enabled(gradients),
@@ -202,31 +202,37 @@ class Calibration(Preflight):
                 batch = next(batches, _NONE)
                 if not all(gather_objects(batch is not _NONE)):
                     break
-                self._step(trainer, module, budget, wanted, batch, index)
+                losses += self._step(trainer, module, budget, wanted, batch, index)
                 self.probe.fold()
                 seen += 1
                 bar.update()
-        if not seen:
+        if not seen and self.probe.wanted():
             raise MisconfigurationException(
                 "Calibration has no batch to look at: its data are empty on one process at least. Give it some."
+            )
+        if gradients and seen and not any(gather_objects(losses)):
+            raise MisconfigurationException(
+                f"training_step of {type(module).__name__} returned no loss, and {type(self.probe).__name__} reads its "
+                "gradients. Return it, or use a probe that reads inputs."
             )
 
     def _step(
         self, trainer: Trainer, module: LightningModule, budget: RankBudget, wanted: Collection[str], batch: Any, i: int
-    ) -> None:
-        """One batch as Lightning itself would run it, up to the backward; each process alone."""
+    ) -> bool:
+        """One batch as Lightning itself would run it, up to the backward; each process alone. Whether it has a loss."""
         strategy = trainer.strategy
         batch = trainer.precision_plugin.convert_input(batch)
         batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
         batch = strategy.batch_to_device(batch, dataloader_idx=0)
         indexed = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-        with each_alone(strategy), heard(self.probe, budget, wanted, positions(batch)):
+        with each_alone(strategy), heard(self.probe, budget, wanted, positions(batch), samples(batch)):
             outputs = strategy.training_step(*((batch, i) if indexed else (batch,)))
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-            if self.probe.reads == "gradients" and loss is not None:
+            if self.probe.reads != "inputs" and loss is not None and loss.requires_grad:
                 loss.backward()
         for parameter in module.parameters():
             parameter.grad = None
+        return loss is not None
 
     def state_dict(self) -> dict[str, Any]:
         return {"done": self.done}
@@ -240,7 +246,7 @@ class _Everyone:
 
     def __init__(self, trainer: Trainer) -> None:
         self.count = trainer.world_size
-        self._rank = trainer.global_rank
+        self.rank = trainer.global_rank
         self._strategy = trainer.strategy
 
     def gather(self, value: Any) -> list[Any]:
@@ -248,13 +254,19 @@ class _Everyone:
             return gather_objects(value)
         # Each in a row of its own: to add zeros is exact.
         every = value.new_zeros(self.count, *value.shape)
-        every[self._rank] = value
-        every = self._strategy.reduce(every, reduce_op="sum")
-        return list(every)
+        every[self.rank] = value
+        return list(self.sum(every))
 
     def mean(self, tensor: Tensor) -> Tensor:
         mean: Tensor = self._strategy.reduce(tensor.clone(), reduce_op="mean")
         return mean
 
+    def sum(self, tensor: Tensor) -> Tensor:
+        total: Tensor = self._strategy.reduce(tensor.clone(), reduce_op="sum")
+        return total
+
     def whole(self, tensor: Tensor) -> Tensor:
         return whole(tensor)
+
+    def like(self, value: Tensor, parameter: Tensor) -> Tensor:
+        return like(value, parameter)

@@ -115,7 +115,7 @@ def require_trained(trainer: Trainer, module: LightningModule) -> None:
 
 def _require_thawed(module: LightningModule) -> None:
     # Only when training starts: later a user may rest the adapters for a while.
-    found = adapters(module)
+    found = {name: adapter for name, adapter in adapters(module).items() if adapter.trained}
     if found and not any(p.requires_grad for adapter in found.values() for _, p in adapter.own_parameters()):
         raise MisconfigurationException(
             f"the adapters of {type(module).__name__} are all frozen, so they would not be trained. Something froze "

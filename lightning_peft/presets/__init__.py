@@ -1,6 +1,7 @@
 """Whole methods as lists of callbacks, a file each: `Trainer(callbacks=[*presets.dynamic_dora(final_rank=8)])`."""
 
 from lightning_peft.presets.adalora import adalora
+from lightning_peft.presets.ars import ars
 from lightning_peft.presets.base import Preset
 from lightning_peft.presets.dynamic_dora import dynamic_dora
 from lightning_peft.presets.elalora import elalora
@@ -15,6 +16,7 @@ from lightning_peft.presets.weight_decomposed import weight_decomposed, weight_d
 __all__ = [
     "Preset",
     "adalora",
+    "ars",
     "dynamic_dora",
     "elalora",
     "eva",

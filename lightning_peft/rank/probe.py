@@ -19,20 +19,31 @@ class Processes(Protocol):
     def count(self) -> int:
         """How many there are."""
 
+    @property
+    def rank(self) -> int:
+        """The number of this one."""
+
     def gather(self, value: Any) -> list[Any]:
         """The plain values or tensors of all, by rank."""
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean of all, the same bits everywhere."""
 
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of all, the same bits everywhere; exact where all but one have zeros."""
+
     def whole(self, tensor: Tensor) -> Tensor:
         """A parameter in one piece, where it is sharded."""
+
+    def like(self, value: Tensor, parameter: Tensor) -> Tensor:
+        """A value that everyone has in one piece, sharded as the parameter is."""
 
 
 class Alone:
     """One process."""
 
     count = 1
+    rank = 0
 
     def gather(self, value: Any) -> list[Any]:
         return [value]
@@ -40,8 +51,14 @@ class Alone:
     def mean(self, tensor: Tensor) -> Tensor:
         return tensor
 
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor
+
     def whole(self, tensor: Tensor) -> Tensor:
         return tensor
+
+    def like(self, value: Tensor, parameter: Tensor) -> Tensor:
+        return value
 
 
 class Probe(ABC):
@@ -52,10 +69,14 @@ class Probe(ABC):
     What is driven by :class:`lightning_peft.Calibration`, and by a few lines without a Trainer. Every process sees its
     own batches; in `fold` or `act` what they have seen is brought together, so that all of them act alike.
 
-    `reads` says what :meth:`see` gets: "inputs" of layers, or "gradients" as well, of their outputs.
+    Attributes:
+        reads: what :meth:`see` gets: "inputs" of layers, or "gradients" of their outputs as well; or "samples", which
+            is both, with the samples of a batch kept apart.
+        weights: whether it reads or fills what is as large as the base's weights.
     """
 
-    reads: ClassVar[Literal["inputs", "gradients"]]
+    reads: Literal["inputs", "gradients", "samples"]
+    weights: ClassVar[bool] = False
 
     @abstractmethod
     def begin(self, budget: RankBudget, processes: Processes) -> None:
@@ -71,13 +92,15 @@ class Probe(ABC):
 
     @abstractmethod
     def see(self, layer: str, x: Tensor, rows: Callable[[], Tensor], gradient: Callable[[], Tensor] | None) -> None:
-        """A layer was called.
+        """A layer was called. To a probe of samples: it was called in this batch, once or several times.
 
         Args:
             layer: its name in the budget.
-            x: what it was called with; layers that share an input are called with the same object.
-            rows: gives (n, d_in), what the layer's (d_out, d_in) matrix multiplies, a row per position.
-            gradient: gives (n, d_out), the loss's gradient by what it multiplies to; ``None`` if `reads` is "inputs".
+            x: what it was called with, the first time; layers that share an input are called with the same object.
+            rows: gives (n, d_in), what the layer's (d_out, d_in) matrix multiplies, a row per position that counts. To
+                a probe of samples (samples, n, d_in): all positions and calls of each, since its gradient is their sum.
+            gradient: gives (n, d_out) or (samples, n, d_out), the loss's gradient by what it multiplies to; ``None`` if
+                `reads` is "inputs".
         """
 
     def fold(self) -> None:  # noqa: B027  # most need none
