@@ -12,7 +12,7 @@ import pytest
 import torch
 from hosts import Host, Job, ShardedAroundAdapters, change, train_all
 from lightning.pytorch.strategies import DDPStrategy
-from presets.every import NAMES, adapter_of, releases_base, small
+from presets.every import NAMES, injection_of, releases_base, small
 from torch import Tensor, nn
 
 from lightning_peft import RankPruning, adapter_state_dict
@@ -29,7 +29,9 @@ def job(name: str) -> Job:
     """Without dropout, which draws anew for every batch, of which a process has half; and without statistics of these,
     in which rounding turns the vectors of a decomposition.
     """
-    around = type("Around", (ShardedAroundAdapters,), {"adapter": staticmethod(adapter_of(name))})
+    injection = injection_of(name)
+    own = {"adapter": staticmethod(injection.adapter), "beside": injection.train}
+    around = type("Around", (ShardedAroundAdapters,), own)
     return Job(partial(small, name, dropout=0.0, weighting="none"), around=around)
 
 

@@ -15,6 +15,7 @@ _SMALL: dict[str, Any] = {
     "rank": 2,
     "initial_rank": 4,
     "interval": 2,
+    "ratio": 0.2,
     "threshold": 0.03,
 }
 
@@ -41,5 +42,10 @@ def releases_base(name: str) -> bool:
 
 def adapter_of(name: str) -> Any:
     """What the preset builds its adapters with."""
+    return injection_of(name).adapter
+
+
+def injection_of(name: str) -> AdapterInjection:
+    """What the preset puts adapters in with."""
     (injection,) = (each for each in small(name) if isinstance(each, AdapterInjection))
-    return injection.adapter
+    return injection
