@@ -24,10 +24,13 @@ from lightning_peft import (
     AdapterInjection,
     Calibration,
     Distillation,
+    Factorized,
     RankBudget,
     RankMonitor,
     Regularization,
+    WeightedSVD,
     eject,
+    inject,
     presets,
 )
 
@@ -139,6 +142,19 @@ def pretrained() -> Encoder:
     with torch.no_grad():
         for site in RankBudget.of(module).values():
             site.adapter.B.fill_(0.1)
+    return module
+
+
+def factors(ratio: float = 0.5) -> list[Any]:
+    """Layers that are decomposed by the Fisher information."""
+    return [AdapterInjection(Factorized), Calibration(WeightedSVD("fisher", ratio=ratio))]
+
+
+def compressed() -> Encoder:
+    """Factorised layers of which little is left."""
+    module = Encoder()
+    inject(module, Factorized)
+    RankBudget.of(module).keep({"query": torch.arange(8) < 2})
     return module
 
 
@@ -257,6 +273,13 @@ ROWS: Rows = {
         lambda: fit(Unused(), *presets.eva(rank=2, targets=["query"])),
         RuntimeError,
     ),
+    "gradients of a task without a loss": (lambda: fit(NoLoss(), *factors()), MisconfigurationException),
+    "a weighted decomposition of adapters that are not factorised": (
+        lambda: fit(Encoder(), AdapterInjection(LORA), Calibration(WeightedSVD())),
+        RuntimeError,
+    ),
+    "a ratio that leaves a layer nothing": (lambda: fit(Encoder(), *factors(ratio=0.1)), RuntimeError),
+    "a layer that is compressed already": (lambda: fit(compressed(), *factors()), RuntimeError),
     "`RankPruning` without adapters": (lambda: fit(Encoder(), pruning(rank=2)), MisconfigurationException),
     "`RankMonitor` without adapters": (lambda: fit(Encoder(), RankMonitor()), MisconfigurationException),
     "`Regularization` without adapters": (lambda: fit(Encoder(), Regularization({"dem": DEM()})), RuntimeError),
