@@ -19,7 +19,7 @@ from lightning_peft.callbacks import Regularization
 from lightning_peft.compression.console import silence, without_remarks
 from lightning_peft.compression.figures import milliseconds, size
 from lightning_peft.compression.layers import components
-from lightning_peft.compression.methods import METHODS, Method, Plan, Training, method
+from lightning_peft.compression.methods import DEFAULT, METHODS, Method, Plan, Training, method
 from lightning_peft.compression.report import Report
 from lightning_peft.compression.task import Source, Task, hub_model, task_of
 from lightning_peft.interop.folder import refuse_to_overwrite
@@ -60,7 +60,7 @@ class Compression:
         ValueError: a name is unknown, or a number is out of range.
     """
 
-    method: str = "ars"
+    method: str = DEFAULT
     ratio: float = 0.5
     task: str | None = None
     targets: Sequence[str] | None = None
