@@ -144,8 +144,6 @@ class Compression:
             self._find_ranks(module, data, task, chosen, steps)
             ranks = _below(RankBudget.of(module).ranks(), "model.")
             to_plain(module)
-            for child in ("peft_masks", "peft_terms"):  # what drew masks, and its terms: not to be fine-tuned
-                module._modules.pop(child, None)
         quality = compressed = self._quality(module, data, "the compressed model", clock)
         if self.fine_tuning:
             with clock.stage("fine-tuning"):
