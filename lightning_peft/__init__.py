@@ -10,6 +10,7 @@ from lightning_peft.adapters import (
     ElementMasks,
     Factorized,
     GoRA,
+    GroupImportance,
     Growth,
     Hypernetwork,
     LearnedRanks,
@@ -45,6 +46,7 @@ from lightning_peft.interop.folder import Export
 from lightning_peft.interop.from_peft import from_hf_peft
 from lightning_peft.interop.hf_peft import to_hf_peft
 from lightning_peft.interop.merged import save_merged
+from lightning_peft.interop.plain import save_compressed, to_plain
 from lightning_peft.planning import Plan, plan
 from lightning_peft.rank import (
     EVA,
@@ -68,6 +70,7 @@ from lightning_peft.rank import (
 from lightning_peft.regularizers import (
     DEM,
     BudgetPenalty,
+    Distillation,
     MaskAlignment,
     Orthogonality,
     Regularizer,
@@ -94,12 +97,14 @@ __all__ = [
     "Conversion",
     "Cubic",
     "CubicBudget",
+    "Distillation",
     "DynamicDoRA",
     "ElementMasks",
     "Export",
     "Factorized",
     "Gate",
     "GoRA",
+    "GroupImportance",
     "Growth",
     "Hypernetwork",
     "Importance",
@@ -153,7 +158,9 @@ __all__ = [
     "rank_heat_map",
     "regularized",
     "release",
+    "save_compressed",
     "save_merged",
     "small_parameters",
     "to_hf_peft",
+    "to_plain",
 ]

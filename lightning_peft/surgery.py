@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -118,13 +119,14 @@ def inject(
             f"inject replaces layers inside a module and got a single {type(module).__name__}; "
             "wrap it (nn.Sequential) or call the adapter's class on it."
         )
-    first = next((name for name, child in module.named_modules() if isinstance(child, Adapter)), None)
+    first = next(((name, child) for name, child in module.named_modules() if isinstance(child, Adapter)), None)
     if first is not None:
         refuse_hosted(module, "inject")
         # Adding to them would freeze them, and the layers left over are no longer where the head can be told from.
         raise ValueError(
-            f"{type(module).__name__} has adapters already, the first at {clean_name(first)!r}: call eject first, or "
-            "inject all layers in one call. Parts of a model can have adapters of their own: call inject on each part."
+            f"{type(module).__name__} has adapters already, the first at {clean_name(first[0])!r}: call "
+            f"{'merge' if first[1].releases_base else 'eject'} first, or inject all layers in one call. Parts of a "
+            "model can have adapters of their own: call inject on each part."
         )
     for name, child in module.named_modules():
         # By its class's name, for PEFT may not be installed; its layers hold the linear layers A and B.
@@ -139,8 +141,10 @@ def inject(
                 "call torch.compile afterwards, or compile the whole module."
             )
     head = find_head(module)
-    chosen = _choose(module, targets, head, _left(factory))
-    _kept(module, train, head, chosen, set(chosen))  # a pattern that matches nothing is told before anything is built
+    kind = _kind(factory)
+    chosen = _choose(module, targets, head, () if kind is None else kind.leaves)
+    # A pattern that matches nothing is told before anything is built.
+    _kept(module, train, head, chosen, chosen if kind is None or kind.releases_base else ())
     kept = partial(_kept, module, train, head, chosen)
     return install(module, {name: (layer, factory) for name, layer in chosen.items()}, kept)
 
@@ -196,7 +200,8 @@ def install(
         for parameter, wanted in before:
             parameter.requires_grad_(wanted)
         raise
-    read = tuple(name for name, layer in layers.items() if _is_read(module, layer))
+    read = tuple(name for name, layer in layers.items() if is_read(module, layer))
+    released = {name: layers[name].weight for name, adapter in built.items() if adapter.releases_base}
     replace(module, {id(layers[name]): adapter for name, adapter in built.items()})
     own = {id(p): p for adapter in built.values() for _, p in adapter.own_parameters()}
     paths = _paths(module)
@@ -216,6 +221,7 @@ def install(
     except BaseException:
         take_out(module, {id(adapter): layers[name] for name, adapter in built.items()})
         raise
+    _warn_of_untied(module, released)
     return Injection(
         adapted=tuple(built),
         trained=tuple(sorted(names)),
@@ -225,6 +231,19 @@ def install(
         trained_parameters=sum(p.numel() for p in beside),
         total=sum(p.numel() for p in module.parameters()),
     )
+
+
+def _warn_of_untied(module: nn.Module, released: Mapping[str, object]) -> None:
+    """Warn of weights that were one parameter with another, and are taken apart on their own from now on."""
+    others = {id(p): clean_name(name) for name, p in module.named_parameters()}
+    for name, weight in released.items():
+        other = others.setdefault(id(weight), f"{name}.weight")
+        if other != f"{name}.weight":
+            warnings.warn(
+                f"the weight of {name!r} was one parameter with {other!r} and no longer is: its factors are its own, "
+                "and what they are compressed to is not shared. Leave the layer out of the targets to keep it.",
+                stacklevel=4,
+            )
 
 
 def eject(module: nn.Module) -> None:
@@ -377,11 +396,11 @@ def _build(factory: AdapterFactory, name: str, layer: nn.Module) -> Adapter:
     return adapter.train(training)
 
 
-def _left(factory: AdapterFactory) -> tuple[str, ...]:
-    """What the class behind a factory leaves alone; nothing where a function hides it."""
+def _kind(factory: AdapterFactory) -> type[Adapter] | None:
+    """The class behind a factory; ``None`` where a function hides it."""
     while isinstance(factory, partial):
         factory = factory.func
-    return factory.leaves if isinstance(factory, type) and issubclass(factory, Adapter) else ()
+    return factory if isinstance(factory, type) and issubclass(factory, Adapter) else None
 
 
 def _choose(module: nn.Module, targets: Sequence[str] | None, head: Head, left: Sequence[str]) -> dict[str, nn.Module]:
@@ -477,7 +496,7 @@ def _prefixes(name: str) -> list[str]:
     return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
-def _is_read(module: nn.Module, layer: nn.Module) -> bool:
+def is_read(module: nn.Module, layer: nn.Module) -> bool:
     """Whether an attention reads this layer's weight and never calls it."""
     return any(
         isinstance(parent, nn.MultiheadAttention) and layer in (parent.out_proj, getattr(parent, "in_proj", None))

@@ -38,6 +38,7 @@ REASONED = {
     ("cli.py", "adalora"): PEFT,
     ("cli.py", "dynamic_dora"): "an option's help: an example of what to write",
     ("rank/policy.py", "Taylor"): EXAMPLE,
+    ("rank/weighted_svd.py", "Factorized"): EXAMPLE,
     ("surgery.py", "LoRA"): EXAMPLE,
     ("convert.py", "LoRA"): "what it makes of any low-rank adapter: the plain sum of components",
     ("convert.py", "lora"): "its import",

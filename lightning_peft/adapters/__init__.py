@@ -12,6 +12,7 @@ from lightning_peft.adapters.learned_ranks import LearnedRanks
 from lightning_peft.adapters.lora import LoRA
 from lightning_peft.adapters.low_rank import LowRank
 from lightning_peft.adapters.partly_open import PartlyOpen
+from lightning_peft.adapters.rankdyna import GroupImportance
 from lightning_peft.adapters.sora import SoftThreshold, SoRA
 from lightning_peft.adapters.weight_decomposed import WeightDecomposed
 
@@ -24,6 +25,7 @@ __all__ = [
     "ElementMasks",
     "Factorized",
     "GoRA",
+    "GroupImportance",
     "Growth",
     "Hypernetwork",
     "LearnedRanks",

@@ -267,7 +267,8 @@ class RankPruning(Preflight):
 
     def _cut(self, trainer: Trainer) -> None:
         """Cut what is closed out of parameters and optimizer state, and go on with what is left."""
-        kept = {name: site.gate.mask.detach() != 0 for name, site in self.policy.budget.items()}
+        sites = self.policy.budget.items()
+        kept = {name: site.adapter.kept(site.gate.mask.detach() != 0) for name, site in sites}
         if compact_in_training(trainer):
             self.policy.follow(RankBudget.of(trainer.lightning_module), kept)
             if self._settled:  # to follow is to track anew

@@ -9,12 +9,13 @@ from typing import get_args
 
 from torch import Tensor, nn
 
-from lightning_peft.adapters.low_rank import LowRank
+from lightning_peft.adapters.base import Adapter
 from lightning_peft.checkpoint import adapter_state_dict
 from lightning_peft.interop.size import exported_bytes
 from lightning_peft.planning.figures import Load, Optimizer, Plan, Precision, Strategy
 from lightning_peft.rank.budget import Budget, RankBudget
 from lightning_peft.rank.importance import Importance
+from lightning_peft.surgery import adapters
 
 Width = Callable[[Tensor], int]
 
@@ -74,7 +75,8 @@ def plan(
     Raises:
         ValueError: there is no adapter, a number is out of range, an option is unknown, or the final budget does not
             fit the adapters.
-        TypeError: a final budget is given and an adapter's components cannot be cut out.
+        TypeError: a final budget is given and an adapter's components cannot be cut out; or FSDP2 would shard an
+            adapter with the base, which is not planned.
 
     Example:
         >>> import torch
@@ -89,6 +91,8 @@ def plan(
     budget = RankBudget.of(module)
     if not budget:
         raise ValueError(f"plan found no adapter in {type(module).__name__}; inject puts them in.")
+    if world_size > 1 and strategy == "fsdp2":
+        _require_small(module)
     width = _width(budget, precision)
     frozen = [p for p in module.parameters() if not p.requires_grad]
     sharded = world_size > 1 and strategy != "ddp"
@@ -177,6 +181,15 @@ def _load(
     )
 
 
+def _require_small(module: nn.Module) -> None:
+    for name, adapter in adapters(module).items():
+        if any(True for _ in adapter.large_parameters()):
+            raise TypeError(
+                f"layer {name!r}: FSDP2 shards the factors of {type(adapter).__name__} with the base, and such a run "
+                "is not planned yet. Plan for 'ddp' or 'fsdp1', which keep them whole: the most that it can take."
+            )
+
+
 def _statistics(budget: RankBudget, importance: Importance | None) -> tuple[int, int]:
     """Bytes of an importance's statistics of all components: until the last event, and after it."""
     if importance is None:
@@ -193,7 +206,7 @@ def _statistics(budget: RankBudget, importance: Importance | None) -> tuple[int,
 def _final(budget: RankBudget, final: Budget) -> tuple[float, int]:
     """The share of every layer's components that the final budget leaves, and the most parameters that it can leave."""
     for name, site in budget.items():
-        if not isinstance(site.adapter, LowRank):
+        if type(site.adapter).compacted is Adapter.compacted:
             raise TypeError(
                 f"layer {name!r}: {type(site.adapter).__name__} cannot be compacted, so it keeps its size: plan "
                 "without a final budget."

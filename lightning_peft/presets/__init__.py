@@ -9,6 +9,7 @@ from lightning_peft.presets.eva import eva
 from lightning_peft.presets.gora import gora
 from lightning_peft.presets.increlora import increlora
 from lightning_peft.presets.lora import lora
+from lightning_peft.presets.rankdyna import rankdyna
 from lightning_peft.presets.sora import sora
 from lightning_peft.presets.weight_decomposed import weight_decomposed, weight_decomposed_fixed
 
@@ -22,6 +23,7 @@ __all__ = [
     "gora",
     "increlora",
     "lora",
+    "rankdyna",
     "sora",
     "weight_decomposed",
     "weight_decomposed_fixed",

@@ -6,6 +6,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_peft import RankBudget, adapter_state_dict, eject, inject, load, merge
-from lightning_peft.adapters.factorized import Factorized, ThinLinear
+from lightning_peft import LoRA, RankBudget, adapter_state_dict, eject, inject, load, merge
+from lightning_peft.adapters import Factorized, ThinLinear
 from lightning_peft.checkpoint import ENTRY, AdapterFileError, describe
 from lightning_peft.compaction import compact_training
 from lightning_peft.functional.factorized import factorized_linear
@@ -362,8 +363,6 @@ def test_biases_are_trained_where_they_are_named() -> None:
 
 
 def test_a_bias_beside_a_layer_that_keeps_its_weight_is_not_trained() -> None:
-    from lightning_peft import LoRA
-
     with pytest.raises(ValueError, match=r"train=\['0.bias'\] matches no module or parameter that is not adapted"):
         inject(net(), lambda base: LoRA(base, rank=2), train=["0.bias"])
 
@@ -450,6 +449,28 @@ def test_a_layer_that_is_refused_leaves_all_weights_in_place() -> None:
     assert all(p.requires_grad for p in host.parameters())
 
 
+def test_a_pooler_stays_dense_unless_it_is_named() -> None:
+    def host() -> nn.Module:
+        parts = {"encoder": nn.Linear(8, 8), "pooler": nn.Sequential(nn.Linear(8, 8)), "head": nn.Linear(8, 2)}
+        return nn.ModuleDict(parts)
+
+    for factory in (Factorized, partial(Factorized, rank=2), partial(partial(Factorized, rank=2), trained=False)):
+        assert inject(host(), factory).adapted == ("encoder",)
+    assert inject(host(), Factorized, targets=["pooler.0"]).adapted == ("pooler.0",)
+    assert inject(host(), partial(LoRA, rank=2)).adapted == ("encoder", "pooler.0")
+
+
+def test_of_two_layers_with_one_weight_each_has_factors_of_its_own() -> None:
+    host = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2))
+    host[1].weight = host[0].weight
+    x = torch.randn(3, 8)
+    y = host(x)
+    with pytest.warns(UserWarning, match="the weight of '1' was one parameter with '0.weight' and no longer is"):
+        inject(host, Factorized)
+    torch.testing.assert_close(host(x), y)
+    assert host[0].U is not host[1].U
+
+
 def test_what_it_refuses() -> None:
     with pytest.raises(TypeError, match="an embedding is looked up and not multiplied"):
         Factorized(nn.Embedding(8, 4))
@@ -471,7 +492,7 @@ def test_what_it_refuses() -> None:
             Factorized(nn.Linear(8, 4), rank=rank)  # type: ignore[arg-type]
     host = net()
     inject(host, Factorized)
-    with pytest.raises(ValueError, match="has adapters already"):
+    with pytest.raises(ValueError, match="has adapters already, the first at '0': call merge first"):
         inject(host, Factorized)
 
 

@@ -16,7 +16,9 @@ from lightning_peft import (
     Budget,
     Calibration,
     Cubic,
+    Distillation,
     DynamicDoRA,
+    Factorized,
     Growth,
     LoRA,
     Orthogonality,
@@ -26,11 +28,14 @@ from lightning_peft import (
     SoftThreshold,
     Taylor,
     WeightDecomposed,
+    WeightedSVD,
     convert,
+    eject,
     inject,
     merge,
     presets,
     small_parameters,
+    to_hf_peft,
 )
 from lightning_peft.adapters import dynamic_dora
 
@@ -69,6 +74,25 @@ def under_inference_mode() -> None:
         inject(Encoder(), LORA)
 
 
+def factorized(*parts: str, **arguments: Any) -> Encoder:
+    module = Encoder()
+    inject(module, partial(Factorized, **arguments), parts or None)
+    return module
+
+
+def diverged() -> None:
+    module = Encoder()
+    nn.init.constant_(module.value.weight, torch.nan)
+    inject(module, Factorized)
+
+
+def factorize_one_of_two_tied() -> None:
+    module = Encoder()
+    module.value = nn.Linear(8, 8)
+    module.value.weight = module.query.weight
+    inject(module, Factorized, ["query"])
+
+
 def lora(**arguments: Any) -> object:
     return fit(Encoder(), *presets.lora(**{"rank": 4, **arguments}))
 
@@ -80,6 +104,9 @@ ROWS: Rows = {
     "calibration on no batch": (lambda: presets.eva(rank=2, batches=0), ValueError),
     "a cap below the average rank": (lambda: presets.eva(rank=2, rho=0.5), ValueError),
     "a probe's class, not a probe": (lambda: Calibration(EVA), TypeError),  # type: ignore[arg-type]
+    "a weighting that is misspelt": (lambda: WeightedSVD("fischer"), ValueError),  # type: ignore[arg-type]
+    "a ratio that keeps everything": (lambda: WeightedSVD(ratio=1.0), ValueError),
+    "a ratio and a rank": (lambda: WeightedSVD(ratio=0.5, rank=8), ValueError),
     "a share above 1 to convert by": (lambda: convert(adapted(), 8.0), ValueError),
     "adapters to convert that were never trained": (lambda: convert(adapted(), 2), ValueError),
     "a rank above the layer's limit": (lambda: fit(Encoder(), *presets.dynamic_dora(final_rank=8)), ValueError),
@@ -193,10 +220,36 @@ ROWS: Rows = {
     "no term": (lambda: Regularization({}), TypeError),
     "a term's class in place of a term": (lambda: Regularization({"dem": DEM}), TypeError),  # type: ignore[dict-item]
     "a term's name that no log can hold": (lambda: Regularization({"loss/dem": DEM()}), ValueError),
+    "a misspelt loss of distillation": (lambda: Distillation(loss="ce"), ValueError),  # type: ignore[arg-type]
+    "a temperature of 0": (lambda: Distillation(temperature=0), ValueError),
+    "a teacher by its name": (lambda: Distillation(teacher="bert-base-uncased"), TypeError),  # type: ignore[arg-type]
+    "hidden states as one name": (lambda: Distillation(hidden="encoder"), TypeError),
+    "distillation of nothing": (lambda: Distillation(loss=None), ValueError),
     "a misspelt normalizer": (lambda: presets.dynamic_dora(dem_normalizer="paper"), ValueError),  # type: ignore[arg-type]
     "a misspelt mode of AdaLoRA": (lambda: presets.adalora(mode="post"), ValueError),  # type: ignore[arg-type]
     "a target rank and a budget": (lambda: presets.adalora(4, budget=Budget(share=0.5)), ValueError),
     "a budget that leaves AdaLoRA's start open": (lambda: presets.adalora(budget=Budget(share=0.5)), ValueError),
     "a negative penalty": (lambda: presets.adalora(orthogonality=-0.5), ValueError),
     "a misspelt form of the penalty": (lambda: Orthogonality(form="frobenius"), ValueError),  # type: ignore[arg-type]
+    "a rank that a factorised layer cannot have": (lambda: factorized(rank=7), ValueError),
+    "a factorised layer's rank as a share": (lambda: factorized(rank=0.5), TypeError),
+    "a misspelt rank of a factorised layer": (lambda: factorized(rank="break-even"), ValueError),
+    "an embedding to be factorised": (lambda: inject(nn.Sequential(nn.Embedding(9, 4)), Factorized, ["0"]), TypeError),
+    "layers that are factorised already": (lambda: inject(factorized("query"), Factorized, ["value"]), ValueError),
+    "one of two tied layers is factorised": (factorize_one_of_two_tied, UserWarning),
+    "a factorised layer is to be taken out": (lambda: eject(factorized()), RuntimeError),
+    "a factorised layer as a PEFT folder": (lambda: to_hf_peft(factorized(), "folder"), TypeError),
+    "a weight of NaN to be factorised": (diverged, ValueError),
+    "a budget that factorised layers cannot reach": (
+        lambda: fit(
+            Encoder(),
+            AdapterInjection(Factorized),
+            RankPruning(RankPolicy(Cubic(), Taylor(), Budget(parameters=20), minimum=1)),
+        ),
+        ValueError,
+    ),
+    "EVA for factorised layers": (
+        lambda: fit(Encoder(), AdapterInjection(Factorized), Calibration(EVA(rank=2))),
+        RuntimeError,
+    ),
 }

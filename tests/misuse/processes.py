@@ -20,6 +20,7 @@ from lightning_peft import (
     AdapterInjection,
     Budget,
     Cubic,
+    Factorized,
     LoRA,
     RankBudget,
     RankMonitor,
@@ -136,6 +137,16 @@ class Unlike(Net):
 
     def configure_model(self) -> None:
         inject(self, LORA, [str(self.trainer.global_rank)])
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"], ignored_params=set(small_parameters(self)))
+
+
+class StartsApart(Net):
+    """The layers that are taken apart are not the same on each process."""
+
+    def configure_model(self) -> None:
+        with torch.no_grad():
+            self.net[0].weight[0, 0] += self.trainer.global_rank  # type: ignore[index, operator, union-attr]
+        inject(self, Factorized)
         fully_shard(self.net, mesh=self.device_mesh["data_parallel"], ignored_params=set(small_parameters(self)))
 
 
@@ -280,6 +291,17 @@ ROWS: dict[str, tuple[Callable[[], None], str]] = {
         "ignored_params=set(small_parameters(self)) to every call of fully_shard, or let AdapterInjection inject after "
         "configure_model.",
     ),
+    "FSDP2: layers are factorised after they were sharded": (
+        lambda: fit(ShardsItself, fsdp2, lambda: AdapterInjection(Factorized)),
+        "layer 'net.0': the layer's weight is split over processes already, and it takes a whole one to factorise it: "
+        "inject in configure_model, before fully_shard.",
+    ),
+    "FSDP2: what is factorised is not the same on all processes": (
+        lambda: fit(StartsApart, fsdp2, injection),
+        "the adapter of net.0 at its start differs between processes, and each has kept its own part: their weights, "
+        "or what decomposes them, are not the same. Inject in one process, save a checkpoint, load it in "
+        "configure_model.",
+    ),
     "FSDP2: `inject` by hand, and only `RankPruning`": (lambda: fit(InjectsByHand, fsdp2, pruning), AVERAGES),
     "FSDP2: `inject` by hand, and only `Regularization`": (
         lambda: fit(InjectsByHand, fsdp2, lambda: Regularization({"dem": DEM()})),
@@ -335,4 +357,7 @@ ROWS: dict[str, tuple[Callable[[], None], str]] = {
 
 def kind(sentence: str) -> str:
     """The class of what says it."""
-    return "RuntimeError" if "on all processes" in sentence or "Skipping" in sentence else "MisconfigurationException"
+    if sentence.startswith("layer "):
+        return "ValueError"
+    state = ("on all processes", "between processes", "Skipping")
+    return "RuntimeError" if any(part in sentence for part in state) else "MisconfigurationException"

@@ -22,6 +22,7 @@ from lightning_peft import (
     AdapterInjection,
     Budget,
     DynamicDoRA,
+    Factorized,
     LoRA,
     RankBudget,
     RankPruning,
@@ -274,6 +275,29 @@ def test_other_adapters_have_no_export_and_no_final_budget() -> None:
     assert str(found).count("refused") == 2
     with pytest.raises(TypeError, match=r"layer '0': Bias cannot be compacted, .*: plan without a final budget"):
         plan(net, final=Budget(rank=1))
+
+
+@pytest.mark.filterwarnings("ignore:No device id is provided")
+def test_a_layer_in_another_form_is_planned_like_any_other(tmp_path: Path) -> None:
+    """Its weight is gone, its bias is trained or frozen as it is named, and its components can be cut."""
+    train_ = ["classifier", "query.bias"]
+    with torch.device("meta"):
+        shapes = MODELS["bert"]()
+    inject(shapes, Factorized, train=train_)
+    planned = plan(shapes, final=Budget(share=0.5))
+    job = Job(MODELS["bert"](), "adamw")
+    inject(job, Factorized, train=train_)
+    assert planned.layers == 12  # the pooler is left as it is
+    agrees(planned.start, planned.base, *train(job, tmp_path, "32-true"))
+    assert planned.start.exported is None
+    assert planned.final is not None
+    budget = RankBudget.of(job)
+    budget.keep({name: torch.arange(len(site.gate)) < len(site.gate) // 2 for name, site in budget.items()})
+    compact(job)
+    agrees(planned.final, planned.base, *train(job, tmp_path, "32-true"))
+    with pytest.raises(TypeError, match="FSDP2 shards the factors of Factorized with the base, and such a run is not"):
+        plan(shapes, 2, strategy="fsdp2")
+    assert plan(shapes, 2, strategy="fsdp1").start.weights == planned.start.weights
 
 
 @pytest.mark.parametrize(
