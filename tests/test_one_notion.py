@@ -32,6 +32,9 @@ READS = "it reads files of PEFT's, and which of our classes stands for which of 
 REASONED = {
     ("callbacks/pruning.py", "Taylor"): EXAMPLE,
     ("callbacks/regularization.py", "DEM"): EXAMPLE,
+    ("callbacks/selection.py", "LearnedRanks"): EXAMPLE,
+    ("adapters/ars.py", "LearnedRanks"): "a paper's own file, which sets it up",
+    ("adapters/ars.py", "learned_ranks"): "its import",
     ("adapters/gora.py", "LoRA"): EXAMPLE,
     ("adapters/gora.py", "WeightDecomposed"): EXAMPLE,
     ("adapters/gora.py", "lora"): EXAMPLE,
