@@ -35,14 +35,9 @@ def small(name: str, **also: Any) -> presets.Preset:
 
 def releases_base(name: str) -> bool:
     """Whether the preset's adapters have their layers' weights in another form: PEFT has no format for these."""
-    factory = adapter_of(name)
+    factory = injection_of(name).adapter
     kind = getattr(factory, "func", factory)
     return isinstance(kind, type) and issubclass(kind, Adapter) and kind.releases_base
-
-
-def adapter_of(name: str) -> Any:
-    """What the preset builds its adapters with."""
-    return injection_of(name).adapter
 
 
 def injection_of(name: str) -> AdapterInjection:
