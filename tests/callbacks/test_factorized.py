@@ -28,6 +28,7 @@ from lightning_peft import (
     load,
 )
 from lightning_peft.adapters import ThinLinear
+from lightning_peft.inspection import report
 
 FINAL = 250  # parameters, of 12 * 20 + 20 * 16 = 560 that the weights have
 STEPS = 24
@@ -96,6 +97,9 @@ def test_interrupted_is_uninterrupted(compact: Any, tmp_path: Path) -> None:
     assert (sizes["net.0.U"] == (20, 12)) == (compact == "never")
     last = load(Net(), tmp_path / "22.ckpt")
     assert {name: tuple(value.shape) for name, value in adapter_state_dict(last).items()} == sizes
+    budget = RankBudget.of(last)
+    (total,) = [line.split() for line in report(tmp_path / "22.ckpt").splitlines() if line.startswith("2 layers")]
+    assert total[2:] == [f"{budget.spent}/28", f"{budget.spent_parameters}"]
 
 
 def test_property_16_8_what_is_exported_is_within_the_budget() -> None:
