@@ -33,6 +33,9 @@ JOB = "a job's table of methods, by the names on the command line: nothing else 
 REASONED = {
     ("callbacks/pruning.py", "Taylor"): EXAMPLE,
     ("callbacks/regularization.py", "DEM"): EXAMPLE,
+    ("callbacks/selection.py", "LearnedRanks"): EXAMPLE,
+    ("adapters/ars.py", "LearnedRanks"): "a paper's own file, which sets it up",
+    ("adapters/ars.py", "learned_ranks"): "its import",
     ("adapters/gora.py", "LoRA"): EXAMPLE,
     ("adapters/gora.py", "WeightDecomposed"): EXAMPLE,
     ("adapters/gora.py", "lora"): EXAMPLE,
