@@ -9,7 +9,7 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
-from hosts import STRATEGIES, Host, Job, ShardedAroundAdapters, change, train_all
+from hosts import STRATEGIES, Block, Host, Job, ShardedAroundAdapters, change, train_all
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -58,7 +58,9 @@ class Around(ShardedAroundAdapters):
 
 
 class AroundFrozen(ShardedAroundAdapters):
-    """The same with frozen factors, which only their masks change."""
+    """Frozen factors, which only their masks change; and every linear layer is a unit, also what is left of one."""
+
+    units = (Block, nn.Linear)
 
     def shard(self, **options: Any) -> None:
         inject(self, partial(Factorized, trained=False), train=["2", "0.0.bias"])
@@ -78,7 +80,7 @@ JOBS = {
 def test_two_processes_give_what_one_gives() -> None:
     names = [name for name in JOBS if name != "too late"]
     (alone,) = run_processes(1, train_all, [(kind, name) for kind in ("single", "half") for name in names], JOBS, 1)
-    runs = [(kind, name) for kind in ("ddp", "fsdp1", "fsdp2 around") for name in names]
+    runs = [(kind, name) for kind in ("ddp", "fsdp1 nested", "fsdp2 around") for name in names]
     for both in run_processes(2, train_all, [*runs, ("fsdp2", "too late")], JOBS, 2):
         for kind, name in runs:
             result, reference = both[kind, name], alone["single", name]

@@ -10,12 +10,12 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
-from hosts import Host, Job, Sharded, ShardedAroundAdapters, change, train_all
+from hosts import Host, Job, ShardedAroundAdapters, change, train_all
 from lightning.pytorch.strategies import DDPStrategy
 from presets.every import NAMES, injection_of, releases_base, small
 from torch import Tensor, nn
 
-from lightning_peft import RankPruning, adapter_state_dict, inject, small_parameters
+from lightning_peft import RankPruning, adapter_state_dict
 from lightning_peft.testing.processes import run_processes
 
 pytestmark = [
@@ -31,15 +31,11 @@ def job(name: str) -> Job:
     Masks are drawn without a network: Adam divides by its gradients, which are nearly 0 (see test_selection.py); and
     more by the task's loss than by their penalty, which is the same whatever the batch.
     """
-    placed = injection_of(name)
-
-    class Around(ShardedAroundAdapters):
-        def shard(self, **options: Any) -> None:
-            inject(self, placed.adapter, placed.targets, placed.train)
-            Sharded.shard(self, ignored_params=set(small_parameters(self)), **options)
-
+    injection = injection_of(name)
+    own = {"adapter": staticmethod(injection.adapter), "beside": injection.train}
+    around = type("Around", (ShardedAroundAdapters,), own)
     options = {"dropout": 0.0, "weighting": "none", "masks": "monotone", "budget_weight": 0.5}
-    return Job(partial(small, name, **options), around=Around)
+    return Job(partial(small, name, **options), around=around)
 
 
 JOBS = {name: job(name) for name in NAMES}

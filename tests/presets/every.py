@@ -15,6 +15,7 @@ _SMALL: dict[str, Any] = {
     "rank": 2,
     "initial_rank": 4,
     "interval": 2,
+    "ratio": 0.2,
     "threshold": 0.03,
 }
 
