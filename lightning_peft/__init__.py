@@ -7,12 +7,17 @@ from lightning_peft.adapters import (
     AdapterFactory,
     CubicBudget,
     DynamicDoRA,
+    ElementMasks,
     Factorized,
     GoRA,
+    GroupImportance,
     Growth,
+    Hypernetwork,
+    LearnedRanks,
     LoRA,
     LowRank,
     ModuleSensitivity,
+    MonotoneMasks,
     NormShare,
     PartlyOpen,
     PruneAndGrow,
@@ -29,6 +34,7 @@ from lightning_peft.callbacks import (
     RankAllocation,
     RankMonitor,
     RankPruning,
+    RankSelection,
     Regularization,
 )
 from lightning_peft.checkpoint import AdapterFileError, adapter_state_dict, load
@@ -40,6 +46,7 @@ from lightning_peft.interop.folder import Export
 from lightning_peft.interop.from_peft import from_hf_peft
 from lightning_peft.interop.hf_peft import to_hf_peft
 from lightning_peft.interop.merged import save_merged
+from lightning_peft.interop.plain import save_compressed, to_plain
 from lightning_peft.planning import Plan, plan
 from lightning_peft.rank import (
     EVA,
@@ -47,17 +54,29 @@ from lightning_peft.rank import (
     Cubic,
     Gate,
     Importance,
+    KeepProbability,
+    MaskSampler,
     Policy,
     Probe,
     RankBudget,
     RankPolicy,
+    SamplingPolicy,
     Schedule,
     Site,
     SlowCubic,
     Taylor,
     WeightedSVD,
 )
-from lightning_peft.regularizers import DEM, Orthogonality, Regularizer, UntilTail, regularized
+from lightning_peft.regularizers import (
+    DEM,
+    BudgetPenalty,
+    Distillation,
+    MaskAlignment,
+    Orthogonality,
+    Regularizer,
+    UntilTail,
+    regularized,
+)
 from lightning_peft.surgery import Injection, eject, inject, small_parameters
 
 __version__ = "0.1.0"
@@ -73,22 +92,32 @@ __all__ = [
     "AdapterInjection",
     "Adoption",
     "Budget",
+    "BudgetPenalty",
     "Calibration",
     "Conversion",
     "Cubic",
     "CubicBudget",
+    "Distillation",
     "DynamicDoRA",
+    "ElementMasks",
     "Export",
     "Factorized",
     "Gate",
     "GoRA",
+    "GroupImportance",
     "Growth",
+    "Hypernetwork",
     "Importance",
     "Injection",
+    "KeepProbability",
+    "LearnedRanks",
     "LoRA",
     "LowRank",
+    "MaskAlignment",
+    "MaskSampler",
     "Merged",
     "ModuleSensitivity",
+    "MonotoneMasks",
     "NormShare",
     "Orthogonality",
     "PartlyOpen",
@@ -101,8 +130,10 @@ __all__ = [
     "RankMonitor",
     "RankPolicy",
     "RankPruning",
+    "RankSelection",
     "Regularization",
     "Regularizer",
+    "SamplingPolicy",
     "Schedule",
     "Site",
     "SlowCubic",
@@ -127,7 +158,9 @@ __all__ = [
     "rank_heat_map",
     "regularized",
     "release",
+    "save_compressed",
     "save_merged",
     "small_parameters",
     "to_hf_peft",
+    "to_plain",
 ]

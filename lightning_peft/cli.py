@@ -1,9 +1,10 @@
-"""The command line: Lightning's own commands for training, one for what it will take, two for what it leaves behind.
+"""The command line: Lightning's own commands for training, and one each for what is before, after and beside it.
 
     lightning-peft fit|validate|test|predict -c job.yaml
     lightning-peft plan MODEL --world-size N
     lightning-peft inspect CKPT
     lightning-peft export CKPT OUT --format hf-peft|merged
+    lightning-peft compress MODEL OUT --data FILE --ratio 0.5
 
 A job names model, data and callbacks by class path, as LightningCLI has it. A whole method, which is several callbacks,
 is named under `peft` by a function that returns a :class:`~lightning_peft.presets.Preset`; its callbacks come before
@@ -29,6 +30,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 import lightning_peft
 from lightning_peft.checkpoint import load
+from lightning_peft.compression import command as compression
 from lightning_peft.inspection import report
 from lightning_peft.planning import command
 from lightning_peft.presets import Preset
@@ -130,6 +132,7 @@ def _export(options: argparse.Namespace) -> object:
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], object]] = {
     "plan": command.run,
+    "compress": compression.run,
     "inspect": lambda options: report(options.checkpoint),
     "export": _export,
 }
@@ -145,6 +148,8 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=f"Trainer.{name} as a job says: {PROGRAM} {name} -c job.yaml")
 
     command.add_arguments(commands.add_parser("plan", help=command.HELP, allow_abbrev=False))
+
+    compression.add_arguments(commands.add_parser("compress", help=compression.HELP, allow_abbrev=False))
 
     inspect = commands.add_parser("inspect", help="ranks, budget and size of a checkpoint", allow_abbrev=False)
     inspect.add_argument("checkpoint", metavar="CKPT", help="a checkpoint written with AdapterCheckpoint")

@@ -197,6 +197,7 @@ def _remember(module: nn.Module, budget: RankBudget) -> None:
             "arguments": site.adapter.arguments(),
             "components": len(site.gate),
             "cost": site.gate.cost,
+            "dense": site.adapter.dense_parameters,
         }
         for name, site in budget.items()
     }

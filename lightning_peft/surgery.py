@@ -200,7 +200,7 @@ def install(
         for parameter, wanted in before:
             parameter.requires_grad_(wanted)
         raise
-    read = tuple(name for name, layer in layers.items() if _is_read(module, layer))
+    read = tuple(name for name, layer in layers.items() if is_read(module, layer))
     released = {name: layers[name].weight for name, adapter in built.items() if adapter.releases_base}
     replace(module, {id(layers[name]): adapter for name, adapter in built.items()})
     own = {id(p): p for adapter in built.values() for _, p in adapter.own_parameters()}
@@ -504,7 +504,7 @@ def _prefixes(name: str) -> list[str]:
     return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
-def _is_read(module: nn.Module, layer: nn.Module) -> bool:
+def is_read(module: nn.Module, layer: nn.Module) -> bool:
     """Whether an attention reads this layer's weight and never calls it."""
     return any(
         isinstance(parent, nn.MultiheadAttention) and layer in (parent.out_proj, getattr(parent, "in_proj", None))

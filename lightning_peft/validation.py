@@ -29,6 +29,8 @@ _DEPTH = 32
 _LENGTH = 2**25
 """Characters and values in all; text can be repeated in a file that does not grow with it."""
 _PLAIN = "a number, text, a list or a dictionary"
+_RECORD = {"class", "arguments", "components", "cost", "dense"}
+"""What is said of an adapter before components were cut out of it."""
 _NAMES = 64
 """Names of one tensor: a shared parameter is saved under each of its names, and digested as often."""
 
@@ -126,10 +128,10 @@ def _check_records(records: Any, source: str) -> None:
         where = f"{CUT}[{name!r}]"
         _require(_is_name(name), source, f"a name in {CUT}", name, "text that can be printed")
         _require(type(record) is dict, source, where, record, "a dictionary")
-        _require(record.keys() == {"class", "arguments", "components", "cost"}, source, where, record, "as we write it")
+        _require(record.keys() == _RECORD, source, where, record, "as we write it")
         _require(_is_name(record["class"]), source, where, record["class"], "a class as text, module:class")
         _require(type(record["arguments"]) is dict, source, where, record["arguments"], "arguments by name")
-        for key in ("components", "cost"):
+        for key in ("components", "cost", "dense"):
             _require(_is_whole(record[key]) and record[key] > 0, source, where, record[key], f"{key}, at least 1")
 
 

@@ -1,15 +1,18 @@
 """Adapters: one paper, one file."""
 
 from lightning_peft.adapters.adalora import AdaLoRA, CubicBudget, TripletImportance
+from lightning_peft.adapters.ars import ElementMasks, Hypernetwork, MonotoneMasks
 from lightning_peft.adapters.base import Adapter, AdapterFactory
 from lightning_peft.adapters.dynamic_dora import DynamicDoRA, NormShare, component_shares
 from lightning_peft.adapters.elalora import PruneAndGrow
 from lightning_peft.adapters.factorized import Factorized, ThinLinear
 from lightning_peft.adapters.gora import GoRA
 from lightning_peft.adapters.increlora import Growth, ModuleSensitivity
+from lightning_peft.adapters.learned_ranks import LearnedRanks
 from lightning_peft.adapters.lora import LoRA
 from lightning_peft.adapters.low_rank import LowRank
 from lightning_peft.adapters.partly_open import PartlyOpen
+from lightning_peft.adapters.rankdyna import GroupImportance
 from lightning_peft.adapters.sora import SoftThreshold, SoRA
 from lightning_peft.adapters.weight_decomposed import WeightDecomposed
 
@@ -19,12 +22,17 @@ __all__ = [
     "AdapterFactory",
     "CubicBudget",
     "DynamicDoRA",
+    "ElementMasks",
     "Factorized",
     "GoRA",
+    "GroupImportance",
     "Growth",
+    "Hypernetwork",
+    "LearnedRanks",
     "LoRA",
     "LowRank",
     "ModuleSensitivity",
+    "MonotoneMasks",
     "NormShare",
     "PartlyOpen",
     "PruneAndGrow",

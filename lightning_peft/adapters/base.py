@@ -83,6 +83,10 @@ class Adapter(nn.Module, ABC):
         """What `compacted(keep)` keeps, (n,) bool: these components, and more where the adapter must have some."""
         return keep
 
+    def thin(self) -> nn.Module | None:
+        """Plain layers that do the same without this library, or none: then merging is all there is, the default."""
+        return None
+
     @classmethod
     def unfilled(cls, base: nn.Module, **arguments: Any) -> Adapter:
         """An adapter whose tensors are loaded next: its structure counts, not its start. By default a new one."""
@@ -130,6 +134,21 @@ class Adapter(nn.Module, ABC):
         """The constructor's arguments but `base`, so that `type(self)(base, **arguments)` builds the same structure."""
         names = list(inspect.signature(type(self)).parameters)[1:]
         return {name: getattr(self, name) for name in names}
+
+    @property
+    def dense_parameters(self) -> int:
+        """Numbers in the weight that the layer has without an adapter; 0 if it is no layer with one.
+
+        Raises:
+            RuntimeError: FSDP1 has made the weight a part of a flat one.
+        """
+        weight = getattr(self.base, "weight", None)
+        if getattr(weight, "_fsdp_flattened", False):
+            raise RuntimeError(
+                "a share of the dense layers' parameters cannot be told where FSDP1 has them in flat slices. Give the "
+                "budget in parameters."
+            )
+        return weight.numel() if isinstance(weight, Tensor) else 0
 
     def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The adapter's own parameters, without its base's."""

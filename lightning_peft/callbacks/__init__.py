@@ -8,6 +8,7 @@ from lightning_peft.callbacks.injection import AdapterInjection
 from lightning_peft.callbacks.monitor import RankMonitor
 from lightning_peft.callbacks.pruning import RankPruning
 from lightning_peft.callbacks.regularization import Regularization
+from lightning_peft.callbacks.selection import RankSelection
 
 __all__ = [
     "AdapterCheckpoint",
@@ -17,5 +18,6 @@ __all__ = [
     "RankAllocation",
     "RankMonitor",
     "RankPruning",
+    "RankSelection",
     "Regularization",
 ]

@@ -36,9 +36,9 @@ _NONE = object()
 class Calibration(Preflight):
     """Run a few training batches before the first step, let a probe listen to the adapted layers, and let it act once.
 
-    The probe (:class:`lightning_peft.EVA`, :class:`lightning_peft.GoRA`, or one of your own) sets ranks, as masks, and
-    fills the adapters' factors. The batches are the training data's, through the module's own `training_step`; with
-    several processes each has its own, and all of them end with the same adapters.
+    The probe (:class:`lightning_peft.EVA`, :class:`lightning_peft.GoRA`, :class:`lightning_peft.WeightedSVD`, or one of
+    your own) sets ranks, as masks, and fills the adapters' factors. The batches are the training data's, through the
+    module's own `training_step`; with several processes each has its own, and all of them end with the same adapters.
 
     Training then goes on as if nobody had looked: the same batches in the same order, the same random numbers, modes,
     buffers and metrics; no gradient is left and nothing is logged. See :func:`~.undisturbed.undisturbed` for what
@@ -60,9 +60,9 @@ class Calibration(Preflight):
         TypeError: probe is no Probe.
         ValueError: batches is below 1, or mode or compact is unknown.
         MisconfigurationException: no adapter is there, the callbacks are in the wrong order, the module optimizes by
-            hand, there is no batch, the training data cannot be read twice, or a probe of gradients meets float16
-            scaling or FSDP1.
-        RuntimeError: the adapters have been trained, or `training_step` calls no adapted layer.
+            hand, there is no batch, the training data cannot be read twice, a probe of gradients meets float16
+            scaling or a `training_step` without a loss, or a probe of weights meets FSDP1.
+        RuntimeError: the probe cannot act on the adapters as they are, or `training_step` calls no adapted layer.
 
     Example:
         >>> from lightning_peft import EVA

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
-from lightning.pytorch import LightningModule, Trainer, callbacks
+from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
@@ -79,7 +80,7 @@ class AdapterPlacement(Preflight, ABC):
                     "ModelPruning puts masked weights in place of those that adapters stand on, and the two cannot be "
                     "combined. Prune ranks with RankPruning, or call merge() after training and prune then."
                 )
-        when_built(pl_module, self._place_unwrapped)
+        when_built(pl_module, partial(self._place_unwrapped, callbacks_of(trainer)))
         when_built(pl_module, lambda module: keep_whole(trainer.strategy, module))
         if is_sharded(trainer.strategy) and not self._undo:
             self._undo = [
@@ -88,13 +89,16 @@ class AdapterPlacement(Preflight, ABC):
                 wrap_method(trainer.strategy, "setup", keep_masks_wide),
             ]
 
-    def _place_unwrapped(self, module: LightningModule) -> None:
+    def _place_unwrapped(self, others: Sequence[Callback], module: LightningModule) -> None:
         if not adapters(module) and any(map(is_flattened, module.parameters())):
             raise MisconfigurationException(
                 f"configure_model of {type(module).__name__} has wrapped its layers in FSDP1, and adapters must be in "
                 "before that. Leave the wrapping to FSDPStrategy, or call inject there first and wrap with "
                 "ignored_states=small_parameters(self)."
             )
+        for other in others:
+            if isinstance(other, Preflight):
+                other.before_adapters(module)
         self._place(module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -40,6 +40,9 @@ class Preflight(Callback):
         refuse_other_package(trainer)
         require_supported(trainer.strategy)
 
+    def before_adapters(self, module: LightningModule) -> None:
+        """See the module before adapters are put in, or with those that it has; for every entry point, repeatedly."""
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._goes_first(trainer):
             together(lambda: _require_averaged(trainer, pl_module))

@@ -87,7 +87,7 @@ class RankPruning(Preflight):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._restored = None  # of a run that failed before it started
         if stage == "fit" and self.compact != "never":
-            require_compactable(trainer)
+            require_compactable(trainer, f"{type(self).__name__}(compact=...)")
         super().setup(trainer, pl_module, stage)
         require_before(trainer, self, AdapterPlacement)
 
@@ -96,8 +96,8 @@ class RankPruning(Preflight):
         budget = RankBudget.of(pl_module)
         if not budget:
             raise MisconfigurationException(
-                "RankPruning found no adapter to prune. Put AdapterInjection before it in the Trainer's callbacks, or "
-                "call inject() on the module first."
+                f"{type(self).__name__} found no adapter to prune. Put AdapterInjection before it in the Trainer's "
+                "callbacks, or call inject() on the module first."
             )
         if self.compact != "never":
             require_own(budget)
@@ -119,13 +119,13 @@ class RankPruning(Preflight):
             )
         if trainer.limit_train_batches == 0:
             raise MisconfigurationException(
-                "RankPruning has nothing to follow: limit_train_batches=0 leaves no optimizer step. "
-                "Raise it, or take RankPruning out."
+                f"{type(self).__name__} has nothing to follow: limit_train_batches=0 leaves no optimizer step. "
+                f"Raise it, or take {type(self).__name__} out."
             )
         if total == float("inf") or total < 1:
             raise MisconfigurationException(
-                f"RankPruning needs the number of optimizer steps, and the Trainer expects {total}. Set max_steps, or "
-                "max_epochs together with a data loader whose length is known."
+                f"{type(self).__name__} needs the number of optimizer steps, and the Trainer expects {total}. Set "
+                "max_steps, or max_epochs together with a data loader whose length is known."
             )
         totals = gather_objects(int(total))
         if len(set(totals)) > 1:
@@ -267,7 +267,8 @@ class RankPruning(Preflight):
 
     def _cut(self, trainer: Trainer) -> None:
         """Cut what is closed out of parameters and optimizer state, and go on with what is left."""
-        kept = {name: site.gate.mask.detach() != 0 for name, site in self.policy.budget.items()}
+        sites = self.policy.budget.items()
+        kept = {name: site.adapter.kept(site.gate.mask.detach() != 0) for name, site in sites}
         if compact_in_training(trainer):
             self.policy.follow(RankBudget.of(trainer.lightning_module), kept)
             if self._settled:  # to follow is to track anew

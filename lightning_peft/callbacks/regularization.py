@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -60,12 +61,18 @@ class Regularization(Preflight):
         self._remove: Callable[[], None] | None = None
         self._total_steps: int | None = None
         self._recomputes: bool | None = None
+        self._begun = False
+
+    def before_adapters(self, module: LightningModule) -> None:
+        for term in self._each().values():
+            term.before_adapters(module)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._recomputes = None
         require_before(trainer, self, AdapterPlacement)
         require_one(trainer, Regularization, "give all terms to one: Regularization({'first': ..., 'second': ...})")
+        when_built(pl_module, self.before_adapters)  # for those whose adapters nobody places
         when_built(pl_module, self._register)
         when_built(pl_module, lambda module: keep_whole(trainer.strategy, module))
         if stage == "fit" and self._remove is None:
@@ -99,13 +106,37 @@ class Regularization(Preflight):
                 "steps. Set max_steps or max_epochs."
             )
         self._total_steps = _steps(trainer)
+        self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._begun:
+            return
+        self._begun = True
+        strategy = trainer.strategy
+        for term in self._each().values():
+            term.begin(module)
+            for companion in term.companions():
+                strategy.precision_plugin.convert_module(companion).to(strategy.root_device)
+
+    def _each(self) -> dict[str, Regularizer]:
+        return dict(self.terms.items())  # type: ignore[arg-type]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._total_steps = _steps(trainer)  # a batch-size finder changes it after our on_fit_start
 
     def _add_terms(self, call: Callable[..., Any], module: LightningModule, *args: Any, **kwargs: Any) -> Any:
-        outputs = call(*args, **kwargs)
+        step = module.trainer.global_step + 1
+        if self._total_steps is None:
+            self._total_steps = _steps(module.trainer)  # a learning-rate finder trains before our on_fit_start
+        self._begin(module.trainer, module)
+        terms = self._each()
+        weights = {name: term.weight_at(step, self._total_steps) for name, term in terms.items()}
+        with ExitStack() as watched:
+            for name, term in terms.items():
+                if weights[name] != 0:
+                    watched.enter_context(term.watching(module))
+            outputs = call(*args, **kwargs)
         if outputs is None:
             return None  # the user skips this batch
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
@@ -115,11 +146,6 @@ class Regularization(Preflight):
                 f"training_step of {type(module).__name__} must return a scalar loss, or a dictionary with one under "
                 f"'loss', for terms to be added. Got a {kind}."
             )
-        step = module.trainer.global_step + 1
-        if self._total_steps is None:
-            self._total_steps = _steps(module.trainer)  # a learning-rate finder trains before our on_fit_start
-        terms: dict[str, Regularizer] = dict(self.terms.items())  # type: ignore[arg-type]
-        weights = {name: term.weight_at(step, self._total_steps) for name, term in terms.items()}
         batch = args[0] if args else next(iter(kwargs.values()), None)
         with torch.autocast(loss.device.type, enabled=False):
             values = {name: term(module, batch, outputs) for name, term in terms.items() if weights[name] != 0}
@@ -150,11 +176,17 @@ class Regularization(Preflight):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._unwrap()
+        for term in self._each().values():
+            for companion in term.companions():
+                companion.cpu()  # as the strategy does with the module
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._unwrap()
 
     def _unwrap(self) -> None:
+        self._begun = False
+        for term in self._each().values():
+            term.end()
         if self._remove is not None:
             self._remove()
             self._remove = None

@@ -26,7 +26,13 @@ _OURS = (
     "generation_config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
+    "load_compressed.py",
+    "modeling_compressed.py",
+    "ranks.png",
+    "report.json",
+    "report.md",
 )
+_WHOLE = ("merged", "compressed")  # modes in which the head is a part of the model that is written
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Export:
 
     Attributes:
         folder: where it is.
-        mode: "padded", "compact", "folded", "adalora" or "merged".
+        mode: "padded", "compact", "folded", "adalora", "merged" or "compressed".
         ranks: open components of every adapted layer.
         head: names of the modules whose trained weights were written beside the adapters.
         bytes: size of the weights' files.
@@ -61,7 +67,7 @@ class Export:
             f"Wrote {self.folder} ({self.mode}, {self.bytes:,} bytes).",
             f"  layers: {len(used)} with ranks {min(used)} to {max(used)}, {sum(used)} components in all"
             + (f"; {len(self.left_out)} of rank 0 left out" if self.left_out else ""),
-            f"  head: {', '.join(self.head) or 'left out'}" if self.mode != "merged" else "",
+            f"  head: {', '.join(self.head) or 'left out'}" if self.mode not in _WHOLE else "",
             f"  checked: {self.check}; largest difference {self.max_difference:.1e}",
         ]
         return "\n".join([line for line in lines if line] + [f"  note: {note}" for note in self.notes])

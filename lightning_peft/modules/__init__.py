@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from lightning_peft.modules.language_data import LanguageData
+from lightning_peft.modules.language_model import LanguageModel
 from lightning_peft.modules.text_classifier import TextClassifier
 from lightning_peft.modules.text_data import TextData
 
-__all__ = ["TextClassifier", "TextData"]
+__all__ = ["LanguageData", "LanguageModel", "TextClassifier", "TextData"]

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict
 
-import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import AutoModelForSequenceClassification
 
-# Where PyTorch has a fused AdamW kernel. It matters with adapters: hundreds of small tensors, a dozen kernels each.
-_FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
+from lightning_peft.modules.optimization import Schedule, adamw, require_schedule
+from lightning_peft.modules.pretrained import from_folder_or_hub
 
 
 class TextBatch(TypedDict, total=False):
@@ -49,11 +46,14 @@ class TextClassifier(LightningModule):
         lr: peak learning rate of trainable parameters inside the encoder (adapters).
         head_lr: peak learning rate of trainable parameters outside the encoder (the classification head).
         weight_decay: AdamW's decoupled weight decay, for both groups.
-        warmup: share of the optimizer steps in which the rates rise from 0; then they fall linearly to 0.
+        warmup: share of the optimizer steps in which the rates rise from 0.
+        schedule: "linear" lets them fall to 0 then, "constant" leaves them.
+    Attributes:
+        newly_initialized: names of the model's parameters that the backbone did not have: those of a new head.
     Shape:
         input_ids, attention_mask: (batch, length) -> logits (batch, num_labels)
     Raises:
-        ValueError: the backbone cannot be found; fewer than two classes; warmup outside [0, 1).
+        ValueError: the backbone cannot be found; fewer than two classes; warmup outside [0, 1), or an unknown schedule.
     Example:
         >>> TextClassifier("no/such/folder", num_labels=2)
         Traceback (most recent call last):
@@ -68,15 +68,16 @@ class TextClassifier(LightningModule):
         head_lr: float = 5e-3,
         weight_decay: float = 0.01,
         warmup: float = 0.06,
+        schedule: Schedule = "linear",
     ) -> None:
         super().__init__()
         if num_labels < 2:
             raise ValueError(f"num_labels={num_labels}: a classifier needs at least 2 classes.")
-        if not 0.0 <= warmup < 1.0:
-            raise ValueError(f"warmup={warmup}: it is a share of the optimizer steps, at least 0 and below 1.")
+        require_schedule(warmup, schedule)
         self.save_hyperparameters()
-        self.lr, self.head_lr, self.weight_decay, self.warmup = lr, head_lr, weight_decay, warmup
-        self.model = _pretrained(backbone, num_labels)
+        self.lr, self.head_lr, self.weight_decay = lr, head_lr, weight_decay
+        self.warmup, self.schedule = warmup, schedule
+        self.model, self.newly_initialized = _pretrained(backbone, num_labels)
         metrics = MetricCollection(
             {
                 "accuracy": MulticlassAccuracy(num_labels, average="micro"),
@@ -135,50 +136,16 @@ class TextClassifier(LightningModule):
         Raises:
             MisconfigurationException: nothing is trainable, or the number of steps is not known.
         """
-        groups = self.parameter_groups()
-        if not groups:
-            raise MisconfigurationException(
-                "TextClassifier has no trainable parameter: every parameter has requires_grad=False. "
-                "Add an AdapterInjection callback, or let the head train (train=['classifier'])."
-            )
-        total = self.trainer.estimated_stepping_batches
-        if total == float("inf"):
-            raise MisconfigurationException(
-                "TextClassifier needs the number of optimizer steps for its decay, and the trainer has no limit: "
-                "set Trainer(max_epochs=...) or Trainer(max_steps=...)."
-            )
-        devices = {p.device.type for group in groups for p in group["params"]}
-        # A fused kernel unscales float16 gradients by itself, and then Lightning can no longer clip them.
-        fused = devices <= _FUSED_DEVICES and self.trainer.precision != "16-mixed"
-        optimizer = torch.optim.AdamW(groups, weight_decay=self.weight_decay, fused=fused)
-        warmup, total = round(self.warmup * total), int(total)
-
-        def share(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / (warmup + 1)  # not step / warmup: a first step at rate 0 would be a wasted batch
-            return max(0.0, (total - step) / max(1, total - warmup))
-
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": LambdaLR(optimizer, share), "interval": "step"},
-        }
+        advice = "let the head train (train=['classifier'])"
+        return adamw(self, self.parameter_groups(), self.weight_decay, self.warmup, self.schedule, advice)
 
 
-def _pretrained(backbone: str, num_labels: int) -> nn.Module:
-    """The pretrained encoder with a new head, in training mode."""
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            backbone,
-            num_labels=num_labels,
-            problem_type="single_label_classification",
-            trust_remote_code=False,  # a model's folder or hub page brings weights, never code
-            ignore_mismatched_sizes=True,  # a head for other classes is replaced by a new one
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"backbone={backbone!r} cannot be loaded: it is neither a folder with a config.json and weights nor a name "
-            "of a model that the hub answers for. Give the path of such a folder, or check the name and the network."
-        ) from error
-    # from_pretrained leaves the model in eval mode, and Lightning trains a module in the mode it finds it: no dropout.
-    model.train()
-    return cast(nn.Module, model)
+def _pretrained(backbone: str, num_labels: int) -> tuple[nn.Module, tuple[str, ...]]:
+    """The pretrained encoder in training mode, its head new if it has none for as many labels; and what is new."""
+    return from_folder_or_hub(
+        AutoModelForSequenceClassification,
+        backbone,
+        num_labels=num_labels,
+        problem_type="single_label_classification",
+        ignore_mismatched_sizes=True,  # a head for other classes is replaced by a new one
+    )

@@ -8,12 +8,10 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoTokenizer
 
-from lightning_peft.modules.batching import LengthGrouped, PlannedLoader
+from lightning_peft.modules.planned_data import NEEDED, PlannedData
 from lightning_peft.modules.text_files import Row, read_dataset, read_file
 
 if TYPE_CHECKING:
@@ -96,7 +94,7 @@ class Pad:
         return batch
 
 
-class TextData(LightningDataModule):
+class TextData(PlannedData):
     """Labelled texts for a classifier, from csv, tsv, jsonl and Orange `.tab` files, or from a `datasets` name.
 
     Rows with an empty label are dropped, except for prediction. Labels are numbered in sorted order over the training
@@ -118,8 +116,11 @@ class TextData(LightningDataModule):
         window: batches sorted by length together, see `LengthGrouped`.
         seed: decides the order of batches and the held-out rows.
         num_workers: processes that make batches; 0 is fast enough, the texts are tokenised already.
+        label_names: all labels in the order of their numbers, for a model that was trained with another order, or with
+            more labels than the training set has; ``None`` for those of the training set, sorted.
     Raises:
-        ValueError: a file, column or tokenizer that cannot be found; a label that is not in the training set.
+        ValueError: a file, column or tokenizer that cannot be found; a label that is not in the training set, or not
+            among `label_names`.
     """
 
     def __init__(
@@ -138,20 +139,14 @@ class TextData(LightningDataModule):
         window: int = 20,
         seed: int = 0,
         num_workers: int = 0,
+        label_names: Sequence[str] | None = None,
     ) -> None:
-        super().__init__()
-        if not 0.0 <= val_share < 1.0:
-            raise ValueError(f"val_share={val_share}: it is a share of the training rows, at least 0 and below 1.")
+        sources = {"train": train, "val": val, "test": test, "predict": predict or test}
+        super().__init__(sources, tokenizer, batch_size, val_share, window, seed, num_workers)
         self.save_hyperparameters()
-        self.sources = {"train": train, "val": val, "test": test, "predict": predict or test}
-        self.tokenizer, self.dataset, self.text, self.label = tokenizer, dataset, text, label
-        self.max_length, self.batch_size, self.val_share, self.window = max_length, batch_size, val_share, window
-        self.seed, self.num_workers = seed, num_workers
-        self._splits: dict[str, Tokens] = {}
+        self.dataset, self.text, self.label, self.max_length = dataset, text, label, max_length
+        self._given_names = None if label_names is None else [str(name) for name in label_names]
         self._label_names: list[str] | None = None
-        self._tokenize: Any = None
-        self._loader: PlannedLoader | None = None
-        self._position: dict[str, int] | None = None
 
     @property
     def label_names(self) -> list[str]:
@@ -163,84 +158,36 @@ class TextData(LightningDataModule):
 
     @property
     def num_labels(self) -> int:
-        """Number of classes in the training set."""
+        """Number of classes."""
         return len(self.label_names)
 
-    def setup(self, stage: str) -> None:
+    def read(self, stage: str) -> None:
         """Read and tokenise what the stage needs, once."""
-        if self.sources["val"] is None and self.val_share == 0:
-            # To Lightning a method that is the base class's is one nobody wrote, and it does not validate. An empty
-            # list of loaders would be remarked on in every run.
-            self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]
-        needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}[stage]
         self.label_names  # noqa: B018  # the numbers of labels come from the training set, whatever the stage
-        for split in needed:
+        for split in NEEDED[stage]:
             source = self.sources[split]
             if split not in self._splits and source is not None:
                 self._splits[split] = self._number(self._read(source), source, keep_all=split == "predict")
 
-    def train_dataloader(self) -> PlannedLoader | DataLoader[Any]:
-        """Batches of like length in random order, resumable in the middle of an epoch."""
-        tokens = self._split("train")
-        trainer: Any = self.trainer
-        if trainer is None:
-            plan = LengthGrouped(tokens.lengths, self.batch_size, self.seed, self.window)
-            return PlannedLoader(tokens, plan, self._pad(), self.num_workers)
-        if trainer.overfit_batches > 0:
-            return self._in_order(tokens)  # overfitting means the same few batches in every epoch
-        rank, world_size = trainer.global_rank, trainer.world_size
-        plan = LengthGrouped(tokens.lengths, self.batch_size, self.seed, self.window, rank, world_size)
-        progress = trainer.fit_loop.epoch_loop.batch_progress
-        loader = PlannedLoader(tokens, plan, self._pad(), self.num_workers, lambda: int(progress.current.processed))
-        if self._position is not None:
-            loader.load_state_dict(self._position)
-            self._position = None
-        self._loader = loader
-        return loader
-
     def val_dataloader(self) -> DataLoader[Any]:
         """Validation rows, from short to long."""
-        return self._in_order(ByLength(self._split("val")))
+        return self.in_order(ByLength(self._split("val")))
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Test rows, from short to long."""
-        return self._in_order(ByLength(self._split("test")))
+        return self.in_order(ByLength(self._split("test")))
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """Rows to predict, in the order of the file."""
-        return self._in_order(self._split("predict"))
+        return self.in_order(self._split("predict"))
 
-    def state_dict(self) -> dict[str, Any]:
-        """The place in the training data; with it a checkpoint can be taken inside an epoch."""
-        return {} if self._loader is None else {"train": self._loader.state_dict()}
+    def lengths(self, rows: Tokens) -> Tensor:
+        """Tokens per row."""
+        return rows.lengths
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Note the place for the loader that this fit will make.
-
-        Lightning itself restores a loader's state only if nobody has asked for the loader before the run starts, and a
-        `configure_optimizers` that reads `trainer.estimated_stepping_batches` does ask.
-        """
-        if self.trainer is not None and self.trainer.training:  # not when a checkpoint is only evaluated
-            self._position = state_dict["train"]
-
-    def _in_order(self, rows: Tokens | ByLength) -> DataLoader[Any]:
-        return DataLoader(
-            rows,
-            batch_size=self.batch_size,
-            collate_fn=self._pad(),
-            num_workers=self.num_workers,
-            generator=torch.Generator().manual_seed(self.seed),  # else each iterator draws from the global generator
-        )
-
-    def _split(self, split: str) -> Tokens:
-        if split not in self._splits:
-            if self.sources[split] is None:
-                raise ValueError(f"TextData has no {split} set: give {split}=... (a file, or a split of `dataset`).")
-            raise RuntimeError(f"TextData has not read its {split} set: call setup() first, or let a Trainer do it.")
-        return self._splits[split]
-
-    def _pad(self) -> Pad:
-        tokenizer = self._tokenizer()
+    def collate(self) -> Pad:
+        """Pads rows to the longest of them."""
+        tokenizer = self.load_tokenizer()
         return Pad(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
 
     def _read(self, source: str) -> list[Row]:
@@ -258,7 +205,13 @@ class TextData(LightningDataModule):
                 f"{source!r} has {len(names)} class(es) in {len(rows)} labelled rows; it needs at least 2."
             )
         numbers = all(name.lstrip("-").isdigit() for name in names)
-        self._label_names = sorted(names, key=int) if numbers else sorted(names)  # "10" comes after "9"
+        ordered = sorted(names, key=int) if numbers else sorted(names)  # "10" comes after "9"
+        if self._given_names is not None and (unknown := [name for name in ordered if name not in self._given_names]):
+            raise ValueError(
+                f"{source!r} has labels that are not among label_names: {', '.join(map(repr, unknown[:5]))}. "
+                f"Known: {', '.join(map(repr, self._given_names[:10]))}."
+            )
+        self._label_names = ordered if self._given_names is None else self._given_names
         if self.sources["val"] is None and self.val_share > 0:
             held = self._held_out(rows)
             self._splits["val"] = self._number([row for i, row in enumerate(rows) if i in held], source)
@@ -274,7 +227,7 @@ class TextData(LightningDataModule):
         held: set[int] = set()
         for name in self.label_names:
             order = torch.randperm(len(members[name]), generator=generator).tolist()
-            count = min(round(self.val_share * len(order)), len(order) - 1)
+            count = max(0, min(round(self.val_share * len(order)), len(order) - 1))
             held.update(members[name][i] for i in islice(order, count))
         return held
 
@@ -290,15 +243,4 @@ class TextData(LightningDataModule):
                     f"{', '.join(map(repr, unknown[:5]))}. Known: {', '.join(map(repr, self.label_names[:10]))}."
                 )
             labels = [numbers[row.label] for row in rows]
-        return Tokens(self._tokenizer(), [row.text for row in rows], labels, self.max_length)
-
-    def _tokenizer(self) -> Any:
-        if self._tokenize is None:
-            try:
-                self._tokenize = AutoTokenizer.from_pretrained(self.tokenizer, use_fast=True, trust_remote_code=False)
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"tokenizer={self.tokenizer!r} cannot be loaded: it is neither a folder with tokenizer files nor a "
-                    "name that the hub answers for. Give the classifier's backbone, or check the name and the network."
-                ) from error
-        return self._tokenize
+        return Tokens(self.load_tokenizer(), [row.text for row in rows], labels, self.max_length)

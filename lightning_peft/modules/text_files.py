@@ -58,6 +58,27 @@ def read_file(path: str | Path, text: str | None = None, label: str | None = Non
         ]
 
 
+def read_texts(path: str | Path, text: str | None = None) -> list[str]:
+    """The texts of a file, for a model of language: labels are neither needed nor looked at.
+
+    Args:
+        path: a `.txt` file, which is one text from start to end, or any file that :func:`read_file` takes.
+        text: name of the column with the text.
+    Raises:
+        ValueError: unknown suffix, no such file, or no such column; a column named for a `.txt` file, which has none.
+    """
+    path = Path(path)
+    if path.suffix != ".txt":
+        if path.suffix not in _SUFFIXES:
+            raise ValueError(f"{str(path)!r} has suffix {path.suffix!r}; files end in .txt, {', '.join(_SUFFIXES)}.")
+        return [row.text for row in read_file(path, text)]
+    if not path.is_file():
+        raise ValueError(f"there is no file {str(path)!r} (looked in {str(Path.cwd())!r}).")
+    if text is not None:
+        raise ValueError(f"{str(path)!r} is plain text and has no column {text!r}; leave text out.")
+    return [path.read_text(encoding="utf-8")]
+
+
 def read_dataset(name: str, split: str, text: str | None = None, label: str | None = None) -> list[Row]:
     """Read one split of a data set by its `datasets` name; class indices become their names where the set has them.
 

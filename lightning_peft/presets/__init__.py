@@ -1,6 +1,7 @@
 """Whole methods as lists of callbacks, a file each: `Trainer(callbacks=[*presets.dynamic_dora(final_rank=8)])`."""
 
 from lightning_peft.presets.adalora import adalora
+from lightning_peft.presets.ars import ars
 from lightning_peft.presets.base import Preset
 from lightning_peft.presets.dynamic_dora import dynamic_dora
 from lightning_peft.presets.elalora import elalora
@@ -8,18 +9,21 @@ from lightning_peft.presets.eva import eva
 from lightning_peft.presets.gora import gora
 from lightning_peft.presets.increlora import increlora
 from lightning_peft.presets.lora import lora
+from lightning_peft.presets.rankdyna import rankdyna
 from lightning_peft.presets.sora import sora
 from lightning_peft.presets.weight_decomposed import weight_decomposed, weight_decomposed_fixed
 
 __all__ = [
     "Preset",
     "adalora",
+    "ars",
     "dynamic_dora",
     "elalora",
     "eva",
     "gora",
     "increlora",
     "lora",
+    "rankdyna",
     "sora",
     "weight_decomposed",
     "weight_decomposed_fixed",

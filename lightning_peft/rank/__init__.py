@@ -7,6 +7,7 @@ from lightning_peft.rank.gate import Gate
 from lightning_peft.rank.importance import Importance, Taylor
 from lightning_peft.rank.policy import Policy, RankPolicy
 from lightning_peft.rank.probe import Probe
+from lightning_peft.rank.sampling import KeepProbability, MaskSampler, SamplingPolicy
 from lightning_peft.rank.schedule import Constant, Cubic, Linear, Schedule, SlowCubic, Step
 from lightning_peft.rank.weighted_svd import WeightedSVD
 
@@ -17,11 +18,14 @@ __all__ = [
     "Cubic",
     "Gate",
     "Importance",
+    "KeepProbability",
     "Linear",
+    "MaskSampler",
     "Policy",
     "Probe",
     "RankBudget",
     "RankPolicy",
+    "SamplingPolicy",
     "Schedule",
     "Site",
     "SlowCubic",

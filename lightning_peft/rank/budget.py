@@ -21,7 +21,8 @@ Unit = Literal["components", "parameters"]
 WHOLE = "_adapters_before_compaction"
 """Attribute of a module whose adapters were cut while it trained: layer -> what its adapter was before that.
 
-Plain data: `class` (module:name), `arguments`, `components`, and `cost` of one component.
+Plain data: `class` (module:name), `arguments`, `components`, `cost` of one component, and `dense`, what the layer's own
+weight has.
 """
 
 BESIDE = "_adopted"
@@ -113,6 +114,7 @@ class RankBudget(Mapping[str, Site]):
         known = {
             name: Extent(_kind(was["class"]), was["components"], was["cost"]) for name, was in (before or {}).items()
         }
+        self._dense = {name: int(was["dense"]) for name, was in (before or {}).items()}
         here = {n: Extent(type(s.adapter).__name__, len(s.gate), s.gate.cost) for n, s in sites.items()}
         self._extents = known | {name: extent for name, extent in here.items() if name not in known}
 
@@ -155,6 +157,12 @@ class RankBudget(Mapping[str, Site]):
     def capacity_parameters(self) -> int:
         """What all components cost together, in parameters."""
         return sum(extent.components * extent.cost for extent in self._extents.values())
+
+    @property
+    def dense_parameters(self) -> int:
+        """What the adapted layers' own weights have together, in parameters."""
+        here = {name: site.adapter.dense_parameters for name, site in self.items() if name not in self._dense}
+        return sum(here.values()) + sum(self._dense.values())
 
     @property
     def spent_parameters(self) -> int:
@@ -216,6 +224,9 @@ class Budget:
         rank: average rank per adapted layer: components, each counted as one, whatever its layer's size.
         parameters: adapter parameters.
         share: share of the adapters' parameters at full rank, in (0, 1].
+        dense_share: share of the parameters that the adapted layers' own weights have, for adapters that have these
+            weights in another form: the size that a compressed model keeps. Where components cost less than that from
+            the start, as they may if it is 1 or more, nothing is closed.
         megabytes: size of the exported adapter file in 10^6 bytes: float32 tensors of true rank (`to_hf_peft` with mode
             "compact" or "folded") and their header; the head is not counted. Adapters that have more than components
             are counted with what they have; one that then has no component is written with one of zeros, uncounted.
@@ -232,12 +243,13 @@ class Budget:
     parameters: int | None = None
     share: float | None = None
     megabytes: float | None = None
+    dense_share: float | None = None
 
     def __post_init__(self) -> None:
         given = self._given()
         if len(given) != 1:
             raise ValueError(
-                "a budget is given in exactly one of rank, parameters, share, megabytes. "
+                "a budget is given in exactly one of rank, parameters, share, megabytes, dense_share. "
                 f"Got {', '.join(f'{k}={v}' for k, v in given.items()) or 'none'}."
             )
         name, value = next(iter(given.items()))
@@ -275,6 +287,8 @@ class Budget:
             amount = int(self.parameters)
         elif self.share is not None:
             amount = floor(capacity * self.share + 1e-9)
+        elif self.dense_share is not None:
+            amount = min(capacity, floor(budget.dense_parameters * self.dense_share + 1e-9))
         else:
             assert self.megabytes is not None
             # Two tensors a layer; an entry in a safetensors header is its name and some 120 bytes of JSON.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,10 @@ class Gate(nn.Module):
     The mask is data, not shape: writing it recompiles nothing, travels in every checkpoint and is broadcast by DDP.
     There are two kinds of removal. *Hard* writes the mask, and the component stays closed whatever an optimizer does to
     the gain. *Soft* sets the gain to zero once, so the next optimizer step may bring the component back.
+
+    A method that learns masks draws one for every step and puts it into `drawn`, where it stands for the mask in what
+    the adapter computes, and nowhere else: :meth:`open` and :meth:`keep` are about the mask. It is of the step alone,
+    so it is neither saved, copied nor moved; its gradient reaches whatever drew it.
 
     Args:
         n: number of components.
@@ -37,6 +42,8 @@ class Gate(nn.Module):
 
     mask: Tensor
     gain: nn.Parameter | None
+    drawn: Tensor | None
+    """(n,) the mask of this step, 0 or 1, where one is drawn for every step."""
 
     def __init__(self, n: int, cost: int, gain: Tensor | None = None) -> None:
         super().__init__()
@@ -48,6 +55,7 @@ class Gate(nn.Module):
         device = None if gain is None else gain.device
         self.register_buffer("mask", torch.ones(n, dtype=torch.float32, device=device))
         self.gain = None if gain is None else nn.Parameter(gain)
+        self.drawn = None
         self._first = n
 
     def start_with(self, count: int) -> None:
@@ -70,8 +78,9 @@ class Gate(nn.Module):
         return self.mask.numel()
 
     def value(self) -> Tensor:
-        """What multiplies each component: (n,), the gain times the mask."""
-        return self.mask if self.gain is None else self.gain * self.mask
+        """What multiplies each component: (n,), the gain times the mask, or times the one that is drawn."""
+        mask = self.mask if self.drawn is None else self.drawn
+        return mask if self.gain is None else self.gain * mask
 
     def forward(self, h: Tensor) -> Tensor:
         return h * self.value().to(h.dtype)
@@ -121,3 +130,7 @@ class Gate(nn.Module):
         mask = self.mask.detach()
         self.mask = (mask if mask.dtype == torch.float32 else mask.float()).requires_grad_(wanted)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A drawn mask is inside the graph of a step, which cannot be copied or pickled.
+        return self.__dict__ | {"drawn": None}

@@ -162,6 +162,7 @@ class RankPolicy(Policy):
 
     At an event the components of lowest importance are closed, exactly as many as the schedule says. Before the last
     event removal is soft or hard, as `soft` says; the last event is always hard, and the mask is final from then on.
+    What is closed hard before it may be chosen again at a later event, unless `irreversible`.
 
     Args:
         schedule: how fast the budget falls, with its warm-up and its frozen tail.
@@ -170,13 +171,15 @@ class RankPolicy(Policy):
         interval: optimizer steps between two events; the last step of the window is always one.
         soft: removal before the last event only zeroes the gain, so that components may return.
         minimum: components that every layer keeps.
+        irreversible: what is closed at an event takes no part in later ones, and its gain becomes zero.
         compare: "worth", the default, compares components as they are, as the papers do. "worth_per_cost" divides worth
             by a component's parameters first, so that a budget in parameters, share or megabytes goes further: many
             components of small layers can be worth more than few of large ones.
 
     Raises:
         TypeError: an argument is of another class.
-        ValueError: interval is below 1, minimum is negative, or compare is unknown or of no effect.
+        ValueError: interval is below 1, minimum is negative, compare is unknown or of no effect, or removal is to be
+            soft and irreversible.
     """
 
     def __init__(
@@ -188,6 +191,7 @@ class RankPolicy(Policy):
         soft: bool = False,
         minimum: int = 0,
         compare: Compare = "worth",
+        irreversible: bool = False,
     ) -> None:
         super().__init__(schedule, importance, interval)
         require_instance("final", final, Budget, "Budget(rank=8)")
@@ -195,7 +199,10 @@ class RankPolicy(Policy):
         if minimum < 0:
             raise ValueError(f"minimum is a number of components, at least 0. Got {minimum}.")
         require_comparable(compare, final)
+        if soft and irreversible:
+            raise ValueError("soft=True lets components return, and irreversible=True does not: choose one of the two.")
         self.final = final
+        self.irreversible = irreversible
         self.soft = soft
         self.minimum = minimum
         self.compare = compare
@@ -295,11 +302,15 @@ class RankPolicy(Policy):
             self._budget.keep(masks, soft=True)
         if not self.soft or self.is_final(step, total):
             self._budget.keep(masks)
+        if self.irreversible:
+            gains = {name: mask for name, mask in masks.items() if self._budget[name].gate.removes_softly}
+            self._budget.keep(gains, soft=True)
+            self._gone = {name: ~mask.cpu() for name, mask in masks.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """The running importance, and what the schedule leaves out. Masks are the model's state."""
         state = {"importance": self.importance.state_dict(), "gone": dict(self._gone)}
-        return state | {"lost": self._lost} if self._away else state
+        return state | {"lost": self._lost} if self._away or self.irreversible else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` gave, after :meth:`track`."""

@@ -141,9 +141,9 @@ class WeightedSVD(Probe):
         r = uniform_rank(d_out, d_in, self.ratio)
         if r < 1:
             raise RuntimeError(
-                f"ratio={self.ratio} leaves no component at {name!r}: one of its {d_in} inputs and {d_out} outputs is "
-                f"{(d_in + d_out) / (d_in * d_out):.3g} of its parameters. Raise the ratio above that, or leave the "
-                "layer out of the targets."
+                f"ratio={self.ratio} leaves no component at {name!r}: one of {d_in} inputs and {d_out} outputs costs "
+                f"{(d_in + d_out) / (d_in * d_out):.3g} of its parameters. Raise the ratio to that, or leave the layer "
+                "out of the targets."
             )
         return r
 

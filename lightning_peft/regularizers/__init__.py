@@ -2,6 +2,17 @@
 
 from lightning_peft.regularizers.base import Regularizer, UntilTail, regularized
 from lightning_peft.regularizers.dem import DEM
+from lightning_peft.regularizers.distillation import Distillation
 from lightning_peft.regularizers.orthogonality import Orthogonality
+from lightning_peft.regularizers.rank_masks import BudgetPenalty, MaskAlignment
 
-__all__ = ["DEM", "Orthogonality", "Regularizer", "UntilTail", "regularized"]
+__all__ = [
+    "DEM",
+    "BudgetPenalty",
+    "Distillation",
+    "MaskAlignment",
+    "Orthogonality",
+    "Regularizer",
+    "UntilTail",
+    "regularized",
+]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +55,26 @@ class Regularizer(nn.Module, ABC):
     @abstractmethod
     def forward(self, module: nn.Module, batch: Any, outputs: Any) -> Tensor:
         """The term's value for this batch: a scalar."""
+
+    def before_adapters(self, module: nn.Module) -> None:
+        """See the module before adapters are put in, or with those that it has; for every entry point, repeatedly."""
+
+    def begin(self, module: nn.Module) -> None:
+        """A fit begins: the module has its adapters; its checkpoint is restored, or will be before the first step."""
+
+    def end(self) -> None:
+        """A fit has ended: leave the module alone."""
+
+    def companions(self) -> Iterable[nn.Module]:
+        """Modules that the term runs beside the model and does not train; the callback moves and casts them alike.
+
+        They are not the term's children: no optimizer, wrapper or checkpoint takes them for the model's.
+        """
+        return ()
+
+    def watching(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Around the training step, at steps at which the term's weight is not 0: what it is to see of it."""
+        return nullcontext()
 
     def weight_at(self, step: int, total: int) -> float:
         """The weight at an optimizer step, counted from 1."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ def fit(module: L.LightningModule, *callbacks: L.Callback, ckpt_path: Path | Non
     return trainer
 
 
-def injection() -> AdapterInjection:
-    return AdapterInjection(Factorized, ["0", "3"], ["4"], verbose=False)
+def injection(trained: bool = True) -> AdapterInjection:
+    return AdapterInjection(partial(Factorized, trained=trained), ["0", "3"], ["4"], verbose=False)
 
 
 class AtStart(L.Callback):
@@ -70,10 +71,11 @@ class AtStart(L.Callback):
         assert all(p.grad is None for p in pl_module.parameters())
 
 
-def test_fisher_is_that_of_the_dense_model() -> None:
+@pytest.mark.parametrize("trained", [True, False])
+def test_fisher_is_that_of_the_dense_model(trained: bool) -> None:
     """Over batches of eight, eight and four, without dropout; the function is what it was, and then it is cut."""
     start = AtStart()
-    fit(Net(), injection(), Calibration(WeightedSVD("fisher"), batches=9), start)
+    fit(Net(), injection(trained), Calibration(WeightedSVD("fisher"), batches=9), start)
     torch.testing.assert_close(start.given, start.same, rtol=1e-4, atol=1e-5)
     plain, x, y = Net().eval(), *loader().dataset[:]
     squares = {0: torch.zeros(8), 3: torch.zeros(12)}
@@ -145,3 +147,23 @@ def test_inputs_need_no_loss() -> None:
 def test_data_that_are_none_are_refused() -> None:
     with pytest.raises(MisconfigurationException, match="Calibration has no batch to look at"):
         fit(Net(), injection(), Calibration(WeightedSVD("activation"), data=[]))
+
+
+class Attention(Net):
+    """Its output projection is read by the attention and never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Unflatten(1, (2, 4)), nn.TransformerEncoderLayer(4, 2, 8, batch_first=True))
+        self.net.extend([nn.Flatten(1), nn.Linear(8, 2)])
+
+
+@pytest.mark.parametrize("weighting", ["whiten", "fisher"])
+def test_layers_that_are_only_read_are_named(weighting: Any) -> None:
+    net, calibration = Attention(), Calibration(WeightedSVD(weighting, rank=2), batches=2)
+    place = AdapterInjection(Factorized, ["out_proj", "linear1", "linear2"], verbose=False)
+    with pytest.warns(
+        UserWarning, match=r"nothing of 1 adapted layers, which keep their start: net.1.self_attn.out_proj\."
+    ):
+        fit(net, place, calibration, max_epochs=1)
+    assert set(RankBudget.of(net).ranks().values()) == {2}

@@ -16,6 +16,7 @@ from lightning_peft import (
     Budget,
     Calibration,
     Cubic,
+    Distillation,
     DynamicDoRA,
     Factorized,
     Growth,
@@ -27,6 +28,7 @@ from lightning_peft import (
     SoftThreshold,
     Taylor,
     WeightDecomposed,
+    WeightedSVD,
     convert,
     eject,
     inject,
@@ -102,6 +104,9 @@ ROWS: Rows = {
     "calibration on no batch": (lambda: presets.eva(rank=2, batches=0), ValueError),
     "a cap below the average rank": (lambda: presets.eva(rank=2, rho=0.5), ValueError),
     "a probe's class, not a probe": (lambda: Calibration(EVA), TypeError),  # type: ignore[arg-type]
+    "a weighting that is misspelt": (lambda: WeightedSVD("fischer"), ValueError),  # type: ignore[arg-type]
+    "a ratio that keeps everything": (lambda: WeightedSVD(ratio=1.0), ValueError),
+    "a ratio and a rank": (lambda: WeightedSVD(ratio=0.5, rank=8), ValueError),
     "a share above 1 to convert by": (lambda: convert(adapted(), 8.0), ValueError),
     "adapters to convert that were never trained": (lambda: convert(adapted(), 2), ValueError),
     "a rank above the layer's limit": (lambda: fit(Encoder(), *presets.dynamic_dora(final_rank=8)), ValueError),
@@ -215,6 +220,11 @@ ROWS: Rows = {
     "no term": (lambda: Regularization({}), TypeError),
     "a term's class in place of a term": (lambda: Regularization({"dem": DEM}), TypeError),  # type: ignore[dict-item]
     "a term's name that no log can hold": (lambda: Regularization({"loss/dem": DEM()}), ValueError),
+    "a misspelt loss of distillation": (lambda: Distillation(loss="ce"), ValueError),  # type: ignore[arg-type]
+    "a temperature of 0": (lambda: Distillation(temperature=0), ValueError),
+    "a teacher by its name": (lambda: Distillation(teacher="bert-base-uncased"), TypeError),  # type: ignore[arg-type]
+    "hidden states as one name": (lambda: Distillation(hidden="encoder"), TypeError),
+    "distillation of nothing": (lambda: Distillation(loss=None), ValueError),
     "a misspelt normalizer": (lambda: presets.dynamic_dora(dem_normalizer="paper"), ValueError),  # type: ignore[arg-type]
     "a misspelt mode of AdaLoRA": (lambda: presets.adalora(mode="post"), ValueError),  # type: ignore[arg-type]
     "a target rank and a budget": (lambda: presets.adalora(4, budget=Budget(share=0.5)), ValueError),

@@ -23,10 +23,14 @@ from lightning_peft import (
     AdapterCheckpoint,
     AdapterInjection,
     Calibration,
+    Distillation,
+    Factorized,
     RankBudget,
     RankMonitor,
     Regularization,
+    WeightedSVD,
     eject,
+    inject,
     presets,
 )
 
@@ -124,6 +128,10 @@ def other(callback: Any, module: Any = OtherModule) -> object:
     return fit(module(), callback, kind=pytorch_lightning.Trainer)
 
 
+def own_teacher(module: Any) -> object:
+    return fit(module, AdapterInjection(LORA), Regularization({"t": Distillation(of="query", teacher=module.query)}))
+
+
 def stop(trainer: Trainer, module: Any) -> None:
     trainer.should_stop = True
 
@@ -134,6 +142,19 @@ def pretrained() -> Encoder:
     with torch.no_grad():
         for site in RankBudget.of(module).values():
             site.adapter.B.fill_(0.1)
+    return module
+
+
+def factors(ratio: float = 0.5) -> list[Any]:
+    """Layers that are decomposed by the Fisher information."""
+    return [AdapterInjection(Factorized), Calibration(WeightedSVD("fisher", ratio=ratio))]
+
+
+def compressed() -> Encoder:
+    """Factorised layers of which little is left."""
+    module = Encoder()
+    inject(module, Factorized)
+    RankBudget.of(module).keep({"query": torch.arange(8) < 2})
     return module
 
 
@@ -252,9 +273,45 @@ ROWS: Rows = {
         lambda: fit(Unused(), *presets.eva(rank=2, targets=["query"])),
         RuntimeError,
     ),
+    "gradients of a task without a loss": (lambda: fit(NoLoss(), *factors()), MisconfigurationException),
+    "a weighted decomposition of adapters that are not factorised": (
+        lambda: fit(Encoder(), AdapterInjection(LORA), Calibration(WeightedSVD())),
+        RuntimeError,
+    ),
+    "a ratio that leaves a layer nothing": (lambda: fit(Encoder(), *factors(ratio=0.1)), RuntimeError),
+    "a layer that is compressed already": (lambda: fit(compressed(), *factors()), RuntimeError),
     "`RankPruning` without adapters": (lambda: fit(Encoder(), pruning(rank=2)), MisconfigurationException),
     "`RankMonitor` without adapters": (lambda: fit(Encoder(), RankMonitor()), MisconfigurationException),
     "`Regularization` without adapters": (lambda: fit(Encoder(), Regularization({"dem": DEM()})), RuntimeError),
+    "distillation where several children have parameters": (
+        lambda: fit(Encoder(), AdapterInjection(LORA), Regularization({"teacher": Distillation()})),
+        ValueError,
+    ),
+    "distillation of adapters that are in already": (
+        lambda: fit(adapted(), Regularization({"teacher": Distillation(of="query")})),
+        RuntimeError,
+    ),
+    "a student that is its own teacher": (lambda: own_teacher(Encoder()), ValueError),
+    "distillation of a module that is not called": (
+        lambda: fit(Unused(), AdapterInjection(LORA), Regularization({"teacher": Distillation(of="query")})),
+        RuntimeError,
+    ),
+    "a hidden state that there is not": (
+        lambda: fit(
+            Encoder(),
+            AdapterInjection(LORA),
+            Regularization({"teacher": Distillation(of="query", loss=None, hidden=["dense"])}),
+        ),
+        ValueError,
+    ),
+    "a teacher of other classes": (
+        lambda: fit(
+            Encoder(),
+            AdapterInjection(LORA),
+            Regularization({"teacher": Distillation(of="query", teacher=torch.nn.Linear(8, 3))}),
+        ),
+        RuntimeError,
+    ),
     "an optimizer of the head alone": (lambda: fit(HeadOnly(), *presets.lora(rank=4)), MisconfigurationException),
     "an optimizer of the adapters alone": (lambda: fit(AdaptersOnly(), *presets.lora(rank=4)), UserWarning),
     "an optimizer that is built in `__init__`": (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from lightning_peft import presets
+from lightning_peft import Adapter, AdapterInjection, presets
 
 NAMES = [name for name in presets.__all__ if name != "Preset"]
 
@@ -30,3 +30,16 @@ def small(name: str, **also: Any) -> presets.Preset:
     known = inspect.signature(function).parameters
     preset: presets.Preset = function(**{key: value for key, value in (_SMALL | also).items() if key in known})
     return preset
+
+
+def releases_base(name: str) -> bool:
+    """Whether the preset's adapters have their layers' weights in another form: PEFT has no format for these."""
+    factory = adapter_of(name)
+    kind = getattr(factory, "func", factory)
+    return isinstance(kind, type) and issubclass(kind, Adapter) and kind.releases_base
+
+
+def adapter_of(name: str) -> Any:
+    """What the preset builds its adapters with."""
+    (injection,) = (each for each in small(name) if isinstance(each, AdapterInjection))
+    return injection.adapter

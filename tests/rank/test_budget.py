@@ -113,7 +113,7 @@ def test_a_budget_in_any_unit(final: Budget, unit: str, amount: int) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({}, "exactly one of rank, parameters, share, megabytes. Got none."),
+        ({}, "exactly one of rank, parameters, share, megabytes, dense_share. Got none."),
         ({"rank": 2, "share": 0.5}, "Got rank=2, share=0.5."),
         ({"rank": 0}, "a budget's rank must be positive and finite. Got 0."),
         ({"rank": float("nan")}, "a budget's rank must be positive and finite. Got nan."),

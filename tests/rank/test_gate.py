@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import Tensor
 
 from lightning_peft import Gate
+from lightning_peft.functional.rank_masks import straight_through
 
 
 def gated(*gain: float) -> Gate:
@@ -120,3 +122,37 @@ def test_what_cannot_be() -> None:
 
 def test_it_prints_its_size_and_price() -> None:
     assert repr(Gate(3, cost=8)) == "Gate(n=3, cost=8)"
+
+
+def drawn(gate: Gate) -> Tensor:
+    """A mask in the graph of whatever drew it."""
+    logits = torch.tensor([1.0, -1.0, 2.0], requires_grad=True)
+    gate.drawn = straight_through(torch.sigmoid(logits))
+    return logits
+
+
+def test_a_drawn_mask_stands_for_the_mask_in_what_is_computed() -> None:
+    gate = gated(2.0, 3.0, 4.0)
+    gate.keep(torch.tensor([0, 1, 1]))
+    logits = drawn(gate)
+    assert gate.value().tolist() == [2, 0, 4]
+    assert gate.open().tolist() == [False, True, True]
+    gate(torch.ones(3)).sum().backward()
+    y = torch.sigmoid(logits.detach())
+    assert gate.gain is not None
+    assert torch.allclose(logits.grad, gate.gain.detach() * y * (1 - y))  # type: ignore[arg-type]
+    gate.drawn = None
+    assert gate.value().tolist() == [0, 3, 4]
+
+
+def test_a_drawn_mask_is_of_the_step_alone() -> None:
+    gate = gated(2.0, 3.0, 4.0)
+    drawn(gate)
+    assert set(gate.state_dict()) == {"mask", "gain"}
+    for twin in (copy.deepcopy(gate), pickle.loads(pickle.dumps(gate))):
+        assert twin.drawn is None
+        assert twin.value().tolist() == [2, 3, 4]
+    assert gate.drawn is not None
+    gate.to(torch.bfloat16)
+    assert gate.drawn is not None
+    assert gate.drawn.dtype == torch.float32

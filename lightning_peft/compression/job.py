@@ -1,0 +1,319 @@
+"""Compress a model in a folder: look at data, find ranks, fine-tune what is left, write it, say what it is now."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import nn
+
+from lightning_peft.adapters.factorized import Factorized
+from lightning_peft.arguments import require_integer, require_number
+from lightning_peft.callbacks import Regularization
+from lightning_peft.compression.figures import milliseconds, size
+from lightning_peft.compression.methods import METHODS, Method, Plan, Training, method
+from lightning_peft.compression.report import Report
+from lightning_peft.compression.task import Source, Task, hub_model, task_of
+from lightning_peft.interop.folder import refuse_to_overwrite
+from lightning_peft.interop.plain import save_compressed, thin_layers, to_plain
+from lightning_peft.modules.planned_data import PlannedData
+from lightning_peft.planning.skeleton import skeleton
+from lightning_peft.rank.budget import RankBudget
+from lightning_peft.rank.weighted_svd import Weighting
+from lightning_peft.regularizers import Distillation
+from lightning_peft.surgery import inject
+
+_HEAD_LR = 5e-3  # of a new head, which needs larger steps than what is pretrained
+_PACKAGES = ("lightning-peft", "torch", "lightning", "transformers")
+
+
+@dataclass(frozen=True)
+class Compression:
+    """A description of a compression; :meth:`run` does it.
+
+    Args:
+        method: "svd", "fwsvd", "asvd" and "svd-llm" give every layer the same share, by four weightings; "ars" learns
+            the layers' ranks; "rankdyna" trains the factorised model and cuts it meanwhile, in one round.
+        ratio: kept share of the weights of the layers that are compressed, in (0, 1).
+        task: "classification" or "lm"; ``None`` for what the model's config says.
+        targets: patterns of the layers to compress, see :func:`lightning_peft.inject`; ``None`` for all but the head.
+        weighting: what the decomposition of "ars" goes by: "none", "fisher" (the default), "taylor", "activation" or
+            "whiten".
+        calibration: batches that are looked at before, at most.
+        steps: optimizer steps of "ars" and "rankdyna"; ``None`` for 1000.
+        fine_tuning: optimizer steps after compression, on all that is left, plain; 0 for none.
+        lr: peak learning rate of fine-tuning, and of "rankdyna".
+        distill: weight of distillation from the dense model while fine-tuning; 0 for none.
+        precision: of the Trainers.
+        seed: of everything that is drawn.
+        progress: whether bars are shown.
+
+    Raises:
+        TypeError: a number is none.
+        ValueError: a name is unknown, or a number is out of range.
+    """
+
+    method: str = "ars"
+    ratio: float = 0.5
+    task: str | None = None
+    targets: Sequence[str] | None = None
+    weighting: Weighting | None = None
+    calibration: int = 64
+    steps: int | None = None
+    fine_tuning: int = 0
+    lr: float = 1e-4
+    distill: float = 0.0
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    seed: int = 0
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        found = method(self.method)
+        for name, number in (("ratio", self.ratio), ("lr", self.lr), ("distill", self.distill)):
+            require_number(name, number)
+        for name, count in (("calibration", self.calibration), ("fine_tuning", self.fine_tuning)):
+            require_integer(name, count)
+        if not 0 < self.ratio < 1:
+            raise ValueError(f"ratio={self.ratio}: it is the share of the weights that is kept, above 0 and below 1.")
+        if self.calibration < 1:
+            raise ValueError(f"calibration={self.calibration}: at least 1 batch is looked at.")
+        if self.fine_tuning < 0:
+            raise ValueError(f"fine_tuning={self.fine_tuning}: it is a number of steps, 0 for none.")
+        if self.distill < 0:
+            raise ValueError(f"distill={self.distill}: it is the weight of a loss term, 0 for none.")
+        if self.distill and not self.fine_tuning:
+            raise ValueError(
+                f"distill={self.distill} is for fine-tuning after compression, and there is none: fine_tuning=0. Give "
+                "it steps, or leave distill out."
+            )
+        if self.steps is not None:
+            require_integer("steps", self.steps)
+            if not found.trains:
+                raise ValueError(
+                    f"steps={self.steps}: {self.method} takes none. For those afterwards, give fine_tuning."
+                )
+            if self.steps < 1:
+                raise ValueError(f"steps={self.steps}: {self.method} trains, for at least 1 step.")
+        if self.weighting is not None and found.weighting is None:
+            raise ValueError(f"weighting={self.weighting!r}: {self.method} has its own.")
+
+    def run(self, model: str, source: Source | str, out: str | Path, overwrite: bool = False) -> Report:
+        """Compress a model.
+
+        Args:
+            model: folder of a transformers model and its tokenizer.
+            source: texts; a file, or more than that.
+            out: folder for the result, written whole or not at all; see :func:`lightning_peft.save_compressed`. The
+                tokenizer goes with it, and the report: report.md, report.json, ranks.png.
+            overwrite: write into a folder that holds other things than an earlier result, which are kept.
+
+        Returns:
+            What was done; print it.
+
+        Raises:
+            FileNotFoundError, FileExistsError, ValueError: what is wrong with the model, the texts, or `out`.
+            RuntimeError: the written model was checked, and is not right.
+        """
+        out = Path(out)
+        refuse_to_overwrite(out, overwrite)  # now, not after an hour
+        task = task_of(str(model), self.task)
+        full = self._reachable(task)
+        seed_everything(self.seed, verbose=False)
+        clock, chosen = _Clock(), method(self.method)
+        with clock.stage("reading"):
+            source = Source(source, seed=self.seed) if isinstance(source, str) else source
+            data = task.data(source)
+            data.setup("fit")
+            module: Any = task.module(data)
+            self._require_head(task, module, data, chosen)
+        before = size(hub_model(module), full)
+        quality_before = {} if task.missing(module) else self._quality(module, data, "the dense model", clock)
+        with clock.stage("compression"):
+            steps = (chosen.steps if self.steps is None else self.steps) if chosen.trains else 0
+            self._say(f"{chosen.title}: {len(full)} layers to ratio {self.ratio:g}.")
+            self._find_ranks(module, data, task, chosen, steps)
+            ranks = _below(RankBudget.of(module).ranks(), "model.")
+            to_plain(module)
+            for child in ("peft_masks", "peft_terms"):  # what drew masks, and its terms: not to be fine-tuned
+                module._modules.pop(child, None)
+        quality = compressed = self._quality(module, data, "the compressed model", clock)
+        if self.fine_tuning:
+            with clock.stage("fine-tuning"):
+                self._fine_tune(module, data, task)
+            quality = self._quality(module, data, "the fine-tuned model", clock)
+        plain = hub_model(module).cpu()
+        after = size(plain, full)
+        rows: Any = data.val_dataloader().dataset
+        with clock.stage("timing"):
+            timed_on, batch = task.timed(rows, data)
+            dense = hub_model(task.module(data))
+            times = milliseconds([dense, plain], batch)
+            del dense
+        thin = thin_layers(plain)
+        took = dict(clock.seconds)
+        report = Report(
+            model=Path(model).name,
+            method=chosen.title,
+            asked=self.ratio,
+            ratio=after.linear_parameters / before.linear_parameters,
+            ranks=ranks,
+            full=full,
+            dense=tuple(name for name in full if name not in thin),
+            before=before,
+            after=after,
+            quality_before=quality_before,
+            quality_compressed=compressed,
+            quality_after=quality,
+            quality_on=f"{len(rows):,} rows, {'of the test file' if source.test else 'held out'}",
+            milliseconds=(times[0], times[1]),
+            timed_on=timed_on,
+            steps={"compression": steps, "fine-tuning": self.fine_tuning},
+            seconds=took,
+            peak_bytes=_peak(),
+            versions={package: version(package) for package in _PACKAGES},
+        )
+
+        def beside(folder: Path) -> None:
+            data.load_tokenizer().save_pretrained(folder)
+            report.write(folder)
+
+        save_compressed(plain, out, overwrite=overwrite, beside=beside)
+        return report
+
+    def _reachable(self, task: Task) -> dict[str, int]:
+        """The layers that will be compressed, and how many components they have; from the config alone.
+
+        Raises:
+            ValueError: the ratio does not pay for one component in every layer, or a target's weight is tied.
+        """
+        model = skeleton(task.folder, task.architecture())
+        tied = _tied(model)
+        inject(model, Factorized, self.targets, [])
+        budget = RankBudget.of(model)
+        if shared := [name for name in budget if name in tied]:
+            raise ValueError(
+                f"the layer {shared[0]!r} has the weight of the embeddings, which stay: compressed, it would come on "
+                "top of them. Leave it out of the targets."
+            )
+        dense = sum(len(site.gate) * (site.gate.cost - len(site.gate)) for site in budget.values())
+        least = sum(site.gate.cost for site in budget.values()) / dense
+        if self.ratio < least:
+            raise ValueError(
+                f"ratio={self.ratio} cannot be reached: one component in each of {len(budget)} layers is {least:.4f} "
+                "of their weights. Raise it, or name fewer layers in targets."
+            )
+        return {name: len(site.gate) for name, site in budget.items()}
+
+    def _require_head(self, task: Task, module: Any, data: PlannedData, chosen: Method) -> None:
+        missing = task.missing(module)
+        others = ", ".join(name for name, other in METHODS.items() if other.heads)
+        if missing and not chosen.heads:
+            raise ValueError(
+                f"{task.folder!r} has no weights for {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+                f"{task.wanted(data)}, so there is no quality for {self.method} to keep. Fine-tune the model for its "
+                f"task first, or take a method that does so itself: {others}."
+            )
+
+    def _find_ranks(self, module: Any, data: PlannedData, task: Task, chosen: Method, steps: int) -> None:
+        weighting = self.weighting or chosen.weighting
+        plan = Plan(self.ratio, self.targets, self.calibration, weighting, steps, self.seed)
+        training = chosen.training or Training(self.lr, _HEAD_LR if task.missing(module) else self.lr)
+        self._fit(module, data, task, chosen.callbacks(plan), steps or 1, training)
+
+    def _fine_tune(self, module: Any, data: PlannedData, task: Task) -> None:
+        callbacks: list[Callback] = []
+        if self.distill:
+            teacher = task.module(data)
+            callbacks = [Regularization({"distillation": Distillation(self.distill, teacher, of="model")})]
+        self._say(f"Fine-tuning for {self.fine_tuning} steps.")
+        self._fit(module, data, task, callbacks, self.fine_tuning, Training(self.lr, self.lr))
+
+    def _fit(
+        self, module: Any, data: PlannedData, task: Task, callbacks: list[Callback], steps: int, training: Training
+    ) -> None:
+        task.set_rates(module, training.lr, training.head_lr)
+        module.weight_decay, module.schedule = training.weight_decay, training.schedule
+        self._trainer(callbacks, steps, training.clip).fit(module, datamodule=data)
+
+    def _quality(self, module: LightningModule, data: PlannedData, what: str, clock: _Clock) -> dict[str, float]:
+        with clock.stage("evaluation"):
+            found = self._trainer([], 1, None).validate(module, datamodule=data, verbose=False)[0]
+        quality = {name.rpartition("/")[2]: value for name, value in found.items()}
+        self._say(f"Quality of {what}: {', '.join(f'{name} {value:.4f}' for name, value in quality.items())}.")
+        return quality
+
+    def _trainer(self, callbacks: list[Callback], steps: int, clip: float | None) -> Trainer:
+        return Trainer(
+            accelerator="auto",
+            devices=1,
+            precision=self.precision,
+            max_epochs=-1,
+            max_steps=steps,
+            gradient_clip_val=clip,
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=self.progress,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            check_val_every_n_epoch=None,
+            val_check_interval=10**9,  # quality is measured before and after, not on the way
+        )
+
+    def _say(self, text: str) -> None:
+        if self.progress:
+            rank_zero_info(text)
+
+
+def compress(model: str, source: Source | str, out: str | Path, overwrite: bool = False, **options: Any) -> Report:
+    """Compress a transformers model in a folder; see :class:`Compression` for the options and `run` for the rest.
+
+    Example:
+        >>> compress("no/such/folder", "texts.csv", "out", method="svd")
+        Traceback (most recent call last):
+        FileNotFoundError: there is no config.json at 'no/such/folder'; ...
+    """
+    return Compression(**options).run(model, source, out, overwrite)
+
+
+class _Clock:
+    """Wall time by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def _below(ranks: Mapping[str, int], prefix: str) -> dict[str, int]:
+    return {name.removeprefix(prefix): rank for name, rank in ranks.items()}
+
+
+def _tied(model: Any) -> set[str]:
+    """Names of layers whose weight is the input embeddings' too."""
+    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        return set()
+    output: Callable[[], nn.Module | None] = model.get_output_embeddings
+    return {name for name, child in model.named_modules() if child is output()}
+
+
+def _peak() -> int:
+    """Bytes that the process held at most; 0 where the system does not say."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return found if sys.platform == "darwin" else found * 1024

@@ -1,0 +1,86 @@
+"""Puts thin layers into a model and loads their weights: needs torch and safetensors, and no library that made them.
+
+    model = TheModel(...)          # as it was built before it was compressed
+    load(model, "folder")
+
+A layer of rank k that was `y = W x + b` is `y = up(down(x))`: `down` has k outputs and no bias, `up` has the bias. The
+ranks stand in `config.json`, by the names of the layers; a layer that is not there is as it was.
+"""
+
+import json
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+
+class ThinLinear(nn.Sequential):
+    """Two linear layers in the place of one. What reads `weight` gets their product."""
+
+    def __init__(self, d_in: int, d_out: int, rank: int, bias: bool) -> None:
+        down = nn.Linear(d_in, rank, bias=False)
+        super().__init__(OrderedDict(down=down, up=nn.Linear(rank, d_out, bias=bias)))
+        self.in_features, self.out_features = d_in, d_out
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.up.weight @ self.down.weight  # type: ignore[operator, union-attr]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.up.bias  # type: ignore[return-value, union-attr]
+
+
+def thin(layer: nn.Module, rank: int) -> nn.Module:
+    """A layer of this rank for the place of a linear layer, a convolution or transformers' Conv1D."""
+    weight: torch.Tensor = layer.weight  # type: ignore[assignment]
+    bias = layer.bias is not None
+    if weight.dim() == 2:
+        d_in, d_out = weight.shape if type(layer).__name__ == "Conv1D" else reversed(weight.shape)
+        pair: nn.Module = ThinLinear(d_in, d_out, rank, bias)
+    else:
+        names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+        geometry = {name: getattr(layer, name) for name in names}
+        down = type(layer)(layer.in_channels, rank, bias=False, **geometry)
+        up = type(layer)(rank, layer.out_channels, 1, bias=bias)  # type: ignore[call-arg]
+        pair = nn.Sequential(OrderedDict(down=down, up=up))
+    return pair.to(device=weight.device, dtype=weight.dtype)
+
+
+def put_in(model: nn.Module, ranks: "dict[str, int]") -> None:
+    """Put thin layers in the place of dense ones, in place.
+
+    Args:
+        model: has the dense layers.
+        ranks: name of a layer -> its rank. A name may have the prefix of transformers' base model in front or not.
+    """
+    prefix = getattr(model, "base_model_prefix", "") + "."
+    modules = dict(model.named_modules(remove_duplicate=False))
+    new = {}
+    for name, rank in ranks.items():
+        found = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in modules), None)
+        if found is None:
+            if getattr(model, "base_model", None) is model:
+                continue  # a layer of the head, and this is the base model alone
+            raise ValueError(f"{type(model).__name__} has no layer {name!r}: it is not the model that was compressed.")
+        new[id(modules[found])] = thin(modules[found], rank)
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):  # also the second name of a layer that has two
+            if id(child) in new:
+                setattr(parent, name, new[id(child)])
+
+
+def load(model: nn.Module, folder: "str | Path") -> nn.Module:
+    """Put thin layers into a model as it was built before it was compressed, load all weights, return the model."""
+    folder = Path(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    put_in(model, config["thin_layers"])
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        tensors.update(load_file(file))
+    for name, same in config.get("same", {}).items():
+        tensors[name] = tensors[same]
+    model.load_state_dict(tensors)
+    return model

@@ -1,0 +1,126 @@
+"""Hear what a module is called with and what it and modules inside it give, from the outside."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_peft.rank.budget import clean_name
+
+
+@dataclass
+class Call:
+    """One call of a module.
+
+    Attributes:
+        args: what it was given.
+        kwargs: what it was given by name.
+        output: what it returned.
+        inside: what modules inside it returned meanwhile, by name, in order.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+    inside: dict[str, list[Tensor]] = field(default_factory=dict)
+
+
+class Calls:
+    """The calls of a module while `on` is set, with what named modules inside it return.
+
+    It hears by forward hooks, which are not compiled with the module, and which stay between steps, so that what is
+    compiled need not be compiled again. Modules are looked up by name at every :meth:`attach`: one that has been
+    replaced, as compaction does, is heard again.
+
+    Args:
+        root: the module.
+        names: modules inside it, by the names that the user knows.
+
+    Raises:
+        ValueError: there is no module of that name.
+    """
+
+    def __init__(self, root: nn.Module, names: Sequence[str] = ()) -> None:
+        self.on = False
+        self._log: list[tuple[str | None, tuple[Any, ...], dict[str, Any], Any]] = []
+        self.blind: set[str] = set()
+        """Names of modules that ran without gradients, though training was heard: re-entrant checkpointing does so."""
+        self._root = root
+        self._paths = {name: path_of(root, name) for name in names}
+        self._hooks: dict[str | None, tuple[nn.Module, RemovableHandle]] = {}
+
+    def attach(self) -> None:
+        """Hear from now on; idempotent."""
+        for name, path in self._paths.items():
+            module = self._root.get_submodule(path)
+            if self._is_new(name, module):
+                self._hooks[name] = module, module.register_forward_hook(partial(self._hear_inside, name))
+        if self._is_new(None, self._root):
+            self._hooks[None] = self._root, self._root.register_forward_hook(self._hear, with_kwargs=True)
+
+    def _is_new(self, name: str | None, module: nn.Module) -> bool:
+        if name in self._hooks and self._hooks[name][0] is not module:
+            self._hooks.pop(name)[1].remove()
+        return name not in self._hooks
+
+    def detach(self) -> None:
+        """Hear no more; what was heard stays."""
+        while self._hooks:
+            self._hooks.popitem()[1][1].remove()
+
+    def taken(self) -> list[Call]:
+        """What was heard since this was asked last."""
+        calls: list[Call] = []
+        inside: dict[str, list[Tensor]] = {}
+        for name, args, kwargs, output in self._log:
+            if name is None:
+                calls.append(Call(args, kwargs, output, inside))
+                inside = {}
+            elif (value := first_tensor(output)) is not None:
+                inside.setdefault(name, []).append(value)
+        self._log.clear()
+        return calls
+
+    @torch.compiler.disable
+    def _hear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self.on:
+            self._log.append((None, args, kwargs, output))
+
+    @torch.compiler.disable
+    def _hear_inside(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self.on:
+            self._log.append((name, (), {}, output))
+            if not torch.is_grad_enabled():
+                self.blind.add(name)
+
+
+def path_of(root: nn.Module, name: str) -> str:
+    """The path of a module inside `root` by the name that the user knows; that of the wrapper, where it has one.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    paths: list[str] = [path for path, _ in root.named_modules()]
+    found = next((path for path in paths if clean_name(path) == name), None)
+    if found is None:
+        near = difflib.get_close_matches(name, [clean_name(path) for path in paths if path], n=3, cutoff=0.4)
+        advice = f"; the nearest names are {', '.join(map(repr, near))}" if near else ""
+        raise ValueError(f"there is no module {name!r} in {type(root).__name__}{advice}.")
+    return found
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """What a layer gives on, of all that it returns: the tensor, the last hidden state, or the first tensor."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        output = [output.get("last_hidden_state"), *output.values()]
+    parts = output if isinstance(output, list | tuple) else ()
+    return next((part for part in parts if isinstance(part, Tensor)), None)
