@@ -39,6 +39,7 @@ import transformers  # noqa: E402
 from accuracy import _claimed, _precision, append  # noqa: E402
 from compression_table import write_table  # noqa: E402
 from inputs import minilm_folder, reuters  # noqa: E402
+from job import balanced  # noqa: E402
 from lightning.pytorch import Trainer, seed_everything  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
@@ -145,7 +146,7 @@ def execute(run: Run, trial: int = 0) -> dict[str, Any]:
 
 def _dense(run: Run, trial: int) -> dict[str, Any]:
     """Fine-tune the whole model; what is not a search is kept in a folder for the methods of two rounds."""
-    train, test = reuters("r8")
+    train, test = texts(trial)
     seed_everything(run.seed, verbose=False)
     share = 0.1 if run.search else 0.0
     data = TextData(train, minilm_folder(), test=test, val_share=share, seed=run.seed)
@@ -175,6 +176,15 @@ def _dense(run: Run, trial: int) -> dict[str, Any]:
     return {"accuracy": metrics["accuracy"], "macro_f1": metrics["macro_f1"]}
 
 
+def texts(trial: int) -> tuple[str, str]:
+    """Training and test file of Reuters R8; for a trial a few texts of each label."""
+    train, test = reuters("r8")
+    if not trial:
+        return train, test
+    MODELS.mkdir(exist_ok=True)
+    return balanced(train, MODELS / "train.csv", 64, 0), balanced(test, MODELS / "test.csv", 64, 0)
+
+
 def dense_folder(run: Run, trial: int = 0) -> Path:
     """Where the dense model of a seed and a rate is; one that is searched for has seen nine tenths of the texts."""
     return MODELS / f"dense-{run.seed}-{run.lr:g}{'-search' * run.search}{'-trial' * bool(trial)}"
@@ -188,7 +198,7 @@ def _compressed(run: Run, trial: int) -> dict[str, Any]:
             options[name] = trial
     if trial:
         options["calibration"] = 2
-    train, test = reuters("r8")
+    train, test = texts(trial)
     model = minilm_folder()
     if row.rounds == 2:
         dense = Run("dense", 1.0, run.seed, RATES["dense"][0] if trial else best_rate("dense"), run.search)

@@ -9,6 +9,7 @@ from lightning_peft import (
     Cubic,
     DynamicDoRA,
     Factorized,
+    KeepProbability,
     LoRA,
     ModuleSensitivity,
     NormShare,
@@ -48,6 +49,7 @@ test_norm_share = importance_laws(NormShare)
 test_triplet_importance = importance_laws(adalora.TripletImportance, partial(AdaLoRA, rank=4))
 test_module_sensitivity = importance_laws(ModuleSensitivity, partial(AdaLoRA, rank=4))
 test_gain_magnitude = importance_laws(sora.GainMagnitude, partial(SoRA, rank=4))
+test_keep_probability = importance_laws(KeepProbability, partial(LoRA, rank=4))
 
 test_dynamic_doras_policy = policy_laws(partial(dynamic_dora.policy, interval=2))
 test_hard_policy_by_taylor = policy_laws(
