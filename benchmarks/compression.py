@@ -4,7 +4,7 @@
     python benchmarks/compression.py plan [--methods svd,ars-fisher] [--ratios 0.48,0.33] [--seeds 0,1]
     python benchmarks/compression.py table [--out docs/results.md]
 
-Every run is `lightning_peft.compression` as a user has it. Two-round methods start from the same dense model, which was
+Every run is `lightning-peft compress` as a user has it. Two-round methods start from the same dense model, which was
 fine-tuned for 344 steps; then all have 688 steps: the uniform ones to fine-tune, ARS 344 for its masks and 344 to
 fine-tune. RankDyna starts from the pretrained model and has all 1032 in its one round.
 
@@ -43,7 +43,7 @@ from job import balanced  # noqa: E402
 from lightning.pytorch import Trainer, seed_everything  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
-from lightning_peft.compression import Compression, Source  # noqa: E402
+from lightning_peft.compression.job import Compression, Source  # noqa: E402
 from lightning_peft.modules import TextClassifier, TextData  # noqa: E402
 
 EPOCH = 172  # steps: 5,485 texts in batches of 32
@@ -63,7 +63,7 @@ class Row:
 
     Args:
         title: what the table calls it.
-        options: of :class:`lightning_peft.compression.Compression`.
+        options: of :class:`lightning_peft.compression.job.Compression`.
         rounds: of training: 2 with a dense model first, or 1.
     """
 
@@ -206,7 +206,7 @@ def _compressed(run: Run, trial: int) -> dict[str, Any]:
         if not (folder / "config.json").is_file():
             _dense(dense, trial)  # of the same bits as the run that is in the results file, on the same machine
         model = str(folder)
-    source = Source(train, None if run.search else test, seed=run.seed)
+    source = Source(train, None if run.search else test, length=16 if trial else 64, seed=run.seed)
     job = Compression(
         ratio=run.ratio, lr=run.lr, seed=run.seed, precision=_precision(), task="classification", targets=TARGETS,
         progress=bool(trial), **options,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 _LIGHTNING = "lightning.pytorch"
 
@@ -24,8 +25,9 @@ def without_remarks() -> Iterator[None]:
 @contextmanager
 def silence() -> Iterator[None]:
     """Warnings only, from Lightning, and no bars of transformers' that say what is loaded and saved."""
-    from transformers.utils import logging as bars
+    from transformers import utils
 
+    bars: Any = utils.logging
     shown = bars.is_progress_bar_enabled()
     bars.disable_progress_bar()
     try:

@@ -73,7 +73,7 @@ def to_plain(module: nn.Module) -> dict[str, int]:
 def thin_layers(module: nn.Module) -> dict[str, int]:
     """The layers of a module that are two thin ones, and their ranks: number of `down`'s outputs."""
     return {
-        name: len(child.down.weight)  # type: ignore[arg-type, union-attr]
+        name: len(child.down.weight)
         for name, child in module.named_modules()
         if isinstance(child, ThinLinear) or _is_thin_convolution(child)
     }
