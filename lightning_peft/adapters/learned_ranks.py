@@ -127,8 +127,8 @@ class LearnedRanks(SamplingPolicy):
         whole = budget.dense_parameters
         if least > amount:
             raise ValueError(
-                f"ratio={self.ratio:g} keeps {amount:,} of the {whole:,} parameters of {len(budget)} layers, and "
-                f"{self.minimum} components in each of them cost {least:,}. The ratio must be at least "
+                f"ratio={self.ratio:g} keeps {amount:,} of the {whole:,} parameters of {len(budget)} layers, and the "
+                f"least that they can keep (minimum={self.minimum}) has {least:,}. The ratio must be at least "
                 f"{least / whole:.3g}."
             )
 

@@ -25,6 +25,7 @@ from lightning_peft import (
     Orthogonality,
     RankPolicy,
     RankPruning,
+    RankSelection,
     Regularization,
     SoftThreshold,
     Taylor,
@@ -250,6 +251,12 @@ ROWS: Rows = {
     "a misspelt mode of AdaLoRA": (lambda: presets.adalora(mode="post"), ValueError),  # type: ignore[arg-type]
     "a target rank and a budget": (lambda: presets.adalora(4, budget=Budget(share=0.5)), ValueError),
     "a budget that leaves AdaLoRA's start open": (lambda: presets.adalora(budget=Budget(share=0.5)), ValueError),
+    "a ratio above 1": (lambda: presets.ars(1.5), ValueError),
+    "misspelt masks": (lambda: presets.ars(masks="hypernet"), ValueError),  # type: ignore[arg-type]
+    "ranks to be learned by a name": (
+        lambda: RankSelection("ars"),  # type: ignore[arg-type]
+        TypeError,
+    ),
     "a negative penalty": (lambda: presets.adalora(orthogonality=-0.5), ValueError),
     "a misspelt form of the penalty": (lambda: Orthogonality(form="frobenius"), ValueError),  # type: ignore[arg-type]
     "a rank that a factorised layer cannot have": (lambda: factorized(rank=7), ValueError),
