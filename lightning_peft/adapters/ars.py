@@ -260,10 +260,9 @@ def policy(
         Gao et al., Adaptive Rank Selections, NAACL 2024.
     """
     require_draws(temperature, shift, seed)
-    draws = {"temperature": temperature, "shift": shift, "seed": seed}
     samplers: dict[str, Callable[[Mapping[str, int]], MaskSampler]] = {
-        "hypernetwork": partial(Hypernetwork, **draws),
-        "elements": partial(ElementMasks, **draws),
+        "hypernetwork": partial(Hypernetwork, temperature=temperature, shift=shift, seed=seed),
+        "elements": partial(ElementMasks, temperature=temperature, shift=shift, seed=seed),
         "monotone": MonotoneMasks,
     }
     if masks not in samplers:

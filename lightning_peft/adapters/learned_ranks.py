@@ -11,7 +11,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapters.layers import matrix
 from lightning_peft.arguments import require_integer
 from lightning_peft.functional.rank_masks import require_ratio, select_ranks, whole_ranks
 from lightning_peft.rank.budget import RankBudget, Unit
@@ -128,17 +127,17 @@ class LearnedRanks(SamplingPolicy):
         super().track(budget)
         costs, amount = budget.sizes("parameters"), self.budget_at(0, 0)
         least = sum(min(self.minimum, len(site.gate)) * costs[name] for name, site in budget.items())
-        whole = sum(dense_parameters(budget).values())
+        whole = budget.dense_parameters
         if least > amount:
             raise ValueError(
-                f"ratio={self.ratio:g} keeps {amount:,} of the {whole:,} parameters of {len(budget)} layers, and "
-                f"{self.minimum} components in each of them cost {least:,}. The ratio must be at least "
+                f"ratio={self.ratio:g} keeps {amount:,} of the {whole:,} parameters of {len(budget)} layers, and the "
+                f"least that they can keep (minimum={self.minimum}) has {least:,}. The ratio must be at least "
                 f"{least / whole:.3g}."
             )
 
     def budget_at(self, step: int, total: int) -> int:
         """What may be spent at the end, ratio T; the penalty demands it from the first step on."""
-        return floor(self.ratio * sum(dense_parameters(self._budget).values()) + 1e-6)
+        return floor(self.ratio * self._budget.dense_parameters + 1e-6)
 
     def draw(self, step: int) -> None:
         sampler = self.sampler
@@ -180,14 +179,25 @@ class LearnedRanks(SamplingPolicy):
         counted = dict(zip(sizes, counts.tolist(), strict=True))
         ranks = whole_ranks(counted, sizes, self.minimum)
         if self.is_final(step, total):
-            costs, amount = self._budget.sizes("parameters"), self.budget_at(step, total)
-            dense = dense_parameters(self._budget) if self.price == "cheapest" else None
-            self._warn_of_excess({name: count * costs[name] for name, count in counted.items()}, dense, amount)
+            amount = self.budget_at(step, total)
+            self._warn_of_excess(counted, amount)
+            costs, dense = self._budget.sizes("parameters"), self._dense()
             ranks = select_ranks(ranks, probabilities, costs, amount, self.minimum, dense, self.refill == "spend")
         return {name: torch.arange(len(row)) < ranks[name] for name, row in probabilities.items()}
 
-    def _warn_of_excess(self, prices: Mapping[str, float], dense: Mapping[str, int] | None, amount: int) -> None:
-        learned = sum(price if dense is None else min(price, dense[name]) for name, price in prices.items())
+    def spent(self, ranks: Mapping[str, float]) -> float:
+        sizes, dense = self._budget.sizes("parameters"), self._dense()
+        prices = {name: rank * sizes[name] for name, rank in ranks.items()}
+        return sum(prices.values() if dense is None else (min(price, dense[name]) for name, price in prices.items()))
+
+    def _dense(self) -> dict[str, int] | None:
+        """layer -> what it counts as one matrix; ``None`` if that does not matter."""
+        if self.price == "factors":
+            return None
+        return {name: site.adapter.dense_parameters for name, site in self._budget.items()}
+
+    def _warn_of_excess(self, counts: Mapping[str, float], amount: int) -> None:
+        learned = self.spent(counts)
         if learned > 1.02 * amount:
             warnings.warn(
                 f"masks have learned to keep {learned:,.0f} parameters, and the budget is {amount:,}: ranks were cut "
@@ -195,11 +205,6 @@ class LearnedRanks(SamplingPolicy):
                 "the learning rate, or raise the weight of the budget's penalty.",
                 stacklevel=4,
             )
-
-
-def dense_parameters(budget: RankBudget) -> dict[str, int]:
-    """layer -> numbers in its weight as one matrix, d_in d_out."""
-    return {name: matrix(site.adapter.base).numel() for name, site in budget.items()}
 
 
 @contextmanager

@@ -102,18 +102,18 @@ class RankSelection(RankPruning):
                         f"{part!r} of the adapter at {name!r} is trained, and RankSelection learns what of the "
                         "adapters stays as they are. Build them with trained=False, and train them afterwards."
                     )
-
-    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.policy.clear()  # of a finder's last step
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
         held = optimized(trainer)
         if not all(id(p) in held for p in self._parameters()):
             raise MisconfigurationException(
                 "what draws the masks (`self.peft_masks`) is in no optimizer, so nothing would be learned. Let "
                 "configure_optimizers take every parameter that requires grad, or add it to a group."
             )
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.policy.clear()  # of a finder's last step
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         self._drawing = True
         self.policy.clear()  # of a finder's last step
         if self.mode == "eval" and not self._settled:

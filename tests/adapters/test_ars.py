@@ -25,7 +25,6 @@ from lightning_peft import (
     inject,
 )
 from lightning_peft.adapters import ars
-from lightning_peft.adapters.learned_ranks import dense_parameters
 from lightning_peft.functional.rank_masks import keep_probability, prefix
 
 LAYERS = {"a": 8, "b": 6, "c": 8, "d": 6, "e": 8}
@@ -72,7 +71,7 @@ def test_the_totals_of_bert_base() -> None:
     whole = BertModel.config_class()  # the defaults are BERT-base's
     with torch.device("meta"):
         total = sum(p.numel() for p in BertModel(whole).parameters())
-    dense = sum(dense_parameters(bert()).values())
+    dense = bert().dense_parameters
     assert dense == 12 * (4 * 768 * 768 + 2 * 768 * 3072) == 84_934_656
     for rank, millions in ((253, 66.52), (168, 52.41)):
         factors = sum(rank * site.gate.cost for site in bert().values())
@@ -497,6 +496,21 @@ def test_property_8_the_last_event_is_within_the_budget_and_uses_it_up() -> None
     assert all(torch.equal(masks[name], again[name]) for name in masks)
 
 
+def test_a_layer_that_is_as_cheap_dense_is_whole_and_counts_as_dense() -> None:
+    """528 parameters dense, 820 as factors at full rank: where the ratio is 0.9 most layers are dense."""
+    net = factorised()
+    learned = built(net, ars.policy(0.9, price="cheapest"))
+    budget = RankBudget.of(net)
+    with pytest.warns(UserWarning, match="masks have learned to keep 528 parameters, and the budget is 475"):
+        budget.keep(learned.decide(20, 20))  # nothing is learned yet: all layers are whole
+    dense = [name for name, k in budget.ranks().items() if k == 12]
+    assert 1 <= len(dense) < 3
+    for name, k in budget.ranks().items():
+        assert k == 12 or k * budget[name].gate.cost < budget[name].adapter.dense_parameters
+    assert 0.9 * 528 - 28 < learned.spent(budget.ranks()) <= 0.9 * 528
+    assert budget.spent_parameters > 0.9 * 528 >= built(net, ars.policy(0.9)).budget_at(1, 1)
+
+
 def test_before_the_last_event_it_is_what_draws_keep_on_average() -> None:
     net = factorised()
     learned = undecided(built(net, ars.policy(0.4)))
@@ -546,7 +560,9 @@ def test_what_cannot_be() -> None:
     with pytest.raises(ValueError, match=r"the adapter at '0', a LoRA, has none. Factorise the layers"):
         ars.policy(0.5).build(RankBudget.of(net))
     net = factorised()
-    with pytest.raises(ValueError, match=r"ratio=0.1 keeps 52 of the 528 .* cost 80. The ratio must be at least 0.152"):
+    with pytest.raises(
+        ValueError, match=r"ratio=0.1 keeps 52 of the 528 .* \(minimum=1\) has 80. The ratio must be at least 0.152"
+    ):
         built(net, ars.policy(0.1))
     learned = built(net, ars.policy(0.4))
     learned.track(RankBudget.of(factorised(Branches(3))))
