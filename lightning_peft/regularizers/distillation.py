@@ -261,7 +261,7 @@ class Distillation(Regularizer):
         children = {
             name: child
             for name, child in module.named_children()
-            if name != "peft_terms" and next(child.parameters(), None) is not None
+            if name not in ("peft_terms", "peft_masks") and next(child.parameters(), None) is not None
         }
         if len(children) != 1:
             raise ValueError(
