@@ -554,3 +554,10 @@ def test_elementwise_reads_the_factors_of_a_factorised_layer() -> None:
     inject(net, partial(LoRA, rank=2), targets=["0"], train=[])
     with pytest.raises(TypeError, match="aggregation='elementwise_sum' reads the factors of Factorized, and .*LoRA"):
         GroupImportance("elementwise_sum").track(RankBudget.of(net))
+
+
+def test_elementwise_needs_whole_factors() -> None:
+    net = layers((6, 9))
+    net[0].U._fsdp_flattened = True  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match="which FSDP1 has in flat slices. Use 'group', which needs a gate only"):
+        GroupImportance("elementwise_mean").track(RankBudget.of(net))

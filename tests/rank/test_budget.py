@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lightning_peft import Budget, DynamicDoRA, LoRA, RankBudget, inject
+from lightning_peft.compaction import compact_training
 from lightning_peft.rank import clean_name, close_lowest
 
 
@@ -101,6 +102,9 @@ def test_the_table_shows_every_layer_and_the_totals() -> None:
         (Budget(share=0.5), "parameters", 36),
         (Budget(share=1.0), "parameters", 72),
         (Budget(share=1 / 3), "parameters", 24),
+        (Budget(dense_share=0.5), "parameters", 36),  # of 6 x 8 and 4 x 6
+        (Budget(dense_share=0.25), "parameters", 18),
+        (Budget(dense_share=2.0), "parameters", 72),  # no more than there is
         # 4 tensors of one name of one letter: a header of 484 bytes; 116 bytes are 29 float32 numbers
         (Budget(megabytes=600e-6), "parameters", 29),
     ],
@@ -161,3 +165,22 @@ def test_the_smallest_budget_leaves_a_component_open() -> None:
 
 def test_it_prints_only_what_was_given() -> None:
     assert str(Budget(share=0.25)) == "Budget(share=0.25)"
+
+
+def test_dense_parameters_are_counted_where_an_adapter_has_been_cut_away() -> None:
+    net = adapted()
+    before = RankBudget.of(net).dense_parameters
+    first, second = RankBudget.of(net)
+    RankBudget.of(net).keep({first: torch.zeros(3), second: torch.tensor([1, 0, 1])})
+    compact_training(net)
+    budget = RankBudget.of(net)
+    assert list(budget) == [second]
+    assert budget.dense_parameters == before == 6 * 8 + 4 * 6
+    assert Budget(dense_share=0.5).amount(budget) == 36
+
+
+def test_dense_parameters_cannot_be_told_of_flat_slices() -> None:
+    net = adapted()
+    next(iter(RankBudget.of(net).values())).adapter.base.weight._fsdp_flattened = True  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match="where FSDP1 has them in flat slices. Give the budget in parameters"):
+        Budget(dense_share=0.5).amount(RankBudget.of(net))
