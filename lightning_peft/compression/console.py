@@ -7,19 +7,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_LIGHTNING = "lightning.pytorch"
+# Which of them Lightning's remarks go through depends on what of it was imported last.
+_LIGHTNING = ("lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_utilities")
 
 
 @contextmanager
 def without_remarks() -> Iterator[None]:
     """Lightning's loggers tell warnings only, for a while: every Trainer repeats what devices there are."""
-    logger = logging.getLogger(_LIGHTNING)
-    before = logger.level
-    logger.setLevel(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in _LIGHTNING]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 @contextmanager
