@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from math import floor
 from typing import Literal
 
@@ -107,9 +108,11 @@ class LearnedRanks(SamplingPolicy):
                     "AdapterInjection(partial(Factorized, trained=False))."
                 )
         layers = {name: len(site.gate) for name, site in budget.items()}
-        sampler = self._kept.sampler
-        if sampler is None or sampler.layers != layers:
-            sampler = self._kept.sampler = self._new(layers)
+        sampler, gates = self._kept.sampler, [site.gate for site in budget.values()]
+        # Those of another model have learned something else, though they be as many and as long.
+        if sampler is None or sampler.layers != layers or gates != [site.gate for site in self._budget.values()]:
+            with _on_cpu():
+                sampler = self._kept.sampler = self._new(layers)
             if budget:
                 sampler.to(next(iter(budget.values())).gate.mask.device)
         self._budget = budget
@@ -202,3 +205,15 @@ class LearnedRanks(SamplingPolicy):
                 "the learning rate, or raise the weight of the budget's penalty.",
                 stacklevel=4,
             )
+
+
+@contextmanager
+def _on_cpu() -> Iterator[None]:
+    """New tensors are float32 and on the CPU, whatever default `configure_model` runs with."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)

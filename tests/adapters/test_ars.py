@@ -106,6 +106,44 @@ def test_the_start_depends_on_the_seed_alone() -> None:
     assert not torch.equal(first["heads.0"], other["heads.0"])
 
 
+def test_the_generators_of_accelerators_are_not_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.manual_seed` seeds those as well, and nobody puts them back."""
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    Hypernetwork(LAYERS, seed=3)
+    assert seeded == []
+    torch.manual_seed(3)
+    assert seeded == [3]
+
+
+def test_evaluating_the_model_leaves_the_network_able_to_learn() -> None:
+    """cuDNN has no backward of a GRU in eval mode."""
+    network = Hypernetwork(LAYERS)
+    host = nn.ModuleDict({"masks": network}).eval()
+    assert network.gru.training
+    host.train()
+    assert network.gru.training
+
+
+@every_sampler
+def test_the_start_does_not_depend_on_what_surrounds_it(kind: Any) -> None:
+    """`configure_model` runs where precision and strategy have set the default dtype and device."""
+    net = factorised()
+    starts = []
+    for dtype, device in ((torch.float32, "cpu"), (torch.bfloat16, "meta")):
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                starts.append(LearnedRanks(0.5, kind).build(RankBudget.of(net)).state_dict())
+                assert torch.get_default_dtype() == dtype
+                assert torch.empty(1).device.type == device
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for name, value in starts[0].items():
+        assert torch.equal(starts[1][name], value)
+        assert starts[1][name].dtype == torch.float32
+
+
 @every_sampler
 def test_a_step_has_its_masks(kind: Any) -> None:
     sampler: MaskSampler = kind(LAYERS)
@@ -495,6 +533,16 @@ def test_what_draws_is_built_once_for_the_same_adapters() -> None:
     sampler = learned.build(RankBudget.of(net))
     assert learned.build(RankBudget.of(net)) is sampler
     assert learned.build(RankBudget.of(factorised(Branches(3)))) is not sampler
+
+
+def test_what_one_model_has_learned_is_not_the_start_of_another() -> None:
+    learned = ars.policy(0.4)
+    first = learned.build(RankBudget.of(factorised()))
+    with torch.no_grad():
+        next(first.parameters()).add_(1.0)
+    second = learned.build(RankBudget.of(factorised()))
+    for name, value in ars.policy(0.4).build(RankBudget.of(factorised())).state_dict().items():
+        assert torch.equal(second.state_dict()[name], value)
 
 
 def test_masks_that_have_diverged_are_told() -> None:
