@@ -4,7 +4,7 @@
     python benchmarks/compression.py plan [--methods svd,ars-fisher] [--ratios 0.48,0.33] [--seeds 0,1]
     python benchmarks/compression.py table [--out docs/results.md]
 
-Every run is `lightning_peft.compression` as a user has it. Two-round methods start from the same dense model, which was
+Every run is `lightning-peft compress` as a user has it. Two-round methods start from the same dense model, which was
 fine-tuned for 344 steps; then all have 688 steps: the uniform ones to fine-tune, ARS 344 for its masks and 344 to
 fine-tune. RankDyna starts from the pretrained model and has all 1032 in its one round.
 
@@ -39,10 +39,11 @@ import transformers  # noqa: E402
 from accuracy import _claimed, _precision, append  # noqa: E402
 from compression_table import write_table  # noqa: E402
 from inputs import minilm_folder, reuters  # noqa: E402
+from job import balanced  # noqa: E402
 from lightning.pytorch import Trainer, seed_everything  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
-from lightning_peft.compression import Compression, Source  # noqa: E402
+from lightning_peft.compression.job import Compression, Source  # noqa: E402
 from lightning_peft.modules import TextClassifier, TextData  # noqa: E402
 
 EPOCH = 172  # steps: 5,485 texts in batches of 32
@@ -62,7 +63,7 @@ class Row:
 
     Args:
         title: what the table calls it.
-        options: of :class:`lightning_peft.compression.Compression`.
+        options: of :class:`lightning_peft.compression.job.Compression`.
         rounds: of training: 2 with a dense model first, or 1.
     """
 
@@ -145,7 +146,7 @@ def execute(run: Run, trial: int = 0) -> dict[str, Any]:
 
 def _dense(run: Run, trial: int) -> dict[str, Any]:
     """Fine-tune the whole model; what is not a search is kept in a folder for the methods of two rounds."""
-    train, test = reuters("r8")
+    train, test = texts(trial)
     seed_everything(run.seed, verbose=False)
     share = 0.1 if run.search else 0.0
     data = TextData(train, minilm_folder(), test=test, val_share=share, seed=run.seed)
@@ -175,6 +176,15 @@ def _dense(run: Run, trial: int) -> dict[str, Any]:
     return {"accuracy": metrics["accuracy"], "macro_f1": metrics["macro_f1"]}
 
 
+def texts(trial: int) -> tuple[str, str]:
+    """Training and test file of Reuters R8; for a trial a few texts of each label."""
+    train, test = reuters("r8")
+    if not trial:
+        return train, test
+    MODELS.mkdir(exist_ok=True)
+    return balanced(train, MODELS / "train.csv", 64, 0), balanced(test, MODELS / "test.csv", 64, 0)
+
+
 def dense_folder(run: Run, trial: int = 0) -> Path:
     """Where the dense model of a seed and a rate is; one that is searched for has seen nine tenths of the texts."""
     return MODELS / f"dense-{run.seed}-{run.lr:g}{'-search' * run.search}{'-trial' * bool(trial)}"
@@ -188,7 +198,7 @@ def _compressed(run: Run, trial: int) -> dict[str, Any]:
             options[name] = trial
     if trial:
         options["calibration"] = 2
-    train, test = reuters("r8")
+    train, test = texts(trial)
     model = minilm_folder()
     if row.rounds == 2:
         dense = Run("dense", 1.0, run.seed, RATES["dense"][0] if trial else best_rate("dense"), run.search)
@@ -196,7 +206,7 @@ def _compressed(run: Run, trial: int) -> dict[str, Any]:
         if not (folder / "config.json").is_file():
             _dense(dense, trial)  # of the same bits as the run that is in the results file, on the same machine
         model = str(folder)
-    source = Source(train, None if run.search else test, seed=run.seed)
+    source = Source(train, None if run.search else test, length=16 if trial else 64, seed=run.seed)
     job = Compression(
         ratio=run.ratio, lr=run.lr, seed=run.seed, precision=_precision(), task="classification", targets=TARGETS,
         progress=bool(trial), **options,

@@ -7,6 +7,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from lightning_peft.checkpoint import ENTRY, check_entry, read
 from lightning_peft.validation import CUT, check_ranks
 
@@ -33,12 +35,12 @@ def report(path: str | PathLike[str]) -> str:
     lines = [
         f"{path}: {size:,} bytes, unchanged since it was written{when}.",
         "",
-        _table(entry),
+        _table(entry, checkpoint["state_dict"]),
         "",
         f"The open components are {spent:,} parameters, {4 * spent / 1e6:.2f} MB in float32.",
     ]
     if closed:
-        lines.append(f"Rank 0, so the base layer as it was: {', '.join(closed)}.")
+        lines.append(f"Rank 0, so no component acts: {', '.join(closed)}.")
     if CUT in entry:
         lines.append("Compacted: closed components were cut out while it trained.")
     trained = entry["recipe"]["trained"]
@@ -49,9 +51,11 @@ def report(path: str | PathLike[str]) -> str:
     return "\n".join(lines)
 
 
-def _whole(rank: object) -> int | None:
-    """A rank as it is shown; another class's argument of that name may be anything."""
-    return rank if type(rank) is int else None
+def _whole(rank: object, mask: Tensor | None) -> int | None:
+    """The components that a layer has: an argument of that name may be anything, or leave it to the layer's size."""
+    if type(rank) is int:
+        return rank
+    return None if mask is None else mask.numel()
 
 
 def _schedules(callbacks: object) -> Iterator[str]:
@@ -64,14 +68,17 @@ def _schedules(callbacks: object) -> Iterator[str]:
                 yield f"Rank schedule over {total} steps, {last}."
 
 
-def _table(entry: Mapping[str, Any]) -> str:
+def _table(entry: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
     adapters = {
-        name: (group["class"].rpartition(":")[2], _whole(group["arguments"].get("rank")))
+        name: (
+            group["class"].rpartition(":")[2],
+            _whole(group["arguments"].get("rank"), state.get(f"{name}.gate.mask")),
+        )
         for group in entry["recipe"]["adapters"]
         for name in group["layers"]
     }
     for name, record in entry.get(CUT, {}).items():
-        adapters[name] = (record["class"].rpartition(":")[2], record["arguments"].get("rank"))
+        adapters[name] = (record["class"].rpartition(":")[2], record["components"])
     ranks, costs = entry["ranks"], entry["costs"]
     rows = [("layer", "adapter", "rank", "parameters")]
     for name, rank in ranks.items():

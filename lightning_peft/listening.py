@@ -62,8 +62,8 @@ def heard(
         probe: hears.
         budget: the adapters.
         layers: names of the layers that it is to hear; ``None`` for those that it wants.
-        shown: (batch, length) bool, positions of a batch of text that count; see :func:`positions`. A probe of samples
-            gets all: a sample's gradient is the sum over every position, whatever its label.
+        shown: (batch, length) bool, positions of a batch of text that count; see :func:`positions`. Who reads gradients
+            gets all: a weight's gradient is the sum over every position, whatever its label.
         samples: how many samples the batch has, for a probe of samples; see :func:`samples`.
 
     Raises:
@@ -94,7 +94,7 @@ def heard(
                 by_sample.append(_Samples(probe, budget[name], samples))
                 listen = by_sample[-1].hear
             else:
-                listen = partial(_hear, probe, budget[name], shown)
+                listen = partial(_hear, probe, budget[name], shown if probe.reads == "inputs" else None)
             hook = budget[name].adapter.register_forward_hook(listen, with_kwargs=True)
             hooks.callback(hook.remove)
         yield

@@ -38,7 +38,7 @@ from lightning_peft.checkpoint import adapter_state_dict
 from lightning_peft.distributed import is_shard, like, whole
 from lightning_peft.rank.budget import RankBudget, clean_name
 from lightning_peft.seams import Link, wrap_method
-from lightning_peft.surgery import STARTS, adapters, is_flattened, large_parameters, trained
+from lightning_peft.surgery import STARTS, adapters, is_flattened, large_parameters, left_of_bases, trained
 
 Undo = Callable[[], object]
 
@@ -117,7 +117,7 @@ def keep_whole(strategy: Strategy, module: nn.Module) -> None:
     """Have FSDP1 leave everything that is trained whole; call it before the strategy wraps `module`."""
     if not isinstance(strategy, FSDPStrategy):
         return
-    small = list(trained(module).values())
+    small = [*trained(module).values(), *left_of_bases(module)]
     ids = {id(p) for p in small}
     given = list(strategy.kwargs.get("ignored_states") or ())
     strategy.kwargs["ignored_states"] = [*(p for p in given if id(p) not in ids), *small]

@@ -349,6 +349,8 @@ def small_parameters(module: nn.Module) -> list[nn.Parameter]:
     """What is to stay whole when the rest is sharded: adapters, and what is trained beside them.
 
     Not the factors of an adapter that has its layer's weight in another form: they are sharded as the weight would be.
+    But what is left of that layer, its bias: nobody calls the layer, so nobody would gather it.
+
     For a module that shards itself, after its adapters are in and before it does:
 
         fully_shard(block, mesh=mesh, ignored_params=set(small_parameters(self)))
@@ -363,7 +365,13 @@ def small_parameters(module: nn.Module) -> list[nn.Parameter]:
             f"small_parameters found no adapter in {type(module).__name__}; call inject before it, fully_shard after."
         )
     large = large_parameters(module)
-    return list({id(p): p for p in trained(module).values() if id(p) not in large}.values())
+    every = [*trained(module).values(), *left_of_bases(module)]
+    return list({id(p): p for p in every if id(p) not in large}.values())
+
+
+def left_of_bases(module: nn.Module) -> list[nn.Parameter]:
+    """What is left of the layers whose weight is gone, trained or not."""
+    return [p for adapter in adapters(module).values() if adapter.releases_base for p in adapter.base.parameters()]
 
 
 def large_parameters(module: nn.Module) -> set[int]:

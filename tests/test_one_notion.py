@@ -28,10 +28,14 @@ PACKAGE = Path(lightning_peft.__file__).parent
 EXAMPLE = "an error's advice: an example of what to write"
 PEFT = "PEFT's name of its file format, not of a class of ours"
 READS = "it reads files of PEFT's, and which of our classes stands for which of PEFT's formats is what it knows"
+JOB = "a job's table of methods, by the names on the command line: nothing else in the job knows them"
 # Shared code that names a method: file, name -> why it is no special case.
 REASONED = {
     ("callbacks/pruning.py", "Taylor"): EXAMPLE,
     ("callbacks/regularization.py", "DEM"): EXAMPLE,
+    ("callbacks/selection.py", "LearnedRanks"): EXAMPLE,
+    ("adapters/ars.py", "LearnedRanks"): "a paper's own file, which sets it up",
+    ("adapters/ars.py", "learned_ranks"): "its import",
     ("adapters/gora.py", "LoRA"): EXAMPLE,
     ("adapters/gora.py", "WeightDecomposed"): EXAMPLE,
     ("adapters/gora.py", "lora"): EXAMPLE,
@@ -40,6 +44,14 @@ REASONED = {
     ("rank/policy.py", "Taylor"): EXAMPLE,
     ("rank/weighted_svd.py", "Factorized"): EXAMPLE,
     ("surgery.py", "LoRA"): EXAMPLE,
+    ("compression/methods.py", "Factorized"): JOB,
+    ("compression/methods.py", "factorized"): JOB,
+    ("compression/methods.py", "ars"): JOB,
+    ("compression/methods.py", "rankdyna"): JOB,
+    ("compression/layers.py", "Factorized"): "it counts the components that layers will have, before the job begins",
+    ("compression/layers.py", "factorized"): "its import",
+    ("compression/job.py", "Distillation"): "the term of fine-tuning that the job offers, whatever the method was",
+    ("interop/plain.py", "factorized"): "its import of the thin layers, which are no adapters",
     ("convert.py", "LoRA"): "what it makes of any low-rank adapter: the plain sum of components",
     ("convert.py", "lora"): "its import",
     ("interop/hf_peft.py", "LoRA"): PEFT,

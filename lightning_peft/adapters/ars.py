@@ -28,9 +28,9 @@ Masks = Literal["hypernetwork", "elements", "monotone"]
 
 @contextmanager
 def _own_random(seed: int) -> Iterator[None]:
-    """Random numbers of a seed inside the block; the global generator goes on as if nothing had been drawn."""
+    """Random numbers of a seed inside the block, on the CPU; no generator goes on otherwise than without it."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which seeds accelerators for good
         yield
 
 
@@ -119,6 +119,11 @@ class Hypernetwork(GumbelMasks):
         h, _ = self.gru(self.z)
         h = nn.functional.gelu(self.norm(h))
         return [torch.bmm(H, h[rows].unsqueeze(-1)).squeeze(-1) for H, rows in zip(self.heads, self._rows, strict=True)]
+
+    def train(self, mode: bool = True) -> Hypernetwork:
+        super().train(mode)
+        self.gru.train()  # whatever the model does: cuDNN has no backward of a GRU in eval mode, and it does the same
+        return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Hypernetwork:
         super()._apply(fn, recurse)
@@ -255,10 +260,9 @@ def policy(
         Gao et al., Adaptive Rank Selections, NAACL 2024.
     """
     require_draws(temperature, shift, seed)
-    draws = {"temperature": temperature, "shift": shift, "seed": seed}
     samplers: dict[str, Callable[[Mapping[str, int]], MaskSampler]] = {
-        "hypernetwork": partial(Hypernetwork, **draws),
-        "elements": partial(ElementMasks, **draws),
+        "hypernetwork": partial(Hypernetwork, temperature=temperature, shift=shift, seed=seed),
+        "elements": partial(ElementMasks, temperature=temperature, shift=shift, seed=seed),
         "monotone": MonotoneMasks,
     }
     if masks not in samplers:

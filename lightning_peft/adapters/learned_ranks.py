@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from math import floor
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapters.layers import matrix
 from lightning_peft.arguments import require_integer
 from lightning_peft.functional.rank_masks import require_ratio, select_ranks, whole_ranks
 from lightning_peft.rank.budget import RankBudget, Unit
@@ -108,9 +108,11 @@ class LearnedRanks(SamplingPolicy):
                     "AdapterInjection(partial(Factorized, trained=False))."
                 )
         layers = {name: len(site.gate) for name, site in budget.items()}
-        sampler = self._kept.sampler
-        if sampler is None or sampler.layers != layers:
-            sampler = self._kept.sampler = self._new(layers)
+        sampler, gates = self._kept.sampler, [site.gate for site in budget.values()]
+        # Those of another model have learned something else, though they be as many and as long.
+        if sampler is None or sampler.layers != layers or gates != [site.gate for site in self._budget.values()]:
+            with _on_cpu():
+                sampler = self._kept.sampler = self._new(layers)
             if budget:
                 sampler.to(next(iter(budget.values())).gate.mask.device)
         self._budget = budget
@@ -125,17 +127,17 @@ class LearnedRanks(SamplingPolicy):
         super().track(budget)
         costs, amount = budget.sizes("parameters"), self.budget_at(0, 0)
         least = sum(min(self.minimum, len(site.gate)) * costs[name] for name, site in budget.items())
-        whole = sum(dense_parameters(budget).values())
+        whole = budget.dense_parameters
         if least > amount:
             raise ValueError(
-                f"ratio={self.ratio:g} keeps {amount:,} of the {whole:,} parameters of {len(budget)} layers, and "
-                f"{self.minimum} components in each of them cost {least:,}. The ratio must be at least "
+                f"ratio={self.ratio:g} keeps {amount:,} of the {whole:,} parameters of {len(budget)} layers, and the "
+                f"least that they can keep (minimum={self.minimum}) has {least:,}. The ratio must be at least "
                 f"{least / whole:.3g}."
             )
 
     def budget_at(self, step: int, total: int) -> int:
         """What may be spent at the end, ratio T; the penalty demands it from the first step on."""
-        return floor(self.ratio * sum(dense_parameters(self._budget).values()) + 1e-6)
+        return floor(self.ratio * self._budget.dense_parameters + 1e-6)
 
     def draw(self, step: int) -> None:
         sampler = self.sampler
@@ -177,14 +179,25 @@ class LearnedRanks(SamplingPolicy):
         counted = dict(zip(sizes, counts.tolist(), strict=True))
         ranks = whole_ranks(counted, sizes, self.minimum)
         if self.is_final(step, total):
-            costs, amount = self._budget.sizes("parameters"), self.budget_at(step, total)
-            dense = dense_parameters(self._budget) if self.price == "cheapest" else None
-            self._warn_of_excess({name: count * costs[name] for name, count in counted.items()}, dense, amount)
+            amount = self.budget_at(step, total)
+            self._warn_of_excess(counted, amount)
+            costs, dense = self._budget.sizes("parameters"), self._dense()
             ranks = select_ranks(ranks, probabilities, costs, amount, self.minimum, dense, self.refill == "spend")
         return {name: torch.arange(len(row)) < ranks[name] for name, row in probabilities.items()}
 
-    def _warn_of_excess(self, prices: Mapping[str, float], dense: Mapping[str, int] | None, amount: int) -> None:
-        learned = sum(price if dense is None else min(price, dense[name]) for name, price in prices.items())
+    def spent(self, ranks: Mapping[str, float]) -> float:
+        sizes, dense = self._budget.sizes("parameters"), self._dense()
+        prices = {name: rank * sizes[name] for name, rank in ranks.items()}
+        return sum(prices.values() if dense is None else (min(price, dense[name]) for name, price in prices.items()))
+
+    def _dense(self) -> dict[str, int] | None:
+        """layer -> what it counts as one matrix; ``None`` if that does not matter."""
+        if self.price == "factors":
+            return None
+        return {name: site.adapter.dense_parameters for name, site in self._budget.items()}
+
+    def _warn_of_excess(self, counts: Mapping[str, float], amount: int) -> None:
+        learned = self.spent(counts)
         if learned > 1.02 * amount:
             warnings.warn(
                 f"masks have learned to keep {learned:,.0f} parameters, and the budget is {amount:,}: ranks were cut "
@@ -194,6 +207,13 @@ class LearnedRanks(SamplingPolicy):
             )
 
 
-def dense_parameters(budget: RankBudget) -> dict[str, int]:
-    """layer -> numbers in its weight as one matrix, d_in d_out."""
-    return {name: matrix(site.adapter.base).numel() for name, site in budget.items()}
+@contextmanager
+def _on_cpu() -> Iterator[None]:
+    """New tensors are float32 and on the CPU, whatever default `configure_model` runs with."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)

@@ -15,7 +15,7 @@ from lightning_peft.callbacks.order import callbacks_of, require_before
 from lightning_peft.callbacks.placement import AdapterPlacement
 from lightning_peft.callbacks.preflight import Preflight
 from lightning_peft.callbacks.pruning import RankPruning
-from lightning_peft.rank.budget import RankBudget, Unit, whole
+from lightning_peft.rank.budget import RankBudget, whole
 
 _PICTURES = 500  # at most about so many per fit: as many histograms as TensorBoard keeps
 
@@ -153,14 +153,11 @@ class RankMonitor(Preflight):
 
     def _amounts(self, ranks: dict[str, int]) -> tuple[int, int, int]:
         """Spent, the budget of the last event, and the final budget; in the final budget's unit."""
-        unit: Unit = "components" if self._pruning is None else self._pruning.policy.unit
-        sizes = self._budget.sizes(unit)
-        spent = sum(rank * sizes[name] for name, rank in ranks.items())
         if self._pruning is None:
-            capacity = sum(extent.components * sizes[name] for name, extent in self._budget.extents.items())
+            spent, capacity = sum(ranks.values()), self._budget.capacity
             return spent, capacity, capacity
         policy, total = self._pruning.policy, self._pruning.total_steps
-        return spent, self._pruning.budget_at_event(), policy.budget_at(total, total)
+        return int(policy.spent(ranks)), self._pruning.budget_at_event(), policy.budget_at(total, total)
 
     def _show(self, trainer: Trainer, ranks: dict[str, int]) -> None:
         """Take on new ranks: scalars for every logger, and the progress bar."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.arguments import require_instance
+from lightning_peft.callbacks.order import callbacks_of
 from lightning_peft.callbacks.preflight import optimized
 from lightning_peft.callbacks.pruning import RankPruning
 from lightning_peft.callbacks.reentrant import recomputes
@@ -39,7 +41,8 @@ class RankSelection(RankPruning):
         policy: what draws, what a component is kept for, and the budget, as a method's `policy(...)` gives them.
         compact: "final" cuts closed components out at the final masks; see :class:`~lightning_peft.RankPruning`.
         mode: "eval" trains masks without dropout and with the running statistics of batch norms, as the model will be
-            used; "train" leaves the modules' modes alone. The final masks end it.
+            used; "train" leaves the modules' modes alone, which a model with recurrent layers needs on a GPU: cuDNN has
+            no backward of these in eval mode. The final masks end it.
 
     Raises:
         TypeError: policy draws no masks.
@@ -73,14 +76,15 @@ class RankSelection(RankPruning):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         self._unlooked = True
-        when_built(pl_module, self._register)
+        when_built(pl_module, partial(self._register, stage))
         when_built(pl_module, lambda module: keep_whole(trainer.strategy, module))
         if stage == "fit" and self._remove is None:
             self._remove = wrap_method(pl_module, "training_step", self._with_masks)
 
-    def _register(self, module: LightningModule) -> None:
+    def _register(self, stage: str, module: LightningModule) -> None:
         budget = RankBudget.of(module)
-        if budget:  # else `on_fit_start` says so
+        there = stage != "fit" and "peft_masks" in module._modules  # as its checkpoints have it, also after a cut
+        if budget and not there:  # without adapters `on_fit_start` says so
             module.add_module("peft_masks", self.policy.build(budget))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -98,16 +102,20 @@ class RankSelection(RankPruning):
                         f"{part!r} of the adapter at {name!r} is trained, and RankSelection learns what of the "
                         "adapters stays as they are. Build them with trained=False, and train them afterwards."
                     )
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
         held = optimized(trainer)
         if not all(id(p) in held for p in self._parameters()):
             raise MisconfigurationException(
                 "what draws the masks (`self.peft_masks`) is in no optimizer, so nothing would be learned. Let "
                 "configure_optimizers take every parameter that requires grad, or add it to a group."
             )
+
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.policy.clear()  # of a finder's last step
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         self._drawing = True
+        self.policy.clear()  # of a finder's last step
         if self.mode == "eval" and not self._settled:
             self._modes = {child: child.training for child in pl_module.modules()}
             pl_module.eval()
@@ -117,11 +125,13 @@ class RankSelection(RankPruning):
         return [] if sampler is None else list(sampler.parameters())
 
     def _with_masks(self, call: Callable[..., Any], module: LightningModule, *args: Any, **kwargs: Any) -> Any:
-        if not self._drawing:
+        trainer = module.trainer
+        # A learning-rate or batch-size finder trains before that, with callbacks of its own: it tries what is trained.
+        if not self._drawing and any(other is self for other in callbacks_of(trainer)):
             return call(*args, **kwargs)
-        if self._settled:
+        if self._drawing and self._settled:
             return _with_zero(call(*args, **kwargs), self._parameters())
-        self.policy.draw(module.trainer.global_step)
+        self.policy.draw(trainer.global_step)
         outputs = call(*args, **kwargs)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if self._unlooked and isinstance(loss, Tensor):
@@ -146,6 +156,10 @@ class RankSelection(RankPruning):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._settled:
             self._restore_modes()
+
+    def _cut(self, trainer: Trainer) -> None:
+        self._restore_modes()  # an adapter that is cut takes its mode from the one before
+        super()._cut(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop()

@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from lightning_peft.compression.methods import METHODS, WEIGHTINGS
+from lightning_peft.compression.methods import DEFAULT, METHODS, WEIGHTINGS
 
 HELP = "a smaller model of the same quality, as plain layers"
 _DESCRIPTION = (
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     how = parser.add_argument_group("compression")
     titles = "; ".join(f"{name}: {found.title}" for name, found in METHODS.items())
-    how.add_argument("--method", choices=tuple(METHODS), help=f"{titles} (ars)")
+    how.add_argument("--method", choices=tuple(METHODS), help=f"{titles} ({DEFAULT})")
     how.add_argument("--ratio", type=float, metavar="P", help="share of the weights to keep (0.5)")
     how.add_argument(
         "--targets", nargs="+", metavar="PATTERN", help="layers to compress (all linear ones but the head)"

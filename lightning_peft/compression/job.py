@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import nn
 
-from lightning_peft.adapters.factorized import Factorized
 from lightning_peft.arguments import require_integer, require_number
 from lightning_peft.callbacks import Regularization
+from lightning_peft.compression.console import silence, without_remarks
 from lightning_peft.compression.figures import milliseconds, size
-from lightning_peft.compression.methods import METHODS, Method, Plan, Training, method
+from lightning_peft.compression.layers import components
+from lightning_peft.compression.methods import DEFAULT, METHODS, Method, Plan, Training, method
 from lightning_peft.compression.report import Report
 from lightning_peft.compression.task import Source, Task, hub_model, task_of
 from lightning_peft.interop.folder import refuse_to_overwrite
@@ -29,7 +29,6 @@ from lightning_peft.planning.skeleton import skeleton
 from lightning_peft.rank.budget import RankBudget
 from lightning_peft.rank.weighted_svd import Weighting
 from lightning_peft.regularizers import Distillation
-from lightning_peft.surgery import inject
 
 _HEAD_LR = 5e-3  # of a new head, which needs larger steps than what is pretrained
 _PACKAGES = ("lightning-peft", "torch", "lightning", "transformers")
@@ -61,7 +60,7 @@ class Compression:
         ValueError: a name is unknown, or a number is out of range.
     """
 
-    method: str = "ars"
+    method: str = DEFAULT
     ratio: float = 0.5
     task: str | None = None
     targets: Sequence[str] | None = None
@@ -122,10 +121,13 @@ class Compression:
             FileNotFoundError, FileExistsError, ValueError: what is wrong with the model, the texts, or `out`.
             RuntimeError: the written model was checked, and is not right.
         """
-        out = Path(out)
+        with nullcontext() if self.progress else silence():
+            return self._run(model, source, Path(out), overwrite)
+
+    def _run(self, model: str, source: Source | str, out: Path, overwrite: bool) -> Report:
         refuse_to_overwrite(out, overwrite)  # now, not after an hour
         task = task_of(str(model), self.task)
-        full = self._reachable(task)
+        full = components(skeleton(task.folder, task.architecture()), self.targets, self.ratio)
         seed_everything(self.seed, verbose=False)
         clock, chosen = _Clock(), method(self.method)
         with clock.stage("reading"):
@@ -142,8 +144,6 @@ class Compression:
             self._find_ranks(module, data, task, chosen, steps)
             ranks = _below(RankBudget.of(module).ranks(), "model.")
             to_plain(module)
-            for child in ("peft_masks", "peft_terms"):  # what drew masks, and its terms: not to be fine-tuned
-                module._modules.pop(child, None)
         quality = compressed = self._quality(module, data, "the compressed model", clock)
         if self.fine_tuning:
             with clock.stage("fine-tuning"):
@@ -188,30 +188,6 @@ class Compression:
         save_compressed(plain, out, overwrite=overwrite, beside=beside)
         return report
 
-    def _reachable(self, task: Task) -> dict[str, int]:
-        """The layers that will be compressed, and how many components they have; from the config alone.
-
-        Raises:
-            ValueError: the ratio does not pay for one component in every layer, or a target's weight is tied.
-        """
-        model = skeleton(task.folder, task.architecture())
-        tied = _tied(model)
-        inject(model, Factorized, self.targets, [])
-        budget = RankBudget.of(model)
-        if shared := [name for name in budget if name in tied]:
-            raise ValueError(
-                f"the layer {shared[0]!r} has the weight of the embeddings, which stay: compressed, it would come on "
-                "top of them. Leave it out of the targets."
-            )
-        dense = sum(len(site.gate) * (site.gate.cost - len(site.gate)) for site in budget.values())
-        least = sum(site.gate.cost for site in budget.values()) / dense
-        if self.ratio < least:
-            raise ValueError(
-                f"ratio={self.ratio} cannot be reached: one component in each of {len(budget)} layers is {least:.4f} "
-                "of their weights. Raise it, or name fewer layers in targets."
-            )
-        return {name: len(site.gate) for name, site in budget.items()}
-
     def _require_head(self, task: Task, module: Any, data: PlannedData, chosen: Method) -> None:
         missing = task.missing(module)
         others = ", ".join(name for name, other in METHODS.items() if other.heads)
@@ -241,32 +217,33 @@ class Compression:
     ) -> None:
         task.set_rates(module, training.lr, training.head_lr)
         module.weight_decay, module.schedule = training.weight_decay, training.schedule
-        self._trainer(callbacks, steps, training.clip).fit(module, datamodule=data)
+        self._trainer(callbacks, steps, data.batches(), training.clip).fit(module, datamodule=data)
 
     def _quality(self, module: LightningModule, data: PlannedData, what: str, clock: _Clock) -> dict[str, float]:
         with clock.stage("evaluation"):
-            found = self._trainer([], 1, None).validate(module, datamodule=data, verbose=False)[0]
+            found = self._trainer([], 1, 1, None).validate(module, datamodule=data, verbose=False)[0]
         quality = {name.rpartition("/")[2]: value for name, value in found.items()}
         self._say(f"Quality of {what}: {', '.join(f'{name} {value:.4f}' for name, value in quality.items())}.")
         return quality
 
-    def _trainer(self, callbacks: list[Callback], steps: int, clip: float | None) -> Trainer:
-        return Trainer(
-            accelerator="auto",
-            devices=1,
-            precision=self.precision,
-            max_epochs=-1,
-            max_steps=steps,
-            gradient_clip_val=clip,
-            callbacks=callbacks,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=self.progress,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            check_val_every_n_epoch=None,
-            val_check_interval=10**9,  # quality is measured before and after, not on the way
-        )
+    def _trainer(self, callbacks: list[Callback], steps: int, batches: int, clip: float | None) -> Trainer:
+        with without_remarks():
+            return Trainer(
+                accelerator="auto",
+                devices=1,
+                precision=self.precision,
+                max_epochs=-(-steps // batches),  # a bar says so; the steps are what ends it
+                max_steps=steps,
+                gradient_clip_val=clip,
+                callbacks=callbacks,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=self.progress,
+                enable_model_summary=False,
+                num_sanity_val_steps=0,
+                check_val_every_n_epoch=None,
+                val_check_interval=10**9,  # quality is measured before and after, not on the way
+            )
 
     def _say(self, text: str) -> None:
         if self.progress:
@@ -299,14 +276,6 @@ class _Clock:
 
 def _below(ranks: Mapping[str, int], prefix: str) -> dict[str, int]:
     return {name.removeprefix(prefix): rank for name, rank in ranks.items()}
-
-
-def _tied(model: Any) -> set[str]:
-    """Names of layers whose weight is the input embeddings' too."""
-    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
-        return set()
-    output: Callable[[], nn.Module | None] = model.get_output_embeddings
-    return {name for name, child in model.named_modules() if child is output()}
 
 
 def _peak() -> int:

@@ -139,6 +139,7 @@ METHODS: Mapping[str, Method] = {
     "ars": Method("ARS", learned, "fisher", trains=True, steps=1000, training=PAPER),
     "rankdyna": Method("RankDyna", one_round, trains=True, heads=True, steps=1000),
 }
+DEFAULT = "ars"
 
 
 def method(name: str) -> Method:

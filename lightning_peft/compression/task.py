@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -166,8 +166,12 @@ class Language(Task):
         module.lr = lr
 
 
-TASKS: Mapping[str, type[Task]] = {task.name: task for task in (Classification, Language)}
-_ENDINGS = {"ForSequenceClassification": Classification, "ForCausalLM": Language, "LMHeadModel": Language}
+TASKS: Mapping[str, Callable[[str], Task]] = {task.name: task for task in (Classification, Language)}
+_ENDINGS: Mapping[str, Callable[[str], Task]] = {
+    "ForSequenceClassification": Classification,
+    "ForCausalLM": Language,
+    "LMHeadModel": Language,
+}
 
 
 def task_of(folder: str, name: str | None) -> Task:

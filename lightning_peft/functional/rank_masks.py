@@ -173,8 +173,8 @@ def select_ranks(
     least = sum(layer.prices[0] for layer in layers)
     if least > amount:
         raise ValueError(
-            f"a budget of {amount:,} parameters does not pay for {minimum} components in each of {len(layers)} layers, "
-            f"which cost {least:,}. Raise it, or factorise fewer layers."
+            f"a budget of {amount:,} parameters does not pay for the minimum of {minimum} in each of {len(layers)} "
+            f"layers, which has {least:,}. Raise it, or factorise fewer layers."
         )
     for layer, name in zip(layers, probabilities, strict=True):
         layer.at = layer.reaching(wanted[name])

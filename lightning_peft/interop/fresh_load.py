@@ -28,9 +28,9 @@ def main(folder: str, auto_class: str, samples: str, outputs: str) -> None:
         inputs.setdefault(int(number), {})[name] = tensor
     found: dict[str, Any] = {}
     with torch.no_grad():
-        for number, sample in inputs.items():
+        for index, sample in inputs.items():
             for place, tensor in enumerate(floating(model.eval()(**sample))):
-                found[f"{number}.{place}"] = tensor.contiguous().clone()
+                found[f"{index}.{place}"] = tensor.contiguous().clone()
     save_file(found, outputs)
 
 

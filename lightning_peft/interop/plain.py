@@ -28,13 +28,16 @@ MODELING = "modeling_compressed.py"
 RANKS = "thin_layers"
 """Entry of a config: layer -> rank, for the layers that are two thin ones."""
 _WEIGHTS = "model.safetensors"
+_OF_TRAINING = ("peft_masks", "peft_terms")
+"""Children that callbacks have given a LightningModule for a training that is over: what drew masks, and terms."""
 
 
 def to_plain(module: nn.Module) -> dict[str, int]:
     """Put plain layers in the place of all adapters, in place: two thin ones where they are smaller, else a dense one.
 
     Which parameters require a gradient is as before injection; those of the new layers all do. Build the optimizer anew
-    afterwards. A layer whose weight is read and which is never called (those of MultiheadAttention) is always dense.
+    afterwards. What callbacks have given a LightningModule for the training (terms, what draws masks) is taken out too.
+    A layer whose weight is read and which is never called (those of MultiheadAttention) is always dense.
 
     Args:
         module: has adapters inside; is not itself one.
@@ -58,6 +61,8 @@ def to_plain(module: nn.Module) -> dict[str, int]:
         if not is_read(module, adapter) and (layer := adapter.thin()) is not None
     }
     replace(module, thin)
+    for child in _OF_TRAINING:
+        module._modules.pop(child, None)
     if len(thin) < len(found):
         merge(module)
     else:
@@ -68,7 +73,7 @@ def to_plain(module: nn.Module) -> dict[str, int]:
 def thin_layers(module: nn.Module) -> dict[str, int]:
     """The layers of a module that are two thin ones, and their ranks: number of `down`'s outputs."""
     return {
-        name: len(child.down.weight)  # type: ignore[arg-type, union-attr]
+        name: len(child.down.weight)
         for name, child in module.named_modules()
         if isinstance(child, ThinLinear) or _is_thin_convolution(child)
     }

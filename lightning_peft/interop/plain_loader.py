@@ -44,7 +44,7 @@ def thin(layer: nn.Module, rank: int) -> nn.Module:
         names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
         geometry = {name: getattr(layer, name) for name in names}
         down = type(layer)(layer.in_channels, rank, bias=False, **geometry)
-        up = type(layer)(rank, layer.out_channels, 1, bias=bias)  # type: ignore[call-arg]
+        up = type(layer)(rank, layer.out_channels, 1, bias=bias)
         pair = nn.Sequential(OrderedDict(down=down, up=up))
     return pair.to(device=weight.device, dtype=weight.dtype)
 

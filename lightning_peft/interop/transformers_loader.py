@@ -72,8 +72,8 @@ def auto_classes(host: nn.Module) -> AutoClasses | None:
         return None
     from transformers.models.auto import modeling_auto
 
-    kind, config = type(host), type(host.config)  # type: ignore[arg-type]
-    base = type(host.base_model)  # type: ignore[arg-type]
+    kind, config = type(host), type(host.config)
+    base = type(host.base_model)
     names: dict[str, str] = {}
     for name, auto in vars(modeling_auto).items():
         mapping: Any = getattr(auto, "_model_mapping", None)

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 from lightning_peft import presets
-from lightning_peft.adapters.base import AdapterFactory
 from lightning_peft.callbacks import AdapterInjection, RankPruning
 from lightning_peft.planning.estimate import plan
 from lightning_peft.planning.figures import Optimizer, Precision, Strategy
@@ -50,9 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         help="layers to adapt (all linear layers and convolutions but the head)",
     )
-    method.add_argument(
-        "--train", nargs="*", metavar="PATTERN", help="what trains beside them (the head, where it is new)"
-    )
+    method.add_argument("--train", nargs="*", metavar="PATTERN", help="what trains beside them (the preset's default)")
 
     run = parser.add_argument_group("Trainer")
     run.add_argument("--world-size", type=int, default=1, metavar="N", help="processes in all: num_nodes x devices (1)")
@@ -72,9 +69,9 @@ def run(options: argparse.Namespace) -> str:
     Raises:
         FileNotFoundError, ValueError, TypeError: what is wrong with the model's config or an option.
     """
-    factory, policy = _method(options)
+    injection, policy = _method(options)
     module = skeleton(options.model, options.architecture, options.dtype)
-    inject(module, factory, options.targets, options.train)
+    inject(module, injection.adapter, options.targets, injection.train if options.train is None else options.train)
     found = plan(
         module,
         options.world_size,
@@ -95,7 +92,7 @@ def _methods() -> dict[str, Callable[..., presets.Preset]]:
     return {name: make for name, make in found.items() if all(p.default is not p.empty for p in _parameters(make))}
 
 
-def _method(options: argparse.Namespace) -> tuple[AdapterFactory, Policy | None]:
+def _method(options: argparse.Namespace) -> tuple[AdapterInjection, Policy | None]:
     """What the chosen preset injects, and what drives its ranks while it trains, if anything does."""
     methods = _methods()
     names = {name: {p.name for p in _parameters(make)} for name, make in methods.items()}
@@ -111,7 +108,7 @@ def _method(options: argparse.Namespace) -> tuple[AdapterFactory, Policy | None]
         given["final_rank"] = options.final_rank
     callbacks = methods[options.method](**given)
     (injection,) = (each for each in callbacks if isinstance(each, AdapterInjection))
-    return injection.adapter, next((each.policy for each in callbacks if isinstance(each, RankPruning)), None)
+    return injection, next((each.policy for each in callbacks if isinstance(each, RankPruning)), None)
 
 
 def _parameters(make: Callable[..., object]) -> list[inspect.Parameter]:

@@ -116,6 +116,11 @@ class Policy(ABC):
     def decide(self, step: int, total: int) -> dict[str, Tensor]:
         """The components that are open after this step: layer -> (n,) bool. Equal inputs, equal masks."""
 
+    def spent(self, ranks: Mapping[str, float]) -> float:
+        """What layers of these ranks spend, in :attr:`unit`."""
+        sizes = self._budget.sizes(self.unit)
+        return sum(rank * sizes[name] for name, rank in ranks.items())
+
     def apply(self, masks: Mapping[str, Tensor], step: int, total: int) -> None:
         """Write the masks into the gates."""
         self._budget.keep(masks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -61,9 +61,9 @@ class Calls:
         for name, path in self._paths.items():
             module = self._root.get_submodule(path)
             if self._is_new(name, module):
-                self._hooks[name] = module, module.register_forward_hook(partial(self._hear_inside, name))
+                self._hooks[name] = module, module.register_forward_hook(_uncompiled(partial(self._hear_inside, name)))
         if self._is_new(None, self._root):
-            self._hooks[None] = self._root, self._root.register_forward_hook(self._hear, with_kwargs=True)
+            self._hooks[None] = self._root, self._root.register_forward_hook(_uncompiled(self._hear), with_kwargs=True)
 
     def _is_new(self, name: str | None, module: nn.Module) -> bool:
         if name in self._hooks and self._hooks[name][0] is not module:
@@ -88,17 +88,20 @@ class Calls:
         self._log.clear()
         return calls
 
-    @torch.compiler.disable
     def _hear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self.on:
             self._log.append((None, args, kwargs, output))
 
-    @torch.compiler.disable
     def _hear_inside(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self.on:
             self._log.append((name, (), {}, output))
             if not torch.is_grad_enabled():
                 self.blind.add(name)
+
+
+def _uncompiled(hook: Callable[..., None]) -> Callable[..., None]:
+    plain: Callable[..., None] = torch.compiler.disable(hook)
+    return plain
 
 
 def path_of(root: nn.Module, name: str) -> str:

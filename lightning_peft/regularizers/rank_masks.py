@@ -7,7 +7,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.adapters.layers import matrix
 from lightning_peft.functional.rank_masks import deviation, excess, misplaced, require_ratio
 from lightning_peft.rank.budget import RankBudget, Site
 from lightning_peft.rank.sampling import MaskSampler
@@ -48,7 +47,7 @@ class BudgetPenalty(Regularizer):
         for sites, masks in _drawn(module):
             costs = torch.tensor([site.gate.cost for site in sites], dtype=masks.dtype, device=masks.device)
             spent.append(masks.sum(1) @ costs)
-            dense += sum(matrix(site.adapter.base).numel() for site in sites)
+            dense += sum(site.adapter.dense_parameters for site in sites)
         distance = excess if self.sides == "one" else deviation
         return distance(torch.stack(spent).sum(), self.ratio * dense)
 

@@ -25,7 +25,6 @@ from lightning_peft import (
     inject,
 )
 from lightning_peft.adapters import ars
-from lightning_peft.adapters.learned_ranks import dense_parameters
 from lightning_peft.functional.rank_masks import keep_probability, prefix
 
 LAYERS = {"a": 8, "b": 6, "c": 8, "d": 6, "e": 8}
@@ -72,7 +71,7 @@ def test_the_totals_of_bert_base() -> None:
     whole = BertModel.config_class()  # the defaults are BERT-base's
     with torch.device("meta"):
         total = sum(p.numel() for p in BertModel(whole).parameters())
-    dense = sum(dense_parameters(bert()).values())
+    dense = bert().dense_parameters
     assert dense == 12 * (4 * 768 * 768 + 2 * 768 * 3072) == 84_934_656
     for rank, millions in ((253, 66.52), (168, 52.41)):
         factors = sum(rank * site.gate.cost for site in bert().values())
@@ -105,6 +104,44 @@ def test_the_start_depends_on_the_seed_alone() -> None:
         assert torch.equal(value, again[name])
     assert not torch.equal(first["z"], other["z"])
     assert not torch.equal(first["heads.0"], other["heads.0"])
+
+
+def test_the_generators_of_accelerators_are_not_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.manual_seed` seeds those as well, and nobody puts them back."""
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    Hypernetwork(LAYERS, seed=3)
+    assert seeded == []
+    torch.manual_seed(3)
+    assert seeded == [3]
+
+
+def test_evaluating_the_model_leaves_the_network_able_to_learn() -> None:
+    """cuDNN has no backward of a GRU in eval mode."""
+    network = Hypernetwork(LAYERS)
+    host = nn.ModuleDict({"masks": network}).eval()
+    assert network.gru.training
+    host.train()
+    assert network.gru.training
+
+
+@every_sampler
+def test_the_start_does_not_depend_on_what_surrounds_it(kind: Any) -> None:
+    """`configure_model` runs where precision and strategy have set the default dtype and device."""
+    net = factorised()
+    starts = []
+    for dtype, device in ((torch.float32, "cpu"), (torch.bfloat16, "meta")):
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                starts.append(LearnedRanks(0.5, kind).build(RankBudget.of(net)).state_dict())
+                assert torch.get_default_dtype() == dtype
+                assert torch.empty(1).device.type == device
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for name, value in starts[0].items():
+        assert torch.equal(starts[1][name], value)
+        assert starts[1][name].dtype == torch.float32
 
 
 @every_sampler
@@ -459,6 +496,21 @@ def test_property_8_the_last_event_is_within_the_budget_and_uses_it_up() -> None
     assert all(torch.equal(masks[name], again[name]) for name in masks)
 
 
+def test_a_layer_that_is_as_cheap_dense_is_whole_and_counts_as_dense() -> None:
+    """528 parameters dense, 820 as factors at full rank: where the ratio is 0.9 most layers are dense."""
+    net = factorised()
+    learned = built(net, ars.policy(0.9, price="cheapest"))
+    budget = RankBudget.of(net)
+    with pytest.warns(UserWarning, match="masks have learned to keep 528 parameters, and the budget is 475"):
+        budget.keep(learned.decide(20, 20))  # nothing is learned yet: all layers are whole
+    dense = [name for name, k in budget.ranks().items() if k == 12]
+    assert 1 <= len(dense) < 3
+    for name, k in budget.ranks().items():
+        assert k == 12 or k * budget[name].gate.cost < budget[name].adapter.dense_parameters
+    assert 0.9 * 528 - 28 < learned.spent(budget.ranks()) <= 0.9 * 528
+    assert budget.spent_parameters > 0.9 * 528 >= built(net, ars.policy(0.9)).budget_at(1, 1)
+
+
 def test_before_the_last_event_it_is_what_draws_keep_on_average() -> None:
     net = factorised()
     learned = undecided(built(net, ars.policy(0.4)))
@@ -483,6 +535,16 @@ def test_what_draws_is_built_once_for_the_same_adapters() -> None:
     assert learned.build(RankBudget.of(factorised(Branches(3)))) is not sampler
 
 
+def test_what_one_model_has_learned_is_not_the_start_of_another() -> None:
+    learned = ars.policy(0.4)
+    first = learned.build(RankBudget.of(factorised()))
+    with torch.no_grad():
+        next(first.parameters()).add_(1.0)
+    second = learned.build(RankBudget.of(factorised()))
+    for name, value in ars.policy(0.4).build(RankBudget.of(factorised())).state_dict().items():
+        assert torch.equal(second.state_dict()[name], value)
+
+
 def test_masks_that_have_diverged_are_told() -> None:
     net = factorised()
     learned = built(net, ars.policy(0.4))
@@ -498,7 +560,9 @@ def test_what_cannot_be() -> None:
     with pytest.raises(ValueError, match=r"the adapter at '0', a LoRA, has none. Factorise the layers"):
         ars.policy(0.5).build(RankBudget.of(net))
     net = factorised()
-    with pytest.raises(ValueError, match=r"ratio=0.1 keeps 52 of the 528 .* cost 80. The ratio must be at least 0.152"):
+    with pytest.raises(
+        ValueError, match=r"ratio=0.1 keeps 52 of the 528 .* \(minimum=1\) has 80. The ratio must be at least 0.152"
+    ):
         built(net, ars.policy(0.1))
     learned = built(net, ars.policy(0.4))
     learned.track(RankBudget.of(factorised(Branches(3))))

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft import AdaLoRA, DynamicDoRA, GoRA, LoRA, RankBudget, inject
 from lightning_peft.adapters.gora import apportioned, gradient_start
 from lightning_peft.adapters.low_rank import LowRank
 from lightning_peft.adapters.sora import SoRA
-from lightning_peft.listening import heard
+from lightning_peft.listening import heard, positions
 from lightning_peft.rank.probe import Alone
 
 
@@ -114,6 +115,35 @@ def test_the_first_update_is_a_projected_gradient_step() -> None:
     promised = sum(float((site.adapter.update().detach() * gradients[name]).sum()) for name, site in budget.items())
     assert promised < 0
     assert after - before == pytest.approx(promised, rel=0.2)
+
+
+def test_a_gradient_counts_wherever_it_flows() -> None:
+    """A position without a label, as a prompt's, is still what later ones depend on: its part of dW is no less."""
+    config = LlamaConfig(vocab_size=20, hidden_size=8, intermediate_size=12, num_hidden_layers=1, num_attention_heads=2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        plain = LlamaForCausalLM(config)
+    ids = torch.arange(1, 13).view(2, 6)
+    labels = ids.clone()
+    labels[:, :4] = -100  # the prompt
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    plain(**batch).loss.backward()
+    expected = plain.model.layers[0].self_attn.v_proj.weight.grad
+    model = plain
+    inject(model, partial(LoRA, rank=4), targets=["v_proj"])
+    (name,) = budget = RankBudget.of(model)
+    gradients = []
+
+    class Keep(GoRA):
+        def see(self, layer: str, x: Tensor, rows: Any, gradient: Any) -> None:
+            gradients.append(gradient().T @ rows())
+
+    keep = Keep(2)
+    keep.begin(budget, Alone())
+    with heard(keep, budget, [name], positions(batch)):
+        model(**batch).loss.backward()
+    assert expected is not None
+    torch.testing.assert_close(gradients[0], expected)
 
 
 def test_no_other_start_in_a_s_row_space_is_nearer() -> None:

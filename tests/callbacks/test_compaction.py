@@ -422,7 +422,7 @@ def test_a_compacted_checkpoint_in_a_bare_script_and_under_the_command_line(both
         assert table.replace("net.", "").split() == RankBudget.of(trained).table().replace("net.", "").split()
     text = report(folder / "after.ckpt")
     assert "Compacted: closed components were cut out while it trained." in text
-    assert "Rank 0, so the base layer as it was: net.3." in text
+    assert "Rank 0, so no component acts: net.3." in text
     assert "6/15" in text
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -184,6 +185,12 @@ def test_masks_are_learned_without_dropout(mode: Any) -> None:
     assert net.training
 
 
+def test_what_was_cut_trains_in_the_tail_as_the_rest_does() -> None:
+    net = Net()
+    trainer(*method(tail=0.5, train=["head"], compact="final")).fit(net, data())
+    assert [name for name, child in net.named_modules() if not child.training] == []
+
+
 def test_in_a_tail_what_draws_rests_and_the_rest_goes_on() -> None:
     net = Net()
     states: list[dict[str, Tensor]] = []
@@ -273,6 +280,47 @@ def test_a_checkpoint_is_validated_with_its_masks(tmp_path: Path) -> None:
         assert torch.equal(other.state_dict()[name], value)
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_model_that_was_cut_is_validated_with_its_own_checkpoint(tmp_path: Path) -> None:
+    net = Validated()
+    run = trainer(*method(tail=0.5, train=["head"], compact="final"), AdapterCheckpoint())
+    run.fit(net, data(), data(1))
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    end = copy.deepcopy(net.state_dict())
+    run.validate(net, data(1), ckpt_path=tmp_path / "end.ckpt", verbose=False)
+    assert net.state_dict().keys() == end.keys()
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, end[name]), name
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_learning_rate_finder_tries_masks_and_leaves_no_trace(before: bool, tmp_path: Path) -> None:
+    tried: list[bool] = []
+
+    class Tried(Validated):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            tried.append(all(site.gate.drawn is not None for site in RankBudget.of(self).values()))
+            return super().training_step(batch, batch_idx)
+
+    states = []
+    for search in (False, True):
+        net = Tried()
+        finder = LearningRateFinder(num_training_steps=20, early_stop_threshold=None)
+        callbacks = method() if not search else [finder, *method()] if before else [*method(), finder]
+
+        class Same(L.Callback):
+            def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+                trainer.optimizers[0].param_groups[0]["lr"] = 0.01
+
+        run = trainer(*callbacks, Same(), default_root_dir=tmp_path, num_sanity_val_steps=1)
+        run.fit(net, data(24), data(1))
+        states.append(net.state_dict())
+    assert len(tried) == 24 + 44
+    assert all(tried)
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+
+
 def test_a_model_can_be_copied_in_the_middle_of_a_step() -> None:
     class Copies(Net):
         def training_step(self, batch: Tensor, batch_idx: int) -> Any:
@@ -342,6 +390,30 @@ def test_what_draws_stays_precise(precision: Any) -> None:
     trainer(*method(), Look(), precision=precision).fit(net, data())
     assert set(seen) == {wide}
     assert RankBudget.of(net).spent_parameters <= 96
+
+
+class Late(Net):
+    """Its layers come where precision has set the default dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.later = [self.body, self.head]
+        del self.body, self.head
+
+    def configure_model(self) -> None:
+        if self.later:
+            self.body, self.head = self.later
+            self.later = []
+
+
+def test_what_draws_is_as_precise_where_layers_come_late() -> None:
+    nets: list[Net] = [Net(), Late()]
+    for net in nets:
+        trainer(*method(), precision="bf16-true").fit(net, data())
+    drawn = [{n: v for n, v in net.state_dict().items() if n.startswith("peft_masks.")} for net in nets]
+    assert {value.dtype for value in drawn[1].values()} == {torch.float32}
+    for name, value in drawn[0].items():
+        assert torch.equal(drawn[1][name], value), name
 
 
 class Manual(Net):

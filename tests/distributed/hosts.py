@@ -130,9 +130,10 @@ class ShardedAroundAdapters(Sharded):
     """FSDP2 with adapters known: what is trained is left whole, the head too."""
 
     adapter: Any = partial(DynamicDoRA, rank=6, dropout=0.0)
+    beside: Sequence[str] | None = None
 
     def shard(self, **options: Any) -> None:
-        inject(self, self.adapter)
+        inject(self, self.adapter, train=self.beside)
         super().shard(ignored_params=set(small_parameters(self)), **options)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as L
@@ -28,7 +29,7 @@ pytestmark = [
 ]
 
 WEIGHTINGS = ("none", "fisher", "taylor", "activation", "whiten")
-Run = tuple[str, str]
+Run = tuple[str, str, bool]
 
 
 TARGETS, HEAD = ["0.0", "1.0"], ["2"]
@@ -37,8 +38,10 @@ TARGETS, HEAD = ["0.0", "1.0"], ["2"]
 class ShardedFactors(Sharded):
     """A layer is decomposed while it is whole, and its factors are split as it would have been."""
 
+    trained = True
+
     def shard(self, **options: Any) -> None:
-        inject(self, Factorized, TARGETS, HEAD)
+        inject(self, partial(Factorized, trained=self.trained), TARGETS, HEAD)
         super().shard(ignored_params=set(small_parameters(self)), **options)
 
 
@@ -57,10 +60,12 @@ class Start(L.Callback):
             self.found["weights"][name] = (U * s @ Vh).numpy()
 
 
-def calibrate(kind: str, weighting: Any, world: int) -> dict[str, Any]:
+def calibrate(kind: str, weighting: Any, trained: bool, world: int) -> dict[str, Any]:
     torch.manual_seed(5)
     model, start = ShardedFactors() if kind == "fsdp2" else Host(), Start()
-    injection = AdapterInjection(Factorized, TARGETS, HEAD, verbose=False)  # leaves adapters that are there
+    model.trained = trained  # type: ignore[assignment]
+    # Adapters that are there it leaves as they are.
+    injection = AdapterInjection(partial(Factorized, trained=trained), TARGETS, HEAD, verbose=False)
     trainer = L.Trainer(
         accelerator="cpu", devices=world, strategy=STRATEGIES[kind](world), use_distributed_sampler=False, logger=False,
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, max_steps=1,
@@ -76,11 +81,13 @@ def calibrate_all(runs: Sequence[Run], world: int) -> dict[Run, dict[str, Any]]:
 
 
 def test_two_processes_find_what_one_finds() -> None:
-    (alone,) = run_processes(1, calibrate_all, [("single", weighting) for weighting in WEIGHTINGS], 1)
-    runs = [(kind, weighting) for kind in ("ddp", "fsdp2") for weighting in WEIGHTINGS]
+    (alone,) = run_processes(1, calibrate_all, [("single", weighting, True) for weighting in WEIGHTINGS], 1)
+    runs = [(kind, weighting, True) for kind in ("ddp", "fsdp2") for weighting in WEIGHTINGS]
+    runs += [("fsdp2", "fisher", False), ("fsdp2", "whiten", False)]  # all that is before the head is frozen
     first, second = run_processes(2, calibrate_all, runs, 2)
-    for kind, weighting in runs:
-        run, reference = (kind, weighting), alone["single", weighting]
+    for run in runs:
+        kind, weighting, _ = run
+        reference = alone["single", weighting, True]
         assert first[run]["bits"] == second[run]["bits"], run
         assert first[run]["ranks"] == second[run]["ranks"] == reference["ranks"], run
         assert first[run]["sharded"] == {kind == "fsdp2"}
@@ -88,6 +95,6 @@ def test_two_processes_find_what_one_finds() -> None:
             assert abs(first[run]["weights"][name] - weight).max() < 1e-4 * abs(weight).max(), (run, name)
             assert abs(first[run]["s"][name] - reference["s"][name]).max() < 1e-4 * reference["s"][name].max()
     # The weightings differ, so that the comparison says something.
-    found = [alone["single", weighting]["weights"]["net.0.0"] for weighting in WEIGHTINGS]
+    found = [alone["single", weighting, True]["weights"]["net.0.0"] for weighting in WEIGHTINGS]
     for i, one in enumerate(found):
         assert all(abs(one - other).max() > 1e-2 * abs(one).max() for other in found[:i])

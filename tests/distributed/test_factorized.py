@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as L
 import pytest
 import torch
-from hosts import STRATEGIES, Host, Job, ShardedAroundAdapters, change, train_all
+from hosts import STRATEGIES, Block, Host, Job, ShardedAroundAdapters, change, train_all
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -38,8 +38,8 @@ pytestmark = [
 ]
 
 
-def callbacks(trained: bool = True) -> list[L.Callback]:
-    """Everything is trained, or the head and the biases alone; components are removed in parameters."""
+def callbacks(trained: bool = True, compact: Literal["never", "final"] = "never") -> list[L.Callback]:
+    """Everything is trained, or the head and a bias alone; components are removed in parameters."""
     train = [".*"] if trained else ["2", "0.0.bias"]
     policy = RankPolicy(Cubic(0.1, 0.2), Taylor(), Budget(share=0.3), 3, minimum=1)
     return [
@@ -58,7 +58,9 @@ class Around(ShardedAroundAdapters):
 
 
 class AroundFrozen(ShardedAroundAdapters):
-    """The same with frozen factors, which only their masks change."""
+    """Frozen factors, which only their masks change; and every linear layer is a unit, also what is left of one."""
+
+    units = (Block, nn.Linear)
 
     def shard(self, **options: Any) -> None:
         inject(self, partial(Factorized, trained=False), train=["2", "0.0.bias"])
@@ -72,13 +74,15 @@ JOBS = {
         callbacks, around=Around, trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.05, "max_epochs": 3}
     ),
     "too late": Job(callbacks),
+    "cut": Job(partial(callbacks, compact="final")),
 }
 
 
 def test_two_processes_give_what_one_gives() -> None:
     names = [name for name in JOBS if name != "too late"]
     (alone,) = run_processes(1, train_all, [(kind, name) for kind in ("single", "half") for name in names], JOBS, 1)
-    runs = [(kind, name) for kind in ("ddp", "fsdp1", "fsdp2 around") for name in names]
+    runs = [(kind, name) for kind in ("ddp", "fsdp1 nested", "fsdp2 around") for name in names]
+    runs = [(kind, name) for kind, name in runs if kind == "ddp" or name != "cut"]
     for both in run_processes(2, train_all, [*runs, ("fsdp2", "too late")], JOBS, 2):
         for kind, name in runs:
             result, reference = both[kind, name], alone["single", name]

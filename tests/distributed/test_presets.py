@@ -12,7 +12,7 @@ import pytest
 import torch
 from hosts import Host, Job, ShardedAroundAdapters, change, train_all
 from lightning.pytorch.strategies import DDPStrategy
-from presets.every import NAMES, adapter_of, releases_base, small
+from presets.every import NAMES, injection_of, releases_base, small
 from torch import Tensor, nn
 
 from lightning_peft import RankPruning, adapter_state_dict
@@ -26,11 +26,16 @@ pytestmark = [
 
 
 def job(name: str) -> Job:
-    """Without dropout, which draws anew for every batch, of which a process has half; and without statistics of these,
-    in which rounding turns the vectors of a decomposition.
+    """The preset without what tells processes apart by more than rounding: dropout, which draws anew for every batch,
+    of which a process has half, and statistics of batches, by which rounding turns the vectors of a decomposition.
+    Masks are drawn without a network: Adam divides by its gradients, which are nearly 0 (see test_selection.py); and
+    more by the task's loss than by their penalty, which is the same whatever the batch.
     """
-    around = type("Around", (ShardedAroundAdapters,), {"adapter": staticmethod(adapter_of(name))})
-    return Job(partial(small, name, dropout=0.0, weighting="none"), around=around)
+    injection = injection_of(name)
+    own = {"adapter": staticmethod(injection.adapter), "beside": injection.train}
+    around = type("Around", (ShardedAroundAdapters,), own)
+    options = {"dropout": 0.0, "weighting": "none", "masks": "monotone", "budget_weight": 0.5}
+    return Job(partial(small, name, **options), around=around)
 
 
 JOBS = {name: job(name) for name in NAMES}

@@ -9,6 +9,8 @@ from lightning_peft import (
     Cubic,
     DynamicDoRA,
     Factorized,
+    GroupImportance,
+    KeepProbability,
     LoRA,
     ModuleSensitivity,
     NormShare,
@@ -18,7 +20,7 @@ from lightning_peft import (
     Taylor,
     WeightDecomposed,
 )
-from lightning_peft.adapters import adalora, dynamic_dora, elalora, increlora, sora
+from lightning_peft.adapters import adalora, dynamic_dora, elalora, increlora, rankdyna, sora
 from lightning_peft.testing import importance_laws, laws, policy_laws
 
 DROPPED = ("linear", "conv1d", "convolution_2d", "convolution_3d", "attention_in")
@@ -48,6 +50,11 @@ test_norm_share = importance_laws(NormShare)
 test_triplet_importance = importance_laws(adalora.TripletImportance, partial(AdaLoRA, rank=4))
 test_module_sensitivity = importance_laws(ModuleSensitivity, partial(AdaLoRA, rank=4))
 test_gain_magnitude = importance_laws(sora.GainMagnitude, partial(SoRA, rank=4))
+test_keep_probability = importance_laws(KeepProbability, partial(LoRA, rank=4))
+test_group_importance = importance_laws(GroupImportance, partial(Factorized, rank=4))
+test_group_importance_by_entries = importance_laws(
+    partial(GroupImportance, "elementwise_sum", uncertainty=True), partial(Factorized, rank=4)
+)
 
 test_dynamic_doras_policy = policy_laws(partial(dynamic_dora.policy, interval=2))
 test_hard_policy_by_taylor = policy_laws(
@@ -59,4 +66,5 @@ test_soras_policy = policy_laws(lambda final: sora.policy(0.05, tail=0.3, interv
 test_increloras_policy = policy_laws(
     partial(increlora.policy, interval=2), PartlyOpen(partial(AdaLoRA, rank=4), rank=1)
 )
+test_rankdynas_policy = policy_laws(partial(rankdyna.policy, interval=2), partial(Factorized, rank=4))
 test_elaloras_policy = policy_laws(partial(elalora.policy, interval=2), PartlyOpen(partial(AdaLoRA, rank=4), rank=2))

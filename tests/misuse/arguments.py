@@ -19,11 +19,13 @@ from lightning_peft import (
     Distillation,
     DynamicDoRA,
     Factorized,
+    GroupImportance,
     Growth,
     LoRA,
     Orthogonality,
     RankPolicy,
     RankPruning,
+    RankSelection,
     Regularization,
     SoftThreshold,
     Taylor,
@@ -220,6 +222,26 @@ ROWS: Rows = {
     "no term": (lambda: Regularization({}), TypeError),
     "a term's class in place of a term": (lambda: Regularization({"dem": DEM}), TypeError),  # type: ignore[dict-item]
     "a term's name that no log can hold": (lambda: Regularization({"loss/dem": DEM()}), ValueError),
+    "a ratio and a budget": (lambda: presets.rankdyna(0.5, budget=Budget(rank=4)), ValueError),
+    "a ratio of 0": (lambda: presets.rankdyna(0.0), ValueError),
+    "a ratio that is not reached with a group in every layer": (
+        lambda: fit(Encoder(), *presets.rankdyna(0.1)),
+        ValueError,
+    ),
+    "a misspelt aggregation": (lambda: presets.rankdyna(aggregation="sum"), ValueError),  # type: ignore[arg-type]
+    "a misspelt score": (lambda: presets.rankdyna(score="cost"), ValueError),  # type: ignore[arg-type]
+    "removal that is soft and for good": (
+        lambda: RankPolicy(Cubic(), Taylor(), Budget(rank=2), soft=True, irreversible=True),
+        ValueError,
+    ),
+    "importance by the factors of adapters that have others": (
+        lambda: fit(
+            Encoder(),
+            AdapterInjection(LORA),
+            RankPruning(RankPolicy(Cubic(), GroupImportance("elementwise_sum"), Budget(rank=2))),
+        ),
+        TypeError,
+    ),
     "a misspelt loss of distillation": (lambda: Distillation(loss="ce"), ValueError),  # type: ignore[arg-type]
     "a temperature of 0": (lambda: Distillation(temperature=0), ValueError),
     "a teacher by its name": (lambda: Distillation(teacher="bert-base-uncased"), TypeError),  # type: ignore[arg-type]
@@ -229,6 +251,12 @@ ROWS: Rows = {
     "a misspelt mode of AdaLoRA": (lambda: presets.adalora(mode="post"), ValueError),  # type: ignore[arg-type]
     "a target rank and a budget": (lambda: presets.adalora(4, budget=Budget(share=0.5)), ValueError),
     "a budget that leaves AdaLoRA's start open": (lambda: presets.adalora(budget=Budget(share=0.5)), ValueError),
+    "a ratio above 1": (lambda: presets.ars(1.5), ValueError),
+    "misspelt masks": (lambda: presets.ars(masks="hypernet"), ValueError),  # type: ignore[arg-type]
+    "ranks to be learned by a name": (
+        lambda: RankSelection("ars"),  # type: ignore[arg-type]
+        TypeError,
+    ),
     "a negative penalty": (lambda: presets.adalora(orthogonality=-0.5), ValueError),
     "a misspelt form of the penalty": (lambda: Orthogonality(form="frobenius"), ValueError),  # type: ignore[arg-type]
     "a rank that a factorised layer cannot have": (lambda: factorized(rank=7), ValueError),

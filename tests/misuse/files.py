@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from misuse.setups import LORA, Encoder, Rows, Told, adapted, cli, fit, saved
 from torch import nn
 
-from lightning_peft import AdapterFileError, compact, eject, from_hf_peft, load, merge, presets, to_hf_peft
+from lightning_peft import (
+    AdapterFileError,
+    compact,
+    eject,
+    from_hf_peft,
+    load,
+    merge,
+    presets,
+    save_compressed,
+    to_hf_peft,
+    to_plain,
+)
+from lightning_peft.compression.job import Compression
 
 
 def a_list() -> str:
@@ -41,6 +54,20 @@ def plain() -> str:
 def after_injection() -> None:
     torch.save({"state_dict": Encoder().state_dict(), "pytorch-lightning_version": "2.6.6"}, "base.ckpt")
     fit(Encoder(), *presets.lora(rank=4), ckpt_path="base.ckpt")
+
+
+def bert(compressed: bool = False, head: bool = True) -> str:
+    """A folder of a BERT that is smaller than small, as `compress` takes it; or what is like its result."""
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    architecture = "BertForSequenceClassification" if head else "BertModel"
+    config = {"model_type": "bert", "vocab_size": 8, "architectures": [architecture], **sizes}
+    Path("bert").mkdir()
+    Path("bert/config.json").write_text(json.dumps(config | ({"thin_layers": {"a": 2}} if compressed else {})))
+    return "bert"
+
+
+def compress(model: str, **options: Any) -> None:
+    Compression(**options).run(model, "texts.csv", "small")
 
 
 def peft_folder(**config: object) -> str:
@@ -90,6 +117,14 @@ ROWS: Rows = {
         AdapterFileError,
     ),
     "`from_hf_peft` into a module with adapters": (lambda: from_hf_peft(adapted("query"), "."), ValueError),
+    "`compress` of something else than a transformers model's folder": (lambda: compress("."), FileNotFoundError),
+    "`compress` of what is compressed already": (lambda: compress(bert(compressed=True)), ValueError),
+    "`compress` of a model without a task": (lambda: compress(bert(head=False)), ValueError),
+    "`compress` to a ratio that cannot be reached": (lambda: compress(bert(), ratio=0.1), ValueError),
+    "`compress` by a method that there is not": (lambda: compress(bert(), method="pca"), ValueError),
+    "`compress` with steps for a method that takes none": (lambda: compress(bert(), method="svd", steps=9), ValueError),
+    "`to_plain` without adapters": (lambda: to_plain(Encoder()), ValueError),
+    "`save_compressed` of a model that is not compressed": (lambda: save_compressed(Encoder(), "out"), ValueError),
     "command line: a checkpoint that is not there": (lambda: cli("inspect", "none.ckpt"), Told),
     "command line: an option of the other format": (
         lambda: cli("export", saved(), "out", "--format", "merged", "--no-head"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytorch_lightning
@@ -22,17 +23,20 @@ from lightning_peft import (
     EVA,
     AdapterCheckpoint,
     AdapterInjection,
+    BudgetPenalty,
     Calibration,
     Distillation,
     Factorized,
     RankBudget,
     RankMonitor,
+    RankSelection,
     Regularization,
     WeightedSVD,
     eject,
     inject,
     presets,
 )
+from lightning_peft.adapters import ars
 
 
 class Manual(Encoder):
@@ -66,9 +70,18 @@ class NoLoss(Encoder):
 
 
 class Reentrant(Encoder):
+    def __init__(self, inputs: bool = False) -> None:
+        super().__init__()
+        self.inputs = inputs
+
     def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        batch = batch.requires_grad_(self.inputs)
         h = checkpoint(lambda x: self.value(self.query(x)), batch, use_reentrant=True)
         return self.classifier(self.norm(h)).square().mean()
+
+
+def selection() -> RankSelection:
+    return RankSelection(ars.policy(0.5))
 
 
 class Unused(Encoder):
@@ -170,6 +183,8 @@ def stream(*also: Any) -> object:
     trainer.fit(Encoder(), DataLoader(Stream(), batch_size=2))
     return trainer
 
+
+FROZEN = AdapterInjection(partial(Factorized, trained=False), train=["classifier"])
 
 ROWS: Rows = {
     "a preset that is not unpacked": (lambda: fit(Encoder(), presets.lora(rank=4)), MisconfigurationException),
@@ -355,6 +370,36 @@ ROWS: Rows = {
     ),
     "training stops before the last cut": (
         lambda: fit(Encoder(), *presets.dynamic_dora(final_rank=2), Once("on_train_batch_end", stop)),
+        UserWarning,
+    ),
+    "ranks to be learned without adapters": (lambda: fit(Encoder(), selection()), MisconfigurationException),
+    "ranks to be learned of adapters that are trained": (
+        lambda: fit(Encoder(), AdapterInjection(Factorized), selection()),
+        MisconfigurationException,
+    ),
+    "ranks to be learned of adapters without singular values": (
+        lambda: fit(Encoder(), AdapterInjection(LORA), selection()),
+        ValueError,
+    ),
+    "ranks to be learned with manual optimization": (
+        lambda: fit(Manual(), FROZEN, selection(), max_steps=4),
+        MisconfigurationException,
+    ),
+    "ranks to be learned with re-entrant checkpointing": (
+        lambda: fit(Reentrant(inputs=True), FROZEN, selection()),
+        MisconfigurationException,
+    ),
+    "learned masks that no optimizer has": (lambda: fit(HeadOnly(), FROZEN, selection()), MisconfigurationException),
+    "terms of learned masks without `RankSelection`": (
+        lambda: fit(Encoder(), FROZEN, Regularization({"budget": BudgetPenalty(0.5)})),
+        RuntimeError,
+    ),
+    "a ratio below one component per layer": (
+        lambda: fit(Encoder(), *presets.ars(0.1, weighting="none")),
+        ValueError,
+    ),
+    "a run too short for masks to learn their budget": (
+        lambda: fit(Encoder(), *presets.ars(0.5, weighting="none")),
         UserWarning,
     ),
     "training diverges": (lambda: fit(Diverges(), *presets.dynamic_dora(final_rank=2)), UserWarning),

@@ -171,3 +171,10 @@ def test_a_skeleton_has_shapes_and_no_numbers(tmp_path: Path) -> None:
     assert type(model).__name__ == "BertForSequenceClassification"
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert {p.dtype for p in model.parameters()} == {torch.float16}
+
+
+def test_what_a_method_trains_beside_its_adapters_is_planned(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    everything = figures(capsys, llama, "--method", "rankdyna")
+    factors = figures(capsys, llama, "--method", "rankdyna", "--train")
+    assert everything["start"]["trained_parameters"] > 0
+    assert factors["start"]["trained_parameters"] == 0

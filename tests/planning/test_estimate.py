@@ -364,7 +364,7 @@ def test_a_plan_of_every_preset_is_what_it_takes(name: str, tmp_path: Path) -> N
     policy = next((each.policy for each in pruning(preset())), None)
     with torch.device("meta"):
         shapes = MODELS["bert"]()
-    inject(shapes, injection.adapter)
+    inject(shapes, injection.adapter, train=injection.train)
     planned = plan(
         shapes, final=policy.final_budget if policy else None, importance=policy.importance if policy else None
     )

@@ -15,6 +15,7 @@ _SMALL: dict[str, Any] = {
     "rank": 2,
     "initial_rank": 4,
     "interval": 2,
+    "ratio": 0.2,
     "threshold": 0.03,
 }
 
@@ -34,12 +35,12 @@ def small(name: str, **also: Any) -> presets.Preset:
 
 def releases_base(name: str) -> bool:
     """Whether the preset's adapters have their layers' weights in another form: PEFT has no format for these."""
-    factory = adapter_of(name)
+    factory = injection_of(name).adapter
     kind = getattr(factory, "func", factory)
     return isinstance(kind, type) and issubclass(kind, Adapter) and kind.releases_base
 
 
-def adapter_of(name: str) -> Any:
-    """What the preset builds its adapters with."""
+def injection_of(name: str) -> AdapterInjection:
+    """What the preset puts adapters in with."""
     (injection,) = (each for each in small(name) if isinstance(each, AdapterInjection))
-    return injection.adapter
+    return injection

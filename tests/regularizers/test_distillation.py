@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,19 @@ from lightning_peft import (
     AdapterCheckpoint,
     AdapterInjection,
     Budget,
+    BudgetPenalty,
     Cubic,
     Distillation,
     DynamicDoRA,
+    Factorized,
     RankPolicy,
     RankPruning,
+    RankSelection,
     Regularization,
     Taylor,
     inject,
 )
+from lightning_peft.adapters import ars
 
 ADAPTER = partial(DynamicDoRA, rank=2, dropout=0.2)
 
@@ -193,6 +198,24 @@ def test_a_teacher_may_be_given_built_or_taken_out_of_a_whole_module() -> None:
         runs.append(module)
     for other in runs[1:]:
         same(runs[0], other)
+
+
+def test_what_draws_masks_is_no_student() -> None:
+    """Learned ranks stand beside the model as a child of the module, as terms do."""
+    found = []
+    for of in ("net", None):
+        module = Module()
+        torch.manual_seed(1)
+        injection = AdapterInjection(partial(Factorized, trained=False), ["net.0", "net.2"], [], verbose=False)
+        regularization = Regularization({"teacher": term(of=of), "budget": BudgetPenalty(0.5)})
+        selection = RankSelection(ars.policy(0.5, interval=2, shift=-0.2))
+        run = trainer(injection, selection, regularization)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "masks have learned to keep")
+            run.fit(module, data())
+        assert run.logged_metrics["loss/teacher"] > 0
+        found.append(module)
+    same(*found)
 
 
 class Whole(Module):

