@@ -310,7 +310,7 @@ def _thin_convolution(base: Any, down: Tensor, up: Tensor, bias: Tensor | None) 
 
 def _released(layer: nn.Module) -> nn.Module:
     """A copy of a layer that shares its bias and has no weight; the layer is as it was."""
-    bare = _twin(layer)
+    bare: nn.Module = _twin(layer)
     weight: Tensor = layer.weight  # type: ignore[assignment]
     bare._parameters["weight"] = None  # its place in the order is kept for the way back
     bare.__dict__["weight"] = _hole(weight.shape, weight, weight.requires_grad)

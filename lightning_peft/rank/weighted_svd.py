@@ -137,8 +137,8 @@ class WeightedSVD(Probe):
 
     def _release(self) -> None:
         """Hold no adapter and no process: factors that are cut afterwards are as large as the model's weights."""
-        self._budget: RankBudget = RankBudget({})
-        self._processes: Processes = Alone()
+        self._budget = RankBudget({})
+        self._processes = Alone()
 
     def _rank(self, name: str, site: Site) -> int:
         """How many components of a layer stay open."""
