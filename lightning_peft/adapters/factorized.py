@@ -35,9 +35,9 @@ class Factorized(Adapter):
 
     U and Vh take the base's dtype and place: they are the layer's weight in another form, as large as it
     (K (d_in + d_out) numbers beside d_in d_out), so under FSDP2 they are sharded with the base, and s and m stay whole.
-    s is float32, or wider where the base is, until the whole module is cast. The base lives on without a weight, for its
-    sizes and its bias: an ejected adapter would leave nothing behind, so `eject` refuses it, and `merge` or :meth:`thin`
-    ends its life.
+    s is float32, or wider where the base is, until the whole module is cast. The base lives on without a weight, for
+    its sizes and its bias: an ejected adapter would leave nothing behind, so `eject` refuses it, and `merge` or
+    :meth:`thin` ends its life.
 
     The start is equal to the base up to rounding, where every component of it is there (`rank=None`).
 
