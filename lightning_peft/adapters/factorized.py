@@ -35,8 +35,9 @@ class Factorized(Adapter):
 
     U and Vh take the base's dtype and place: they are the layer's weight in another form, as large as it
     (K (d_in + d_out) numbers beside d_in d_out), so under FSDP2 they are sharded with the base, and s and m stay whole.
-    s is float32, or wider where the base is. The base lives on without a weight, for its sizes and its bias: an
-    ejected adapter would leave nothing behind, so `eject` refuses it, and `merge` or :meth:`thin` ends its life.
+    s is float32, or wider where the base is, until the whole module is cast. The base lives on without a weight, for
+    its sizes and its bias: an ejected adapter would leave nothing behind, so `eject` refuses it, and `merge` or
+    :meth:`thin` ends its life.
 
     The start is equal to the base up to rounding, where every component of it is there (`rank=None`).
 
@@ -140,6 +141,17 @@ class Factorized(Adapter):
         for value, own in ((U, self.U), (s, gain), (Vh, self.Vh)):
             own.copy_(value)
 
+    def reset_parameters(self) -> None:
+        """Refuse: without this the base's own would answer, which has no weight to draw.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "Factorized has the only copy of its layer's weight, so it can neither be drawn anew nor filled after it "
+            "was built on the meta device. Give the model its weights before adapters are injected."
+        )
+
     def large_parameters(self) -> Iterator[nn.Parameter]:
         return iter((self.U, self.Vh))
 
@@ -205,8 +217,7 @@ class Factorized(Adapter):
         return _thin_convolution(base, down.view(-1, *self._kernel), up, base.bias)
 
     def _dense(self) -> nn.Module:
-        layer: Any = copy.copy(self.base)
-        layer._parameters = dict(layer._parameters)
+        layer: Any = _twin(self.base)
         wide = torch.promote_types(self.U.dtype, torch.float32)
         product = (self.U.to(wide) * self.gate.value()) @ self.Vh.to(wide)
         layer.weight = nn.Parameter(stored(self.base, product).to(self.U.dtype).contiguous())
@@ -288,8 +299,8 @@ def components(rank: Rank, d_in: int, d_out: int) -> int:
 def _thin_convolution(base: Any, down: Tensor, up: Tensor, bias: Tensor | None) -> nn.Sequential:
     """The same of a convolution in one group: its kernel with k outputs, then one of a single place."""
     k, d_out = down.shape[0], up.shape[0]
-    first = copy.copy(base)
-    first._parameters = dict(base._parameters) | {"bias": None}
+    first = _twin(base)
+    first._parameters["bias"] = None
     first.out_channels, first.weight = k, nn.Parameter(down)
     second = type(base)(k, d_out, 1, bias=bias is not None, device="meta")
     second.weight = nn.Parameter(up.view(*up.shape, *[1] * (down.dim() - 2)))
@@ -300,11 +311,18 @@ def _thin_convolution(base: Any, down: Tensor, up: Tensor, bias: Tensor | None) 
 
 def _released(layer: nn.Module) -> nn.Module:
     """A copy of a layer that shares its bias and has no weight; the layer is as it was."""
-    bare = copy.copy(layer)
+    bare: nn.Module = _twin(layer)
     weight: Tensor = layer.weight  # type: ignore[assignment]
-    bare._parameters = {**layer._parameters, "weight": None}  # its place in the order is kept for the way back
+    bare._parameters["weight"] = None  # its place in the order is kept for the way back
     bare.__dict__["weight"] = _hole(weight.shape, weight, weight.requires_grad)
     return bare
+
+
+def _twin(layer: nn.Module) -> Any:
+    """A layer with the same tensors and attributes, and tables of its own: of parameters, buffers and hooks."""
+    twin = copy.copy(layer)
+    twin.__dict__.update({name: value.copy() for name, value in vars(layer).items() if isinstance(value, dict)})
+    return twin
 
 
 def _is_released(layer: nn.Module) -> bool:

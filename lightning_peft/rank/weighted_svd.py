@@ -137,8 +137,8 @@ class WeightedSVD(Probe):
 
     def _release(self) -> None:
         """Hold no adapter and no process: factors that are cut afterwards are as large as the model's weights."""
-        self._budget: RankBudget = RankBudget({})
-        self._processes: Processes = Alone()
+        self._budget = RankBudget({})
+        self._processes = Alone()
 
     def _rank(self, name: str, site: Site) -> int:
         """How many components of a layer stay open."""
@@ -170,6 +170,8 @@ class WeightedSVD(Probe):
             self._add(layer, X.abs().sum(0) if self.weighting == "activation" else X.mT @ X, len(X))
 
     def _add(self, layer: str, part: Tensor, count: int) -> None:
+        if not count:
+            return  # no position of the batch counts
         part = part.to(_sum_dtype(part.dim(), part.device))
         if layer in self._sums:
             self._sums[layer] += part
@@ -264,8 +266,9 @@ class WeightedSVD(Probe):
         shapes = list(self._shapes.values())
         dense = sum(d_out * d_in for d_out, d_in in shapes)
         kept = sum(factored_parameters(*shape, rank) for shape, rank in zip(shapes, self._ranks.values(), strict=True))
+        plain = f", {len(self._unseen)} as they were" if self._unseen else ""
         return (
-            f"WeightedSVD: {len(shapes)} layers decomposed, weighting {self.weighting!r}; "
+            f"WeightedSVD: {len(shapes) - len(self._unseen)} layers decomposed, weighting {self.weighting!r}{plain}; "
             f"{kept:,} of their {dense:,} parameters are kept, {kept / max(dense, 1):.1%}."
         )
 

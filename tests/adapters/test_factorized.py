@@ -484,6 +484,31 @@ def test_of_two_layers_with_one_weight_each_has_factors_of_its_own() -> None:
     assert host[0].U is not host[1].U
 
 
+@pytest.mark.parametrize("kind", ["wide", "convolution"])
+@pytest.mark.parametrize("rank", [1, None])
+def test_plain_layers_share_no_hook_with_the_layer_that_was_there(kind: str, rank: int | None) -> None:
+    dense, x = layer(kind)
+    factorized = Factorized(dense, rank)
+    thin, other = factorized.thin(), factorized.thin()
+    called: list[str] = []
+    for name, module in (("dense", dense), ("other", other)):
+        for part in module.modules():
+            part.register_forward_hook(lambda *_, name=name: called.append(name))
+    thin(x)
+    assert called == []
+
+
+def test_what_was_built_on_the_meta_device_cannot_be_filled() -> None:
+    with torch.device("meta"):
+        host = net()
+    inject(host, Factorized, targets=["0"])
+    host.to_empty(device="cpu")
+    with pytest.raises(RuntimeError, match="only copy of its layer's weight.* weights before adapters are injected"):
+        for child in host.modules():
+            if hasattr(child, "reset_parameters"):  # as Lightning does
+                child.reset_parameters()
+
+
 def test_what_it_refuses() -> None:
     with pytest.raises(TypeError, match="an embedding is looked up and not multiplied"):
         Factorized(nn.Embedding(8, 4))

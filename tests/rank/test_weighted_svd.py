@@ -328,7 +328,19 @@ def test_layers_that_were_not_seen_stay_as_they_are() -> None:
     plain = torch.linalg.svd(net().idle.weight, full_matrices=False).S
     torch.testing.assert_close(budget["idle"].gate.gain.detach(), plain.detach(), check_dtype=False)
     assert budget.ranks()["idle"] == uniform_rank(4, WIDTH, 0.7)
+    assert probe.report().startswith("WeightedSVD: 3 layers decomposed, weighting 'fisher', 1 as they were; ")
     assert WeightedSVD("none").unseen() == []
+
+
+def test_batches_without_a_position_that_counts_are_none() -> None:
+    model, probe = net(), WeightedSVD("activation")
+    inject(model, Factorized, ["first"], train=[])
+    budget = RankBudget.of(model)
+    probe.begin(budget, Alone())
+    with heard(probe, budget, shown=torch.zeros(COUNT, LENGTH, dtype=torch.bool)):
+        model(data()[0])
+    probe.act()
+    assert probe.unseen() == ["first"]
 
 
 def test_ratio_and_rank_leave_the_first_components() -> None:
