@@ -67,7 +67,8 @@ def heard(
         samples: how many samples the batch has, for a probe of samples; see :func:`samples`.
 
     Raises:
-        RuntimeError: it reads samples, and which rows of a layer are whose cannot be told.
+        RuntimeError: it reads samples, and which rows of a layer are whose cannot be told; or it reads gradients, and
+            what a layer was called with is written over before they come.
 
     Example:
         >>> from functools import partial
@@ -112,6 +113,28 @@ def _with_gradient(output: Any) -> Any:
     return output + torch.zeros((), dtype=output.dtype, device=output.device, requires_grad=True)
 
 
+def _tell(
+    probe: Probe, layer: str, x: Tensor, rows: Callable[[], Tensor], gradient: Callable[[], Tensor] | None = None
+) -> None:
+    # A layer is called under the model's autocast, which would round what the probe computes.
+    with torch.autocast(x.device.type, enabled=False):
+        probe.see(layer, x, rows, gradient)
+
+
+def _version(x: Tensor) -> int:
+    """How often a tensor was written over; an inference tensor does not count."""
+    return 0 if x.is_inference() else x._version
+
+
+def _require_unchanged(probe: Probe, layer: str, x: Tensor, version: int) -> None:
+    # Autograd checks what it has saved, and of a layer that is not trained it saves no input.
+    if _version(x) != version:
+        raise RuntimeError(
+            f"{type(probe).__name__} reads what {layer!r} was called with beside its gradient, and the model has "
+            "written over it in place since. Write x = x + y for x += y, and inplace=False."
+        )
+
+
 def _hear(
     probe: Probe, site: Site, shown: Tensor | None, adapter: Any, args: Any, kwargs: Mapping[str, Any], output: Any
 ) -> Tensor | None:
@@ -125,11 +148,17 @@ def _hear(
 
     inputs = partial(rows, x, input_rows)
     if probe.reads == "inputs":
-        probe.see(site.name, x, inputs, None)
+        _tell(probe, site.name, x, inputs)
         return None
     output = _with_gradient(output)
     if output.requires_grad:
-        output.register_hook(lambda g: probe.see(site.name, x, inputs, partial(rows, g, output_rows)))
+        version = _version(x)
+
+        def arrived(g: Tensor) -> None:
+            _require_unchanged(probe, site.name, x, version)
+            _tell(probe, site.name, x, inputs, partial(rows, g, output_rows))
+
+        output.register_hook(arrived)
     return output  # type: ignore[no-any-return]
 
 
@@ -145,10 +174,12 @@ class _Samples:
         output = _with_gradient(output)
         if output.requires_grad:
             self.calls += 1
-            output.register_hook(partial(self._arrived, _input(args, kwargs).detach()))
+            x = _input(args, kwargs).detach()
+            output.register_hook(partial(self._arrived, x, _version(x)))
         return output  # type: ignore[no-any-return]
 
-    def _arrived(self, x: Tensor, g: Tensor) -> None:
+    def _arrived(self, x: Tensor, version: int, g: Tensor) -> None:
+        _require_unchanged(self.probe, self.site.name, x, version)
         self.heard.append((x, g.detach()))
         # Calls whose output the loss does not depend on never arrive; what waits for them is told in the end.
         if len(self.heard) == self.calls:
@@ -157,7 +188,8 @@ class _Samples:
     def tell(self) -> None:
         heard, self.heard, self.calls = self.heard, [], 0
         if heard:
-            self.probe.see(
+            _tell(
+                self.probe,
                 self.site.name,
                 heard[0][0],
                 lambda: torch.cat([self._rows(x, input_rows) for x, _ in heard], 1),

@@ -470,8 +470,8 @@ def _kept(
     adapted = {
         id(p)
         for name, layer in chosen.items()
-        for part, p in layer.named_parameters(recurse=False)
-        if part != "bias" or name not in biased
+        for part, p in _parts(layer)
+        if part.endswith("weight") or name not in biased
     }
     own = {id(p): clean_name(name) for name, p in module.named_parameters() if id(p) not in adapted}
     if train is None:
@@ -492,6 +492,13 @@ def _kept(
             )
         kept |= {names[name] for name in found}
     return kept
+
+
+def _parts(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """A layer's own parameters; an attention's input weight, which is a layer itself while adapters are put in, too."""
+    yield from layer.named_parameters(recurse=False)
+    if isinstance(layer, AdaptedAttention):
+        yield from layer.in_proj.named_parameters(prefix="in_proj")
 
 
 def _named(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -307,6 +307,17 @@ def test_a_frozen_parameter_that_is_named_is_trained_and_frozen_again_by_eject()
     assert not module[4].weight.requires_grad
 
 
+def test_an_adapted_attention_is_frozen_whatever_train_says() -> None:
+    """Its input projection too, which becomes a layer with a name of its own on the way."""
+    module = nn.ModuleDict({"attention": attention(), "head": nn.Linear(8, 2)})
+    done = inject(module, LORA, ["in_proj"], train=[".*"])
+    assert done.trained == ("attention.out_proj.bias", "attention.out_proj.weight", "head.bias", "head.weight")
+    assert {n for n, p in module.named_parameters() if p.requires_grad and n.startswith("attention.in_proj")} == {
+        "attention.in_proj.A",
+        "attention.in_proj.B",
+    }
+
+
 def test_eject_thaws_exactly_what_was_frozen() -> None:
     module = mlp()
     module[0].bias.requires_grad_(False)

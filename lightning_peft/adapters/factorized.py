@@ -41,8 +41,8 @@ class Factorized(Adapter):
     The start is equal to the base up to rounding, where every component of it is there (`rank=None`).
 
     Args:
-        base: Linear, Conv1d, Conv2d, Conv3d or transformers' Conv1D layer. It is not changed: the adapter's base is a
-            copy that shares its bias and has no weight.
+        base: Linear, Conv1d, Conv2d, Conv3d or transformers' Conv1D layer. Its weight is not touched: the adapter's
+            base is a copy that shares its bias, frozen, and has no weight.
         rank: number of components K that are kept, the largest ones; ``None`` for all min(d_in, d_out). "breakeven"
             for floor(d_in d_out / (d_in + d_out)), the most that costs no more parameters than the weight.
         trained: whether U, s and Vh are trained; what is frozen is moved by its mask alone.

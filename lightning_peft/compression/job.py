@@ -217,22 +217,22 @@ class Compression:
     ) -> None:
         task.set_rates(module, training.lr, training.head_lr)
         module.weight_decay, module.schedule = training.weight_decay, training.schedule
-        self._trainer(callbacks, steps, training.clip).fit(module, datamodule=data)
+        self._trainer(callbacks, steps, data.batches(), training.clip).fit(module, datamodule=data)
 
     def _quality(self, module: LightningModule, data: PlannedData, what: str, clock: _Clock) -> dict[str, float]:
         with clock.stage("evaluation"):
-            found = self._trainer([], 1, None).validate(module, datamodule=data, verbose=False)[0]
+            found = self._trainer([], 1, 1, None).validate(module, datamodule=data, verbose=False)[0]
         quality = {name.rpartition("/")[2]: value for name, value in found.items()}
         self._say(f"Quality of {what}: {', '.join(f'{name} {value:.4f}' for name, value in quality.items())}.")
         return quality
 
-    def _trainer(self, callbacks: list[Callback], steps: int, clip: float | None) -> Trainer:
+    def _trainer(self, callbacks: list[Callback], steps: int, batches: int, clip: float | None) -> Trainer:
         with without_remarks():
             return Trainer(
                 accelerator="auto",
                 devices=1,
                 precision=self.precision,
-                max_epochs=-1,
+                max_epochs=-(-steps // batches),  # a bar says so; the steps are what ends it
                 max_steps=steps,
                 gradient_clip_val=clip,
                 callbacks=callbacks,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,9 @@ def components(model: nn.Module, targets: Sequence[str] | None, ratio: float) ->
         ValueError: the ratio does not pay for one component in every layer, or a layer's weight is tied to embeddings.
     """
     tied = _tied(model)
-    inject(model, Factorized, targets, [])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that a weight is no longer tied: that is refused below
+        inject(model, Factorized, targets, [])
     budget = RankBudget.of(model)
     if shared := [name for name in budget if name in tied]:
         raise ValueError(

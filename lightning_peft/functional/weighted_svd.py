@@ -35,7 +35,8 @@ def squared_gradients(X: Tensor, G: Tensor) -> Tensor:
     """
     T, d_in, d_out = X.shape[1], X.shape[2], G.shape[2]
     if T * (d_in + d_out) <= d_in * d_out:
-        return ((G @ G.mT @ X) * X).sum((0, 1))
+        # Each is a square: what is below zero is rounding, where a sample's positions cancel.
+        return ((G @ G.mT @ X) * X).sum(1).clamp_min(0).sum(0)
     return squared_gradient_entries(X, G).sum(0)
 
 

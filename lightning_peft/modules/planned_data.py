@@ -94,6 +94,10 @@ class PlannedData(LightningDataModule, ABC):
         self._loader = loader
         return loader
 
+    def batches(self) -> int:
+        """Training batches per epoch, in one process."""
+        return -(-len(self._split("train")) // self.batch_size)
+
     def val_dataloader(self) -> DataLoader[Any]:
         """Validation rows."""
         return self.in_order(self._split("val"))

@@ -22,7 +22,7 @@ from lightning_peft.functional.weighted_svd import (
     whitened_svd,
 )
 from lightning_peft.rank.budget import RankBudget, Site
-from lightning_peft.rank.probe import Probe, Processes, first_open
+from lightning_peft.rank.probe import Alone, Probe, Processes, first_open
 
 Weighting = Literal["none", "fisher", "taylor", "activation", "whiten"]
 
@@ -120,7 +120,8 @@ class WeightedSVD(Probe):
         self.alpha = alpha
         self.reduction = reduction
         self.reads = "samples" if weighting in ("fisher", "taylor") else "inputs"
-        self._budget = RankBudget({})
+        self._release()
+        self._shapes: dict[str, tuple[int, int]] = {}
         self._ranks: dict[str, int] = {}
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
@@ -129,9 +130,15 @@ class WeightedSVD(Probe):
     def begin(self, budget: RankBudget, processes: Processes) -> None:
         for name, site in budget.items():
             _require_whole(name, site, self.weighting)
+        self._shapes = {name: _shape(site) for name, site in budget.items()}
         self._ranks = {name: self._rank(name, site) for name, site in budget.items()}
         self._budget, self._processes = budget, processes
         self._sums, self._counts, self._unseen = {}, {}, []
+
+    def _release(self) -> None:
+        """Hold no adapter and no process: factors that are cut afterwards are as large as the model's weights."""
+        self._budget: RankBudget = RankBudget({})
+        self._processes: Processes = Alone()
 
     def _rank(self, name: str, site: Site) -> int:
         """How many components of a layer stay open."""
@@ -195,7 +202,9 @@ class WeightedSVD(Probe):
                 if self.reads == "samples"
                 else "the inputs of all factorised layers are zero, so nothing follows from them. Look at the data."
             )
-        return {name: first_open(site, self._ranks[name]) for name, site in self._budget.items()}
+        masks = {name: first_open(site, self._ranks[name]) for name, site in self._budget.items()}
+        self._release()
+        return masks
 
     def _agreed(self) -> list[str]:
         """The layers that a process has seen; on one that has not, its sum is zero."""
@@ -252,7 +261,7 @@ class WeightedSVD(Probe):
         return self._unseen
 
     def report(self) -> str:
-        shapes = [_shape(site) for site in self._budget.values()]
+        shapes = list(self._shapes.values())
         dense = sum(d_out * d_in for d_out, d_in in shapes)
         kept = sum(factored_parameters(*shape, rank) for shape, rank in zip(shapes, self._ranks.values(), strict=True))
         return (

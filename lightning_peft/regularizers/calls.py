@@ -100,7 +100,7 @@ class Calls:
 
 
 def _uncompiled(hook: Callable[..., None]) -> Callable[..., None]:
-    plain: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    plain: Callable[..., None] = torch.compiler.disable(hook)
     return plain
 
 

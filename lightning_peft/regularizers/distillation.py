@@ -38,7 +38,7 @@ class Distillation(Regularizer):
     Args:
         weight: what the term is multiplied by: a number, or a function of (step, total).
         teacher: a module to call as the student is called, which is frozen and put into eval mode; or what builds it,
-            on every process alike; or ``None`` for the module itself, before adapters. A module of the same class as
+            on every process alike; or ``None`` for the module itself, before adapters. A module of the class of
             the one that is trained may be given whole: its part `of` is the teacher.
         of: name of the module inside that is the student, whose output has the logits; "" for the whole module, where
             `training_step` calls `self(...)`. ``None`` for the only child that has parameters.
@@ -134,7 +134,8 @@ class Distillation(Regularizer):
             teacher = given if isinstance(given, nn.Module) else given()
             if not isinstance(teacher, nn.Module):
                 raise TypeError(f"teacher must build a module. Got a {type(teacher).__name__}.")
-            if student is not module and type(teacher) is type(module):
+            alike = isinstance(teacher, type(module)) or isinstance(module, type(teacher))
+            if student is not module and alike:
                 teacher = self._student(teacher)
             shared = {id(p) for p in teacher.parameters()} & {id(p) for p in module.parameters()}
             if shared:

@@ -20,6 +20,7 @@ from lightning_peft.adapters import Factorized, ThinLinear
 from lightning_peft.checkpoint import ENTRY, AdapterFileError, describe
 from lightning_peft.compaction import compact_training
 from lightning_peft.functional.factorized import factorized_linear
+from lightning_peft.surgery import adapters
 
 
 def conv1d() -> nn.Module:
@@ -360,6 +361,18 @@ def test_biases_are_trained_where_they_are_named() -> None:
     assert host[0].bias.grad is not None
     assert host[2].bias.grad is None
     assert {n for n, p in host.named_parameters() if p.requires_grad and "bias" in n} == {"0.base.bias", "4.bias"}
+
+
+def test_an_attentions_biases_are_trained_where_they_are_named() -> None:
+    """The bias of its input projection stays on the attention, and goes by its name there."""
+    for train, expected in (
+        ([".*"], {"0.in_proj_bias", "0.out_proj.base.bias", "1.weight", "1.bias"}),
+        (["in_proj_bias"], {"0.in_proj_bias"}),
+    ):
+        host = nn.Sequential(nn.MultiheadAttention(8, 2), nn.Linear(8, 2))
+        inject(host, Factorized, targets=["in_proj", "out_proj"], train=train)
+        own = {id(p) for adapter in adapters(host).values() for _, p in adapter.own_parameters()}
+        assert {n for n, p in host.named_parameters() if p.requires_grad and id(p) not in own} == expected
 
 
 def test_a_bias_beside_a_layer_that_keeps_its_weight_is_not_trained() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,25 @@ def test_components_can_be_cut_at_once() -> None:
     assert cut.net[0].U.shape == (12, uniform_rank(12, 8, 0.6))
     x = torch.randn(4, 8)
     torch.testing.assert_close(cut.eval().net(x), masked.eval().net(x), rtol=1e-4, atol=1e-5)
+
+
+class Watches(L.Callback):
+    """Whether anybody still holds the factors that were cut, while the fit goes on."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, Net)
+        self.factors = [weakref.ref(pl_module.net[i].U) for i in (0, 3)]
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        gc.collect()
+        self.alive = [factor() is not None for factor in self.factors]
+
+
+@pytest.mark.parametrize("weighting", ["none", "activation"])
+def test_what_is_cut_is_released_at_once(weighting: Any) -> None:
+    watches = Watches()
+    fit(Net(), injection(), Calibration(WeightedSVD(weighting, ratio=0.6), 3, compact="at_once"), watches, max_epochs=1)
+    assert watches.alive == [False, False]
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")

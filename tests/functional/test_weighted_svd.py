@@ -201,6 +201,17 @@ def test_squares_are_those_of_each_samples_gradient(T: int, d_in: int, d_out: in
     assert (B * mean.square().sum(0) <= entries.sum(0) * (1 + 1e-9)).all()
 
 
+def test_squares_that_cancel_are_not_negative() -> None:
+    """As at an attention's keys, whose gradients add up to zero over positions, with inputs that never change."""
+    X, G = 10 * torch.randn(8, 16, 64), torch.randn(8, 16, 64)
+    X[..., ::2] = torch.linspace(1, 9, 32)
+    G -= G.mean(1, keepdim=True)
+    squares = squared_gradients(X, G)
+    assert (squares >= 0).all()
+    d = scale(squares)  # one root of a negative number would cost all inputs their weighting
+    assert (d[1::2] > 1e3 * d[::2]).all()
+
+
 def test_few_gradients_are_in_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     X, G = torch.randn(5, 8, 4), torch.randn(5, 8, 3)
     whole = squared_gradient_entries(X, G)

@@ -275,6 +275,51 @@ def test_padding_counts_for_no_input_and_labels_for_no_gradient() -> None:
         torch.testing.assert_close(probe._sums["first"], sums, rtol=1e-4, atol=1e-5, check_dtype=False)
 
 
+def test_autocast_does_not_reach_the_statistics() -> None:
+    """Products of the model are in bfloat16; second moments of what its layers were called with are not."""
+    for weighting in ("whiten", "fisher"):
+        model = net().float()
+        inject(model, Factorized, ["first"], train=[])
+        probe, budget = WeightedSVD(weighting), RankBudget.of(model)  # type: ignore[arg-type]
+        probe.begin(budget, Alone())
+        x, y = (part.float() for part in data())
+        held: list[tuple[Tensor, Tensor]] = []
+
+        def hold(_: Any, args: tuple[Tensor], output: Tensor, held: list[tuple[Tensor, Tensor]] = held) -> None:
+            output.register_hook(lambda g: held.append((args[0], g)))
+
+        model.first.register_forward_hook(hold)
+        with heard(probe, budget, samples=COUNT), torch.autocast("cpu", torch.bfloat16):
+            loss_of(model, x, y).backward()
+        ((X, G),) = held
+        assert G.dtype == torch.bfloat16
+        rows = X.flatten(0, 1).double()
+        squares = (G.double().mT @ X.double() * COUNT).square().sum((0, 1))
+        expected = rows.T @ rows if weighting == "whiten" else squares
+        torch.testing.assert_close(probe._sums["first"].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+class Overwrites(nn.Module):
+    """What a layer was called with is gone when its gradient comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        x += torch.tanh(self.first(x))
+        y: Tensor = self.head(x.mean(1))
+        return y
+
+
+def test_inputs_that_are_written_over_are_refused() -> None:
+    """Where the layer is not trained autograd has not saved them, and does not tell."""
+    with pytest.raises(RuntimeError, match=r"'first' was called with .* in place since\. Write x = x \+ y for x \+= y"):
+        calibrated(WeightedSVD("fisher"), targets=["first"], model=net(Overwrites), trained=False)
+    calibrated(WeightedSVD("activation"), targets=["first"], model=net(Overwrites), trained=False)
+
+
 def test_layers_that_were_not_seen_stay_as_they_are() -> None:
     """Called and without effect on the loss; not called; and the others are filled."""
     probe = WeightedSVD("fisher", ratio=0.7)
