@@ -102,6 +102,7 @@ class Hypernetwork(GumbelMasks):
     """
 
     z: Tensor
+    rows: Tensor
 
     def __init__(self, layers: Mapping[str, int], temperature: float = 0.4, shift: float = 3.0, seed: int = 0) -> None:
         super().__init__(layers, temperature, shift, seed)
@@ -113,12 +114,14 @@ class Hypernetwork(GumbelMasks):
             heads = [torch.empty(len(names), n, 128).uniform_(-1, 1) / sqrt(128) for n, names in self.groups.items()]
             self.heads = nn.ParameterList(heads)
         order = {name: i for i, name in enumerate(layers)}
-        self._rows = [[order[name] for name in names] for names in self.groups.values()]
+        rows = [order[name] for names in self.groups.values() for name in names]
+        self.register_buffer("rows", torch.tensor(rows), persistent=False)  # a list would be copied at every step
 
     def logits(self) -> list[Tensor]:
         h, _ = self.gru(self.z)
-        h = nn.functional.gelu(self.norm(h))
-        return [torch.bmm(H, h[rows].unsqueeze(-1)).squeeze(-1) for H, rows in zip(self.heads, self._rows, strict=True)]
+        h = nn.functional.gelu(self.norm(h))[self.rows].unsqueeze(-1)
+        parts = h.split([len(H) for H in self.heads])
+        return [torch.bmm(H, part).squeeze(-1) for H, part in zip(self.heads, parts, strict=True)]
 
     def train(self, mode: bool = True) -> Hypernetwork:
         super().train(mode)

@@ -274,6 +274,10 @@ class Distillation(Regularizer):
     def _called(self) -> str:
         return "the module itself" if self.of == "" else f"{self.of or 'its only child'!r}"
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._checked = False  # a learning-rate finder restores what was before the first step
+
     def _take(self, teacher: nn.Module) -> None:
         self.__dict__["_teacher"] = teacher.eval().requires_grad_(False)
         self._print = fingerprint(teacher)

@@ -45,8 +45,7 @@ class BudgetPenalty(Regularizer):
     def forward(self, module: nn.Module, batch: Any, outputs: Any) -> Tensor:
         spent, dense = [], 0
         for sites, masks in _drawn(module):
-            costs = torch.tensor([site.gate.cost for site in sites], dtype=masks.dtype, device=masks.device)
-            spent.append(masks.sum(1) @ costs)
+            spent.append(masks.sum() * sites[0].gate.cost)
             dense += sum(site.adapter.dense_parameters for site in sites)
         distance = excess if self.sides == "one" else deviation
         return distance(torch.stack(spent).sum(), self.ratio * dense)
@@ -90,13 +89,14 @@ class MaskAlignment(Regularizer):
 
 
 def _drawn(module: nn.Module) -> list[tuple[list[Site], Tensor]]:
-    """The masks that are drawn for this step, (L, K), by number of components.
+    """The masks that are drawn for this step, (L, K), by number of components and what one of these costs.
 
     In a step that is only looked at, by a calibration, nothing is drawn, and the gates' own masks count.
     """
-    groups: dict[int, list[Site]] = {}
+    # By cost too: numbers of the host need not be copied to the device at every step, which would wait for it.
+    groups: dict[tuple[int, int], list[Site]] = {}
     for site in RankBudget.of(module).values():
-        groups.setdefault(len(site.gate), []).append(site)
+        groups.setdefault((len(site.gate), site.gate.cost), []).append(site)
     if not groups:
         raise RuntimeError("no adapter is there for a mask to be drawn for: put AdapterInjection into the callbacks.")
     sites = [site for group in groups.values() for site in group]

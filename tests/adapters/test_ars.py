@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel
 
@@ -281,6 +282,30 @@ def test_property_5_the_energys_share_does_not_change_with_the_weights_scale() -
         values.append([float(MaskAlignment(scale=kind)(net, None, None).detach()) for kind in ("energy", "raw")])  # type: ignore[arg-type]
     assert values[0][0] == pytest.approx(values[1][0], rel=1e-4)
     assert values[0][1] == pytest.approx(values[1][1] / 1e4, rel=1e-4)
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_of_masks_and_terms_does_not_wait_for_the_device() -> None:
+    """Numbers are neither read from it nor copied to it (`lift_fresh`, as of torch.tensor)."""
+    net = factorised()
+    learned = undecided(built(net, ars.policy(0.4)))
+    with Operations() as seen:
+        learned.draw(0)
+        (BudgetPenalty(0.4)(net, None, None) + MaskAlignment()(net, None, None)).backward()
+    assert not seen.names & {"lift_fresh", "_local_scalar_dense", "nonzero", "masked_select"}
+    assert "bmm" in seen.names
+    with Operations() as seen:
+        torch.tensor([28.0]).item()
+    assert seen.names >= {"lift_fresh", "_local_scalar_dense"}
 
 
 def test_terms_need_masks_that_are_drawn() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -329,6 +330,16 @@ def test_resume_is_exact_and_knows_its_teacher(tmp_path: Path) -> None:
         other.net[5].weight.add_(1.0)  # type: ignore[operator]  # trained, so the base is the same
     with pytest.raises(RuntimeError, match="the teacher is not the one that this run began with"):
         trainer(*callbacks()).fit(other, data(), ckpt_path=str(tmp_path / "3.ckpt"), weights_only=True)
+
+
+def test_the_teacher_is_known_after_a_learning_rate_finder(tmp_path: Path) -> None:
+    """It trains, and then restores what was before, a teacher that was not known yet included."""
+    module, distillation = Module(), term()
+    module.lr = 0.01  # type: ignore[assignment]
+    finder = LearningRateFinder(num_training_steps=4, early_stop_threshold=None, update_attr=False)
+    run = trainer(injection(), Regularization({"teacher": distillation}), finder, default_root_dir=tmp_path)
+    run.fit(module, data())
+    assert int(distillation.teacher_print) != 0
 
 
 def test_a_layer_that_compaction_replaced_is_heard_again() -> None:
