@@ -455,18 +455,24 @@ def options_of(text: str) -> set[str]:
 
 def test_commands_and_options_stay_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     shown = {}
-    for command in ("", "plan", "inspect", "export"):
+    for command in ("", "plan", "compress", "inspect", "export"):
         with pytest.raises(SystemExit) as exit_:
             cli.main([*([command] if command else []), "--help"])
         assert exit_.value.code == 0
         shown[command] = capsys.readouterr().out
     commands = re.findall(r"^    (\w+) ", shown[""], re.MULTILINE)
-    assert commands == ["fit", "validate", "test", "predict", "plan", "inspect", "export"]
+    assert commands == ["fit", "validate", "test", "predict", "plan", "compress", "inspect", "export"]
     assert shown["plan"].startswith("usage: lightning-peft plan MODEL [options]\n")
     assert shown["inspect"].startswith("usage: lightning-peft inspect [-h] CKPT\n")
     assert set(re.findall(r"^  (--[\w-]+)", shown["plan"], re.MULTILINE)) == {
         "--architecture", "--dtype", "--method", "--rank", "--final-rank", "--targets", "--train", "--world-size",
         "--nodes", "--strategy", "--precision", "--optimizer", "--accumulate", "--json",
+    }  # fmt: skip
+    assert shown["compress"].startswith("usage: lightning-peft compress MODEL OUT --data FILE [options]\n")
+    assert set(re.findall(r"^  (--[\w-]+)", shown["compress"], re.MULTILINE)) == {
+        "--overwrite", "--data", "--test", "--task", "--text", "--label", "--length", "--batch-size", "--method",
+        "--ratio", "--targets", "--weighting", "--calibration", "--steps", "--fine-tuning", "--lr", "--distill",
+        "--precision", "--seed", "--quiet",
     }  # fmt: skip
     assert options_of(shown["export"]) == {"--format", "--mode", "--no-head", "--overwrite", "--model"}
     assert " ".join(shown["export"].split("\n\n")[0].split()).endswith("CKPT OUT")

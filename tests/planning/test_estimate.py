@@ -26,6 +26,7 @@ from lightning_peft import (
     LoRA,
     RankBudget,
     RankPruning,
+    SamplingPolicy,
     compact,
     inject,
     plan,
@@ -355,7 +356,7 @@ def pruning(callbacks: Iterable[L.Callback]) -> list[RankPruning]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.filterwarnings("ignore:No device id is provided")
+@pytest.mark.filterwarnings("ignore:No device id is provided", "ignore:masks have learned to keep")  # a short run
 def test_a_plan_of_every_preset_is_what_it_takes(name: str, tmp_path: Path) -> None:
     def preset() -> list[L.Callback]:
         return list(small(name, compact="final" if pruning(small(name)) else "never", tail=0.4))
@@ -365,6 +366,8 @@ def test_a_plan_of_every_preset_is_what_it_takes(name: str, tmp_path: Path) -> N
     with torch.device("meta"):
         shapes = MODELS["bert"]()
     inject(shapes, injection.adapter, train=injection.train)
+    if isinstance(policy, SamplingPolicy):  # what draws masks is trained, too, and a plan counts what is in the module
+        shapes.add_module("peft_masks", policy.build(RankBudget.of(shapes)))
     planned = plan(
         shapes, final=policy.final_budget if policy else None, importance=policy.importance if policy else None
     )
