@@ -5,7 +5,7 @@ from lightning_peft.adapters.ars import ElementMasks, Hypernetwork, MonotoneMask
 from lightning_peft.adapters.base import Adapter, AdapterFactory
 from lightning_peft.adapters.dynamic_dora import DynamicDoRA, NormShare, component_shares
 from lightning_peft.adapters.elalora import PruneAndGrow
-from lightning_peft.adapters.factorized import Factorized, ThinLinear
+from lightning_peft.adapters.factorized import Factorized
 from lightning_peft.adapters.gora import GoRA
 from lightning_peft.adapters.increlora import Growth, ModuleSensitivity
 from lightning_peft.adapters.learned_ranks import LearnedRanks
@@ -14,6 +14,7 @@ from lightning_peft.adapters.low_rank import LowRank
 from lightning_peft.adapters.partly_open import PartlyOpen
 from lightning_peft.adapters.rankdyna import GroupImportance
 from lightning_peft.adapters.sora import SoftThreshold, SoRA
+from lightning_peft.adapters.thin import ThinLinear
 from lightning_peft.adapters.weight_decomposed import WeightDecomposed
 
 __all__ = [

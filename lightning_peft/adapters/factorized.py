@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from math import nan
 from operator import index
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.layers import is_convolution, matrix, stored, why_not
+from lightning_peft.adapters.thin import ThinLinear, thin_convolution, twin
 from lightning_peft.arguments import require_integer
 from lightning_peft.functional.convolution import low_rank_convolution_update
 from lightning_peft.functional.factorized import factorized_linear
@@ -214,10 +213,10 @@ class Factorized(Adapter):
         down = (root[:, None] * self.Vh[kept]).to(self.Vh.dtype)
         if self._kernel is None:
             return ThinLinear(down, up, base.bias)
-        return _thin_convolution(base, down.view(-1, *self._kernel), up, base.bias)
+        return thin_convolution(base, down.view(-1, *self._kernel), up, base.bias)
 
     def _dense(self) -> nn.Module:
-        layer: Any = _twin(self.base)
+        layer: Any = twin(self.base)
         wide = torch.promote_types(self.U.dtype, torch.float32)
         product = (self.U.to(wide) * self.gate.value()) @ self.Vh.to(wide)
         layer.weight = nn.Parameter(stored(self.base, product).to(self.U.dtype).contiguous())
@@ -234,43 +233,6 @@ class Factorized(Adapter):
 
     def extra_repr(self) -> str:
         return f"rank={self.rank!r}, trained={self.trained}"
-
-
-class ThinLinear(nn.Sequential):
-    """Two plain linear layers in the place of one: `up(down(x))`. What is left of :class:`Factorized` in the end.
-
-    It answers for the layer whose place it takes: `weight` is the product of the two, computed where it is read.
-
-    Args:
-        down: (k, d_in).
-        up: (d_out, k).
-        bias: (d_out,), or ``None``; copied.
-    """
-
-    def __init__(self, down: Tensor, up: Tensor, bias: Tensor | None = None) -> None:
-        # Built on the meta device: nothing is allocated or drawn for weights that are replaced at once.
-        first = nn.Linear(down.shape[1], down.shape[0], bias=False, device="meta")
-        second = nn.Linear(up.shape[1], up.shape[0], bias=bias is not None, device="meta")
-        first.weight, second.weight = nn.Parameter(down), nn.Parameter(up)
-        if bias is not None:
-            second.bias = nn.Parameter(bias.detach().clone())
-        super().__init__(OrderedDict(down=first, up=second))
-
-    @property
-    def in_features(self) -> int:
-        return self.down.in_features  # type: ignore[return-value, union-attr]
-
-    @property
-    def out_features(self) -> int:
-        return self.up.out_features  # type: ignore[return-value, union-attr]
-
-    @property
-    def weight(self) -> Tensor:
-        return self.up.weight @ self.down.weight  # type: ignore[operator, union-attr]
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.up.bias  # type: ignore[return-value, union-attr]
 
 
 def components(rank: Rank, d_in: int, d_out: int) -> int:
@@ -296,33 +258,13 @@ def components(rank: Rank, d_in: int, d_out: int) -> int:
     return index(rank)
 
 
-def _thin_convolution(base: Any, down: Tensor, up: Tensor, bias: Tensor | None) -> nn.Sequential:
-    """The same of a convolution in one group: its kernel with k outputs, then one of a single place."""
-    k, d_out = down.shape[0], up.shape[0]
-    first = _twin(base)
-    first._parameters["bias"] = None
-    first.out_channels, first.weight = k, nn.Parameter(down)
-    second = type(base)(k, d_out, 1, bias=bias is not None, device="meta")
-    second.weight = nn.Parameter(up.view(*up.shape, *[1] * (down.dim() - 2)))
-    if bias is not None:
-        second.bias = nn.Parameter(bias.detach().clone())
-    return nn.Sequential(OrderedDict(down=first, up=second))
-
-
 def _released(layer: nn.Module) -> nn.Module:
     """A copy of a layer that shares its bias and has no weight; the layer is as it was."""
-    bare: nn.Module = _twin(layer)
+    bare: nn.Module = twin(layer)
     weight: Tensor = layer.weight  # type: ignore[assignment]
     bare._parameters["weight"] = None  # its place in the order is kept for the way back
     bare.__dict__["weight"] = _hole(weight.shape, weight, weight.requires_grad)
     return bare
-
-
-def _twin(layer: nn.Module) -> Any:
-    """A layer with the same tensors and attributes, and tables of its own: of parameters, buffers and hooks."""
-    twin = copy.copy(layer)
-    twin.__dict__.update({name: value.copy() for name, value in vars(layer).items() if isinstance(value, dict)})
-    return twin
 
 
 def _is_released(layer: nn.Module) -> bool:

@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lightning_peft.adapters.factorized import ThinLinear
-from lightning_peft.adapters.layers import is_convolution
+from lightning_peft.adapters.thin import ThinLinear, is_thin_convolution
 from lightning_peft.export import merge, require_whole
 from lightning_peft.heads import hub_models
 from lightning_peft.interop import plain_loader
@@ -75,7 +74,7 @@ def thin_layers(module: nn.Module) -> dict[str, int]:
     return {
         name: len(child.down.weight)
         for name, child in module.named_modules()
-        if isinstance(child, ThinLinear) or _is_thin_convolution(child)
+        if isinstance(child, ThinLinear) or is_thin_convolution(child)
     }
 
 
@@ -234,7 +233,7 @@ def _dense_again(plain: nn.Module) -> nn.Module:
         pair: Any = child
         if isinstance(child, ThinLinear):
             new[id(child)] = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
-        elif _is_thin_convolution(child):
+        elif is_thin_convolution(child):
             down, up = pair.down, pair.up
             geometry = {n: getattr(down, n) for n in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
             new[id(child)] = type(down)(down.in_channels, up.out_channels, bias=up.bias is not None, **geometry)
@@ -242,15 +241,6 @@ def _dense_again(plain: nn.Module) -> nn.Module:
             new[id(child)].to(pair.down.weight)
     replace(copied, new)
     return copied
-
-
-def _is_thin_convolution(module: nn.Module) -> bool:
-    return (
-        type(module) is nn.Sequential
-        and list(module._modules) == ["down", "up"]
-        and all(is_convolution(child) for child in module)
-        and module.down.bias is None  # type: ignore[union-attr]
-    )
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
