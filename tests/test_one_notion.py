@@ -51,7 +51,6 @@ REASONED = {
     ("compression/layers.py", "Factorized"): "it counts the components that layers will have, before the job begins",
     ("compression/layers.py", "factorized"): "its import",
     ("compression/job.py", "Distillation"): "the term of fine-tuning that the job offers, whatever the method was",
-    ("interop/plain.py", "factorized"): "its import of the thin layers, which are no adapters",
     ("convert.py", "LoRA"): "what it makes of any low-rank adapter: the plain sum of components",
     ("convert.py", "lora"): "its import",
     ("interop/hf_peft.py", "LoRA"): PEFT,
