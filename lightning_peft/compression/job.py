@@ -11,8 +11,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_peft.arguments import require_integer, require_number
 from lightning_peft.callbacks import Regularization
@@ -104,6 +106,7 @@ class Compression:
         if self.weighting is not None and found.weighting is None:
             raise ValueError(f"weighting={self.weighting!r}: {self.method} has its own.")
 
+    @isolate_rng()  # the caller's generators are left as they were
     def run(self, model: str, source: Source | str, out: str | Path, overwrite: bool = False) -> Report:
         """Compress a model.
 
@@ -128,7 +131,7 @@ class Compression:
         refuse_to_overwrite(out, overwrite)  # now, not after an hour
         task = task_of(str(model), self.task)
         full = components(skeleton(task.folder, task.architecture()), self.targets, self.ratio)
-        seed_everything(self.seed, verbose=False)
+        torch.manual_seed(self.seed)
         clock, chosen = _Clock(), method(self.method)
         with clock.stage("reading"):
             source = Source(source, seed=self.seed) if isinstance(source, str) else source

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.layers import stored
 from lightning_peft.export import own_random
+from lightning_peft.interop.fresh_load import floating
 from lightning_peft.interop.host import plain_copy
 from lightning_peft.interop.layout import PREFIX, Part, Target
 from lightning_peft.surgery import eject
@@ -192,19 +193,6 @@ def made_up_inputs(host: nn.Module) -> list[dict[str, Tensor]]:
     names = ["input_ids"] + (["decoder_input_ids"] if getattr(config, "is_encoder_decoder", False) else [])
     # No padding: one sequence at a time needs none, and a decoder that classifies refuses a batch without a pad token.
     return [dict.fromkeys(names, row[None].contiguous()) for row in ids]
-
-
-def floating(output: Any) -> Iterator[Tensor]:
-    """The floating-point tensors of a model's output, in order: a tensor, or mappings and sequences of tensors."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from floating(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from floating(value)
 
 
 def _compare_updates(loaded: nn.Module, targets: Sequence[Target], config: Any) -> float:

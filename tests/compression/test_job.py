@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -121,6 +122,13 @@ def test_the_same_again(models: SimpleNamespace) -> None:
     assert first.ranks == second.ranks
     one, two = (load_file(f"{out}/model.safetensors") for out in ("one", "two"))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_the_callers_random_numbers_go_on(models: SimpleNamespace) -> None:
+    before, seeded = torch.random.get_rng_state(), os.environ.get("PL_GLOBAL_SEED")
+    run(models, method="rankdyna", ratio=0.5, steps=2)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert os.environ.get("PL_GLOBAL_SEED") == seeded
 
 
 def test_some_layers_only(models: SimpleNamespace) -> None:
