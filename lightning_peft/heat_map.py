@@ -230,8 +230,8 @@ class HeatMap:
         places = {name: divmod(rank, _SIDE) for name, rank in every.items()}
         wall = Grid(("",) * (top // _SIDE + 1), ("",) * min(top + 1, _SIDE), places)
         figure, corner = _draw(every, wall, top, None)
-        pixels = pixels(figure)
-        self._cells = [pixels[_place(corner, places[str(rank)])].copy() for rank in range(top + 1)]
+        drawn = pixels(figure)
+        self._cells = [drawn[_place(corner, places[str(rank)])].copy() for rank in range(top + 1)]
 
     def draw(self, ranks: Mapping[str, int]) -> npt.NDArray[np.uint8]:
         """The picture of these ranks: (H, W, 3), red, green, blue."""

@@ -113,7 +113,7 @@ class TextClassifier(LightningModule):
         return {"loss": outputs.loss, "logits": outputs.logits}
 
     def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
-        """Log ``val/loss``, ``val/accuracy``, ``val/macro_f1``; with `calibration_bins`, ``val/ece`` and ``val/nll``."""
+        """Log ``val/loss``, ``val/accuracy``, ``val/macro_f1``; with calibration_bins ``val/ece`` and ``val/nll``."""
         self._evaluate(batch, self.val_metrics, self.val_calibration, "val")
 
     def test_step(self, batch: TextBatch, batch_idx: int) -> None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.arguments import require_integer, require_number
-from lightning_peft.functional.pac_bayes import gaussian_kl, prior_sigma_cost, prior_sigma_neighbours
+from lightning_peft.functional.dziugaite_roy import prior_sigma_cost, prior_sigma_neighbours
+from lightning_peft.functional.pac_bayes import gaussian_kl
 from lightning_peft.functional.perturbation import HIGHEST, LOWEST, log_sigma
 from lightning_peft.regularizers.noise import Draw
 from lightning_peft.regularizers.places import chosen, parts, require_whole, trained
