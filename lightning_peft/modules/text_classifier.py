@@ -125,9 +125,7 @@ class TextClassifier(LightningModule):
         logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
         return {"logits": logits, "probabilities": logits.softmax(-1)}
 
-    def _evaluate(
-        self, batch: TextBatch, metrics: MetricCollection, calibration: MetricCollection, stage: str
-    ) -> None:
+    def _evaluate(self, batch: TextBatch, metrics: MetricCollection, calibration: MetricCollection, stage: str) -> None:
         outputs, labels = self(batch), batch["labels"]
         metrics.update(outputs.logits, labels)
         if len(calibration):
