@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.arguments import require_integer, require_number
-from lightning_peft.functional.pac_bayes import gaussian_kl, prior_sigma_cost, prior_sigma_neighbours
+from lightning_peft.functional.dziugaite_roy import prior_sigma_cost, prior_sigma_neighbours
+from lightning_peft.functional.pac_bayes import gaussian_kl
 from lightning_peft.functional.perturbation import HIGHEST, LOWEST, log_sigma
 from lightning_peft.regularizers.noise import Draw
 from lightning_peft.regularizers.places import chosen, parts, require_whole, trained
@@ -166,7 +167,7 @@ class Posterior(nn.Module):
         """What learnt lambdas cost, in nats, differentiable; 0 where they are fixed.
 
         A bound holds for all lambdas of a grid at once, for this price; see
-        :func:`~lightning_peft.functional.pac_bayes.prior_sigma_cost`.
+        :func:`~lightning_peft.functional.dziugaite_roy.prior_sigma_cost`.
         """
         if self.prior_offset is None:
             return self.offset.new_zeros(())
