@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_peft import LoRA, inject
 from lightning_peft.adapters.base import Adapter
-from lightning_peft.functional.pac_bayes import prior_sigma_cost, prior_sigma_neighbours
+from lightning_peft.functional.dziugaite_roy import prior_sigma_cost, prior_sigma_neighbours
 from lightning_peft.functional.perturbation import log_sigma
 from lightning_peft.regularizers.posterior import Posterior
 
@@ -445,7 +445,7 @@ def test_offsets_and_the_prior_stay_wide() -> None:
         posterior.offset.fill_(0.0123456)
     both = nn.ModuleList([module, posterior]).to(torch.bfloat16)
     assert posterior.offset.dtype == posterior.prior_mean.dtype == torch.float32
-    assert float(posterior.offset[0]) == pytest.approx(0.0123456, rel=1e-6)
+    assert posterior.offset[0].item() == pytest.approx(0.0123456, rel=1e-6)
     mean = torch.cat([p.reshape(-1) for p in module.parameters() if p.requires_grad])
     assert torch.equal(posterior.prior_mean, mean.float())  # rounded alike: no divergence comes of it
     with posterior.sampled(module):
