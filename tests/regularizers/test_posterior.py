@@ -335,8 +335,7 @@ def test_an_adapter_may_hold_such_a_vector_in_its_gate() -> None:
     same_rows = x(1).expand(3, 6)
     with torch.no_grad(), posterior.sampled(module, generator(), "example", 3):
         many = module(same_rows)
-    eps = torch.randn(3 * 12, generator=generator())
-    b, gain = (eps[: 3 * 8].view(3, 8), eps[3 * 8 :].view(3, 4))
+    b, gain = torch.randn(3 * 12, generator=generator()).view(3, 12).split((8, 4), 1)
     for row, (more_b, more_gain) in enumerate(zip(b, gain, strict=True)):
         alone = copy.deepcopy(module)
         with torch.no_grad():
