@@ -167,7 +167,7 @@ class Posterior(nn.Module):
         """What learnt lambdas cost, in nats, differentiable; 0 where they are fixed.
 
         A bound holds for all lambdas of a grid at once, for this price; see
-        :func:`~lightning_peft.functional.pac_bayes.prior_sigma_cost`.
+        :func:`~lightning_peft.functional.dziugaite_roy.prior_sigma_cost`.
         """
         if self.prior_offset is None:
             return self.offset.new_zeros(())
