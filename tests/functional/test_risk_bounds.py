@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Callable
 from decimal import Decimal, localcontext
 from typing import Any
@@ -111,9 +112,9 @@ def test_units_of_unequal_size_count_as_many_as_the_largest_allows() -> None:
     # Weighted means of draws in {0, 1}: the bound at m_eff holds in all but delta of many repetitions.
     sizes = torch.tensor([32.0] * 10 + [5.0])
     draws = (torch.rand(20_000, len(sizes), generator=generator) < 0.3).float()
-    means = (draws @ sizes / sizes.sum()).tolist()
+    means = Counter((draws @ sizes / sizes.sum()).clamp(max=1).tolist())
     c = math.log(1 / 0.05) / effective_units(int(sizes.sum()), 32)
-    assert sum(inverse_bernoulli_kl(min(mean, 1.0), c) < 0.3 for mean in means) / len(means) < 0.05
+    assert sum(times for mean, times in means.items() if inverse_bernoulli_kl(mean, c) < 0.3) < 0.05 * 20_000
 
 
 def test_property_7_the_certificate_in_order() -> None:
@@ -150,7 +151,7 @@ def test_property_12_the_certificate_covers_the_true_risk() -> None:
     the noise. The chosen delta is large, so that a bound that were too small by a factor would be seen.
     """
     torch.manual_seed(12)
-    sets, n, d, draws, flips, delta, delta_prime = 200, 300, 5, 400, 0.1, 0.3, 0.2
+    sets, n, d, draws, flips, delta, delta_prime = 200, 300, 5, 100, 0.1, 0.3, 0.2
     truth = torch.nn.functional.normalize(torch.randn(sets, d, 1, dtype=torch.float64), dim=1)
     x = torch.randn(sets, n, d, dtype=torch.float64)
     y = torch.where(torch.rand(sets, n, 1, dtype=torch.float64) < flips, -1.0, 1.0) * (x @ truth).sign()
@@ -162,7 +163,7 @@ def test_property_12_the_certificate_covers_the_true_risk() -> None:
         disagree = cosine.arccos() / math.pi
         return flips + (1 - 2 * flips) * disagree
 
-    true = risks(mean + sigma * torch.randn(sets, d, 4000, dtype=torch.float64)).mean(1)
+    true = risks(mean + sigma * torch.randn(sets, d, 1000, dtype=torch.float64)).mean(1)
     w = mean + sigma * torch.randn(sets, d, draws, dtype=torch.float64)
     empirical = ((x @ w).sign() != y).double().mean((1, 2))
     missed, certificates = 0, []
