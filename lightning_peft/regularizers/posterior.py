@@ -228,15 +228,24 @@ class Posterior(nn.Module):
         self._module = weakref.ref(module)
         return True
 
-    def generator(self, stream: int = 0) -> torch.Generator:
+    @property
+    def drawn(self) -> bool:
+        """Whether there is a draw to be held."""
+        return self._draw is not None
+
+    def generator(self, stream: int = 0, step: int | None = None) -> torch.Generator:
         """The random numbers of the next draw.
 
         Args:
             stream: processes that give different numbers draw differently.
+            step: the same again wherever this number is the same; ``None`` for others than ever before.
         """
-        text = f"lightning_peft/posterior/v1|{self.seed}|{stream}|{self._count}"
-        self._count += 1
-        self.draws.fill_(self._count)
+        place = f"step {step}"
+        if step is None:
+            place = f"{self._count}"
+            self._count += 1
+            self.draws.fill_(self._count)
+        text = f"lightning_peft/posterior/v1|{self.seed}|{stream}|{place}"
         number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
         return torch.Generator(self.offset.device).manual_seed(number)
 
