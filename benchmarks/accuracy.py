@@ -15,21 +15,12 @@ stopped, continued, and shared by processes that run different methods. One thre
 from __future__ import annotations
 
 import argparse
-import fcntl
-import json
-import logging
-import os
 import platform
 import resource
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,8 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "reuters")]  # this checkout is what is measured
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
+import runs  # noqa: E402
 from accuracy_methods import METHODS, RATES  # noqa: E402
 from accuracy_table import best_rate, table  # noqa: E402
 from inputs import minilm_folder, reuters  # noqa: E402
@@ -59,7 +49,7 @@ PROTOCOL = {
     "warmup": 0.06,
     "clip": 1.0,
 }
-RESULTS = Path(__file__).resolve().parent / "results" / "accuracy.jsonl"
+RESULTS = runs.RESULTS / "accuracy.jsonl"
 
 
 @dataclass(frozen=True)
@@ -123,7 +113,7 @@ def execute(run: Run, max_steps: int = -1) -> dict[str, Any]:
         weight_decay=PROTOCOL["weight_decay"],
         warmup=PROTOCOL["warmup"],
     )
-    prepared, clock, precision = method.build(classifier, steps, run.rank), StepClock(), _precision()
+    prepared, clock, precision = method.build(classifier, steps, run.rank), StepClock(), runs.precision()
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
@@ -151,7 +141,7 @@ def execute(run: Run, max_steps: int = -1) -> dict[str, Any]:
         **asdict(run),
         "settings": settings(run),
         "precision": precision,
-        "versions": {p: version(p) for p in ("torch", "lightning", "transformers", "peft", "torchmetrics")},
+        "versions": runs.versions("torch", "lightning", "transformers", "peft", "torchmetrics"),
         "cpu": platform.processor() or platform.machine(),
         "steps": trainer.global_step,
         "evaluated_on": f"{rows} {'held-out' if run.search else 'test'} rows",
@@ -180,10 +170,7 @@ def settings(run: Run) -> dict[str, Any]:
 
 def load(path: Path = RESULTS) -> list[dict[str, Any]]:
     """Finished runs whose settings are today's."""
-    if not path.exists():
-        return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [row for row in rows if row["method"] in METHODS and row["settings"] == settings(_run_of(row))]
+    return [row for row in runs.read(path) if row["method"] in METHODS and row["settings"] == settings(_run_of(row))]
 
 
 def _run_of(row: dict[str, Any]) -> Run:
@@ -196,19 +183,9 @@ def _resident() -> int:
     return pages * resource.getpagesize()
 
 
-def append(result: dict[str, Any], path: Path = RESULTS) -> None:
-    """Add one line, whole, whoever else writes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    line = (json.dumps(result, ensure_ascii=False) + "\n").encode()
-    with path.open("ab", buffering=0) as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(line)
-        os.fsync(file.fileno())
-
-
 def finished(run: Run) -> bool:
     """Whether the results file has this run."""
-    return any(all(row[key] == value for key, value in asdict(run).items()) for row in load())
+    return any(runs.same(run, row) for row in load())
 
 
 def plan(data: str, rank: int, methods: list[str]) -> None:
@@ -241,47 +218,21 @@ def seeds(method: str, data: str, rank: int) -> tuple[int, ...]:
 
 
 def _in_own_process(run: Run) -> None:
-    with _claimed(run):
-        _start(run)
-
-
-@contextmanager
-def _claimed(run: Run) -> Iterator[None]:
-    """Wait until no other plan has this run in hand; the claim ends with the process that holds it."""
-    name = "-".join(str(value) for value in ("lightning-peft", *asdict(run).values()))
-    with (Path(tempfile.gettempdir()) / f"{name}.claim").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _start(run: Run) -> None:
-    if finished(run):
-        print(f"there already: {run}", flush=True)
-        return
     arguments = ["--method", run.method, "--data", run.data, "--rank", run.rank, "--seed", run.seed, "--lr", run.lr]
     search = ["--search"] if run.search else []
-    subprocess.run([sys.executable, __file__, "run", *map(str, arguments), *search], check=True)
+    runs.in_own_process(run, __file__, [*arguments, *search], lambda: finished(run))
 
 
 def _run_once(run: Run) -> None:
     if finished(run):
         print(f"there already: {run}", flush=True)
         return
-    print(f"{time.strftime('%H:%M:%S')} {run}", flush=True)
-    result = execute(run)
-    append(result)
-    print(_summary(result), flush=True)
+    print(_summary(runs.announced(run, lambda: execute(run), RESULTS)), flush=True)
 
 
 def _summary(result: dict[str, Any]) -> str:
     keys = ("accuracy", "macro_f1", "errors", "trainable_parameters", "adapter_bytes", "ranks", "seconds")
     return "  " + " ".join(f"{key}={result[key]}" for key in (*keys, "wall_ms_per_step", "cpu_ms_per_step"))
-
-
-def _precision() -> Any:
-    """bf16 autocast only where the processor computes in it; emulated it is slower than float32."""
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16-mixed" if native else "32-true"
 
 
 def main() -> None:
@@ -314,11 +265,8 @@ def main() -> None:
         else:
             print(text)
         return
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    print(f"precision {_precision()}, one thread", flush=True)
+    runs.one_quiet_thread()
+    print(f"precision {runs.precision()}, one thread", flush=True)
     if args.command == "plan":
         if unknown := [name for name in args.methods.split(",") if name not in METHODS]:
             parser.error(f"unknown methods {unknown}; known: {', '.join(METHODS)}")

@@ -18,25 +18,17 @@ that are there are skipped, so a plan can be stopped, continued, and shared by p
 from __future__ import annotations
 
 import argparse
-import json
-import logging
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "reuters")]  # this checkout is what is measured
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from accuracy import _claimed, _precision, append  # noqa: E402
+import runs  # noqa: E402
 from compression_table import write_table  # noqa: E402
 from inputs import minilm_folder, reuters  # noqa: E402
 from job import balanced  # noqa: E402
@@ -53,7 +45,7 @@ SEEDS = (0, 1)
 TARGETS = [r"encoder\.layer\..*"]
 RATES = {"dense": (3e-5, 1e-4, 3e-4), "fwsvd": (3e-5, 1e-4, 3e-4), "rankdyna": (1e-4, 3e-4, 1e-3)}
 """What is searched; the rate of "fwsvd" is that of all methods of two rounds."""
-RESULTS = Path(__file__).resolve().parent / "results" / "compression.jsonl"
+RESULTS = runs.RESULTS / "compression.jsonl"
 MODELS = Path(tempfile.gettempdir()) / "lightning-peft-compression"
 
 
@@ -107,10 +99,8 @@ def settings(run: Run) -> dict[str, Any]:
 
 def load(path: Path = RESULTS) -> list[dict[str, Any]]:
     """Finished runs whose settings are today's."""
-    if not path.exists():
-        return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [row for row in rows if row["method"] in {"dense", *ROWS} and row["settings"] == settings(_run_of(row))]
+    known = {"dense", *ROWS}
+    return [row for row in runs.read(path) if row["method"] in known and row["settings"] == settings(_run_of(row))]
 
 
 def _run_of(row: dict[str, Any]) -> Run:
@@ -119,7 +109,7 @@ def _run_of(row: dict[str, Any]) -> Run:
 
 def finished(run: Run) -> bool:
     """Whether the results file has this run."""
-    return any(_run_of(row) == run for row in load())
+    return any(runs.same(run, row) for row in load())
 
 
 def best_rate(method: str) -> float:
@@ -137,8 +127,8 @@ def execute(run: Run, trial: int = 0) -> dict[str, Any]:
     return {
         **asdict(run),
         "settings": settings(run),
-        "precision": _precision(),
-        "versions": {package: version(package) for package in ("torch", "lightning", "transformers")},
+        "precision": runs.precision(),
+        "versions": runs.versions("torch", "lightning", "transformers"),
         "seconds": round(time.perf_counter() - started, 1),
         **found,
     }
@@ -155,7 +145,7 @@ def _dense(run: Run, trial: int) -> dict[str, Any]:
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
-        precision=_precision(),
+        precision=runs.precision(),
         max_epochs=-1,
         max_steps=trial or DENSE,
         gradient_clip_val=1.0,
@@ -208,7 +198,7 @@ def _compressed(run: Run, trial: int) -> dict[str, Any]:
         model = str(folder)
     source = Source(train, None if run.search else test, length=16 if trial else 64, seed=run.seed)
     job = Compression(
-        ratio=run.ratio, lr=run.lr, seed=run.seed, precision=_precision(), task="classification", targets=TARGETS,
+        ratio=run.ratio, lr=run.lr, seed=run.seed, precision=runs.precision(), task="classification", targets=TARGETS,
         progress=bool(trial), **options,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
@@ -253,29 +243,19 @@ def _searched(method: str) -> str:
 
 
 def _in_own_process(run: Run) -> None:
-    with _claim(run):
-        if finished(run):
-            print(f"there already: {run}", flush=True)
-            return
-        options = ["--method", run.method, "--ratio", run.ratio, "--seed", run.seed, "--lr", run.lr]
-        search = ["--search"] if run.search else []
-        subprocess.run([sys.executable, __file__, "run", *map(str, options), *search], check=True)
-
-
-@contextmanager
-def _claim(run: Run) -> Iterator[None]:
-    with _claimed(run):  # type: ignore[arg-type]  # of any dataclass it takes the fields
-        yield
+    options = ["--method", run.method, "--ratio", run.ratio, "--seed", run.seed, "--lr", run.lr]
+    search = ["--search"] if run.search else []
+    runs.in_own_process(run, __file__, [*options, *search], lambda: finished(run))
 
 
 def _run_once(run: Run, trial: int) -> None:
-    if not trial and finished(run):
+    if trial:
+        result = execute(run, trial)
+    elif finished(run):
         print(f"there already: {run}", flush=True)
         return
-    print(f"{time.strftime('%H:%M:%S')} {run}", flush=True)
-    result = execute(run, trial)
-    if not trial:
-        append(result, RESULTS)
+    else:
+        result = runs.announced(run, lambda: execute(run), RESULTS)
     print({key: result[key] for key in result if key not in ("ranks", "settings", "versions")}, flush=True)
 
 
@@ -301,10 +281,7 @@ def main() -> None:
     if args.command == "table":
         write_table(load(), {name: row.title for name, row in ROWS.items()}, RATIOS, args.out)
         return
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    runs.one_quiet_thread()
     if args.command == "plan":
         methods = args.methods.split(",")
         if unknown := [name for name in methods if name not in ROWS]:

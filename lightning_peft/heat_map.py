@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +108,45 @@ def rank_heat_map(ranks: Mapping[str, int], top: int, title: str | None = None) 
     return _draw(ranks, Grid.of(ranks), top, title)[0]
 
 
-def _draw(ranks: Mapping[str, int], grid: Grid, top: int, title: str | None) -> tuple[Figure, tuple[int, int]]:
+def kl_heat_map(kl: Mapping[str, float], title: str | None = None) -> Figure:
+    """Draw a divergence per layer, in nats, as :func:`rank_heat_map` draws ranks; the darkest is the largest.
+
+    Args:
+        kl: layer -> nats.
+        title: what stands above the picture.
+
+    Raises:
+        ValueError: there is no layer.
+
+    Example:
+        >>> from lightning_peft.heat_map import kl_heat_map
+        >>> figure = kl_heat_map({"layer.0.query": 0.25, "layer.1.query": 14000.0})
+        >>> [text.get_text() for text in figure.axes[0].texts]
+        ['0.25', '14k']
+    """
+    if not kl:
+        raise ValueError("a heat map needs at least one layer. Got none.")
+    return _draw(kl, Grid.of(kl), max(*kl.values(), 1e-9), title, _short)[0]
+
+
+def _short(value: float) -> str:
+    """At most four letters: 0.25, 3.1, 412, 14k, 1.2M."""
+    if value < 10:
+        return f"{value:.2f}" if value < 1 else f"{value:.1f}"
+    for unit in ("", "k", "M"):
+        if value < 999.5:
+            return f"{value:.1f}{unit}" if unit and value < 9.95 else f"{value:.0f}{unit}"
+        value /= 1000
+    return f"{value:.0f}G"
+
+
+def _whole(value: float) -> str:
+    return f"{value:.0f}"
+
+
+def _draw(
+    ranks: Mapping[str, float], grid: Grid, top: float, title: str | None, written: Callable[[float], str] = _whole
+) -> tuple[Figure, tuple[int, int]]:
     """The figure, with an Agg canvas, and the pixel (y, x) where the first cell begins."""
     import numpy as np
     from matplotlib import colormaps
@@ -139,14 +177,14 @@ def _draw(ranks: Mapping[str, int], grid: Grid, top: int, title: str | None) -> 
         if not np.isnan(value):
             ink = "white" if value > 0.5 * top else "black"
             # Strokes of two pixels: TensorBoard shrinks a tall picture by leaving out rows, and a thin 8 becomes a 0.
-            axes.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=10, weight="bold", color=ink)
+            axes.text(column, row, written(value), ha="center", va="center", fontsize=10, weight="bold", color=ink)
     axes.set_xticks(range(len(columns)), columns, rotation=90, linespacing=1.0)
     axes.set_yticks(range(len(grid.rows)), grid.rows)
     axes.tick_params(length=0, labelsize=8)
     for spine in axes.spines.values():
         spine.set_visible(False)
     bar = figure.colorbar(image, cax=figure.add_axes(box(left + width + 10, 10)))
-    bar.locator = MaxNLocator(nbins=max(1, height // 30), integer=True)
+    bar.locator = MaxNLocator(nbins=max(1, height // 30), integer=written is _whole)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)
     if title:
@@ -163,7 +201,7 @@ def _two_lines(label: str) -> str:
     return f"{label[:at]}\n{label[at:]}"
 
 
-def _pixels(figure: Figure) -> npt.NDArray[np.uint8]:
+def pixels(figure: Figure) -> npt.NDArray[np.uint8]:
     """The figure as (H, W, 3), of its own."""
     import numpy as np
 
@@ -187,13 +225,13 @@ class HeatMap:
         blank = dict.fromkeys(names, 0)
         self._grid = Grid.of(blank)
         figure, self._corner = _draw(blank, self._grid, top, None)
-        self._canvas = _pixels(figure)
+        self._canvas = pixels(figure)
         every = {str(rank): rank for rank in range(top + 1)}
         places = {name: divmod(rank, _SIDE) for name, rank in every.items()}
         wall = Grid(("",) * (top // _SIDE + 1), ("",) * min(top + 1, _SIDE), places)
         figure, corner = _draw(every, wall, top, None)
-        pixels = _pixels(figure)
-        self._cells = [pixels[_place(corner, places[str(rank)])].copy() for rank in range(top + 1)]
+        drawn = pixels(figure)
+        self._cells = [drawn[_place(corner, places[str(rank)])].copy() for rank in range(top + 1)]
 
     def draw(self, ranks: Mapping[str, int]) -> npt.NDArray[np.uint8]:
         """The picture of these ranks: (H, W, 3), red, green, blue."""

@@ -89,7 +89,7 @@ class _Position(Iterator[Any]):
 
     def _go(self, target: State) -> None:
         self.taken, self.made, self.first = 0, rng_state(), None
-        if not target or target["first"] is None:
+        if not target:
             # The generators now are what they were when the interrupted run would have made its next iterator.
             self.batches = DataLoader.__iter__(self.loader)
             return
@@ -97,7 +97,9 @@ class _Position(Iterator[Any]):
         self.taken, self.made, self.first = target["taken"], target["made"], target["first"]
         set_rng_state(self.made)
         self.batches = DataLoader.__iter__(self.loader)
-        assert self.first is not None
+        if self.first is None:  # it was made, and nobody had asked it yet
+            set_rng_state(here)
+            return
         set_rng_state(self.first)
         for _ in range(self.taken):
             next(self.batches)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from math import nan
 from operator import index
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from lightning_peft.rank.gate import Gate
 
 Rank = int | Literal["breakeven"] | None
 Fold = Literal["both", "U"]
+Start = Literal["svd", "exact"]
 
 
 class Factorized(Adapter):
@@ -32,13 +33,18 @@ class Factorized(Adapter):
     named in `train` of :func:`lightning_peft.inject`. After a few steps of training the triplets are rank-one terms
     and no longer a singular value decomposition.
 
+    With `start="exact"` nothing is decomposed: U = W, s = 1, Vh = I, or U = I, Vh = W where d_out < d_in. Components
+    then have no order. It is for a :class:`~lightning_peft.WeightedSVD` that follows and decomposes every layer, and
+    spares the first of two decompositions.
+
     U and Vh take the base's dtype and place: they are the layer's weight in another form, as large as it
     (K (d_in + d_out) numbers beside d_in d_out), so under FSDP2 they are sharded with the base, and s and m stay whole.
     s is float32, or wider where the base is, until the whole module is cast. The base lives on without a weight, for
     its sizes and its bias: an ejected adapter would leave nothing behind, so `eject` refuses it, and `merge` or
     :meth:`thin` ends its life.
 
-    The start is equal to the base up to rounding, where every component of it is there (`rank=None`).
+    The start is equal to the base where every component of it is there (`rank=None`): up to rounding, and the weight
+    bit for bit where it is "exact".
 
     Args:
         base: Linear, Conv1d, Conv2d, Conv3d or transformers' Conv1D layer. Its weight is not touched: the adapter's
@@ -46,13 +52,15 @@ class Factorized(Adapter):
         rank: number of components K that are kept, the largest ones; ``None`` for all min(d_in, d_out). "breakeven"
             for floor(d_in d_out / (d_in + d_out)), the most that costs no more parameters than the weight.
         trained: whether U, s and Vh are trained; what is frozen is moved by its mask alone.
+        start: "svd" decomposes the weight; "exact" takes it as it is.
 
     Shape:
         x: (..., d_in) -> (..., d_out); for a convolution as it has it
 
     Raises:
         TypeError: the layer is an embedding, is of a kind that cannot be adapted, or has hooks that would never run.
-        ValueError: rank is out of range; or the weight is not finite, or split over processes.
+        ValueError: start is unknown; rank is out of range, or given with "exact"; or the weight is not finite, or split
+            over processes.
 
     Reference:
         The start of RankDyna (Hua et al., Findings of EMNLP 2023) and the layer of ARS (Gao et al., NAACL 2024, eqs. 2
@@ -73,7 +81,14 @@ class Factorized(Adapter):
     Vh: nn.Parameter
     gate: Gate
 
-    def __init__(self, base: nn.Module, rank: Rank = None, trained: bool = True) -> None:
+    def __init__(self, base: nn.Module, rank: Rank = None, trained: bool = True, start: Start = "svd") -> None:
+        if start not in get_args(Start):
+            raise ValueError(f"start={start!r}: choose 'svd' or 'exact'.")
+        if start == "exact" and rank is not None:
+            raise ValueError(
+                f"start='exact' has all components, in no order, and rank={rank!r} would cut some of them off. Leave "
+                "rank out, and say what is kept where the layer is decomposed: WeightedSVD(..., ratio=0.5)."
+            )
         reason = why_not(base)
         if isinstance(base, nn.Embedding):
             reason = "an embedding is looked up and not multiplied, so a product of two tables makes nothing faster"
@@ -96,6 +111,7 @@ class Factorized(Adapter):
             self.base.bias.requires_grad_(True)
         self.rank = rank if rank is None or isinstance(rank, str) else index(rank)
         self.trained = trained
+        self.start: Start = start
         self._kernel: torch.Size | None = base.weight.shape[1:] if is_convolution(base) else None  # type: ignore[assignment, index]
         place: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
         self.U = nn.Parameter(torch.zeros(d_out, K, **place), requires_grad=trained)
@@ -104,14 +120,20 @@ class Factorized(Adapter):
         self.gate = Gate(K, cost=d_in + d_out, gain=gain)
         self.gate.gain.requires_grad_(trained)  # type: ignore[union-attr]
         if not (weight.is_meta or again):
-            self._decompose(weight)
+            if not bool(weight.isfinite().all()):
+                raise ValueError("the layer's weight has values that are not finite, so it has no decomposition.")
+            (self._decompose if start == "svd" else self._take)(weight.detach())
 
-    @torch.no_grad()
+    def _take(self, weight: Tensor) -> None:
+        """Fill the factors with a whole weight, (d_out, d_in), and what leaves it as it is."""
+        d_out, d_in = weight.shape
+        one = torch.eye(len(self.gate), dtype=weight.dtype, device=weight.device)
+        s = one.new_ones(len(one))
+        self.fill(*((one, s, weight) if d_out < d_in else (weight, s, one)))
+
     def _decompose(self, weight: Tensor) -> None:
         """Fill the factors with the largest singular triplets of a whole weight, (d_out, d_in)."""
-        if not bool(weight.isfinite().all()):
-            raise ValueError("the layer's weight has values that are not finite, so it has no decomposition.")
-        wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         U, s, Vh = torch.linalg.svd(wide, full_matrices=False)
         K = len(self.gate)
         self.fill(U[:, :K], s[:K], Vh[:K])
@@ -232,7 +254,7 @@ class Factorized(Adapter):
         return self
 
     def extra_repr(self) -> str:
-        return f"rank={self.rank!r}, trained={self.trained}"
+        return f"rank={self.rank!r}, trained={self.trained}, start={self.start!r}"
 
 
 def components(rank: Rank, d_in: int, d_out: int) -> int:

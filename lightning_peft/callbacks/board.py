@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from lightning_peft.heat_map import Grid, HeatMap
+from lightning_peft.heat_map import Grid, HeatMap, kl_heat_map, pixels
 from lightning_peft.rank.budget import RankBudget
 
 # Tags in a layout are patterns that match from the start; a logger's own prefix may come before ours.
@@ -63,6 +63,26 @@ class Pictures:
             values = torch.cat(here)
             for logger in loggers:
                 logger.experiment.add_histogram(f"importance/{kind}", values, step)
+
+
+class KLPictures:
+    """Heat maps of what each layer adds to a divergence.
+
+    Args:
+        names: the parameters that it is over.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._layers = {name: name.rpartition(".")[0] or name for name in names}
+
+    def draw(self, loggers: Iterable[TensorBoardLogger], kl: Mapping[str, float], step: int) -> None:
+        """Write the heat map as `kl/heatmap`."""
+        by_layer: dict[str, float] = {}
+        for name, value in kl.items():
+            by_layer[self._layers[name]] = by_layer.get(self._layers[name], 0.0) + value
+        picture = pixels(kl_heat_map(by_layer))
+        for logger in loggers:
+            logger.experiment.add_image("kl/heatmap", picture, step, dataformats="HWC")
 
 
 def lay_out(loggers: Iterable[TensorBoardLogger]) -> None:

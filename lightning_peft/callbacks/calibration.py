@@ -163,7 +163,7 @@ class Calibration(Preflight):
             )
         if unseen:
             rank_zero_warn(
-                f"Calibration saw nothing of {len(unseen)} adapted layers, which keep their start: "
+                f"Calibration saw nothing of {len(unseen)} adapted layers, whose start owes nothing to data: "
                 f"{', '.join(unseen[:5])}{', ...' if len(unseen) > 5 else ''}. They are embeddings, or their weight is "
                 "read and they are never called, or no batch came by them."
             )

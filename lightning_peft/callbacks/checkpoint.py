@@ -179,10 +179,7 @@ class AdapterCheckpoint(Preflight):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        # The loaders that are iterated: with several processes Lightning has made others of what the user gave.
-        combined = trainer.fit_loop._combined_loader
-        leaves = [] if combined is None else combined.flattened
-        self._loaders = [loader for loader in leaves if isinstance(loader, ResumableLoader)]
+        self._loaders = _iterated(trainer)
         # The last thing before the first batch: sanity checks and dataloaders have drawn what they wanted.
         states, self._restored = self._restored, None
         if states is None:
@@ -198,7 +195,10 @@ class AdapterCheckpoint(Preflight):
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current  # Lightning types it as its base class
         mid_epoch = progress.ready > 0 and progress.processed < trainer.num_training_batches
         # Between epochs all loaders begin anew, also where there was none yet: a finder saves before training starts.
-        positions = state["loaders"] if mid_epoch else [{} for _ in self._loaders]
+        # But an iterator that was made and not asked yet, as where training stopped before its first batch, is gone on
+        # with.
+        positions = [p if mid_epoch or (p and p["first"] is None) else {} for p in state["loaders"]]
+        positions = positions or [{} for _ in self._loaders]
         for loader, position in zip(self._loaders, positions, strict=False):
             if position and progress.ready > progress.processed:
                 # Written inside a batch, after an error say: Lightning takes that batch again, and so do we.
@@ -227,6 +227,7 @@ class AdapterCheckpoint(Preflight):
         self._restored = self._gradients = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._loaders = self._loaders or _iterated(trainer)  # where training had not started yet
         self._stopped = self._here()  # for those who save after us
         self._detach()
 
@@ -263,6 +264,13 @@ class AdapterCheckpoint(Preflight):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = state_dict or None
+
+
+def _iterated(trainer: Trainer) -> list[ResumableLoader]:
+    """The loaders that are iterated: with several processes Lightning has made others of what the user gave."""
+    combined = trainer.fit_loop._combined_loader
+    leaves = [] if combined is None else combined.flattened
+    return [loader for loader in leaves if isinstance(loader, ResumableLoader)]
 
 
 def _call_all(undo: list[Callable[[], object]]) -> None:

@@ -91,7 +91,7 @@ class OnlyCalibrate(Callback):
 def uniform(plan: Plan, weighting: Weighting) -> list[Callback]:
     """Every layer keeps the same share of its weight, the first components of a weighted decomposition."""
     return [
-        AdapterInjection(Factorized, plan.targets, verbose=False),
+        AdapterInjection(partial(Factorized, start="exact"), plan.targets, verbose=False),
         Calibration(WeightedSVD(weighting, ratio=plan.ratio), plan.batches),
         OnlyCalibrate(),
     ]

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 
 class Sized(Protocol):
@@ -127,6 +127,17 @@ class PlannedLoader:
         for batch in loader:
             self._given += 1
             yield batch
+
+    def once(self) -> DataLoader[Any]:
+        """Every row once, from short to long, in one process: for what looks at all rows and in whatever order."""
+        order = self.sampler.lengths.argsort(stable=True).tolist()
+        return DataLoader(
+            Subset(_as_dataset(self._dataset), order),
+            batch_size=self.sampler.batch_size,
+            collate_fn=self._collate,
+            num_workers=self._num_workers,
+            generator=torch.Generator().manual_seed(self.sampler.seed),
+        )
 
     def __copy__(self) -> PlannedLoader:
         """A loader of the same batches from the epoch's first on, which leaves this one where it is."""

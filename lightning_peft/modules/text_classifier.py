@@ -8,10 +8,12 @@ from typing import Any, TypedDict
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from torchmetrics import Metric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassF1Score
 from transformers import AutoModelForSequenceClassification
 
+from lightning_peft.arguments import require_integer
+from lightning_peft.modules.likelihood import NegativeLogLikelihood
 from lightning_peft.modules.optimization import Schedule, adamw, require_schedule
 from lightning_peft.modules.pretrained import from_folder_or_hub
 
@@ -48,12 +50,15 @@ class TextClassifier(LightningModule):
         weight_decay: AdamW's decoupled weight decay, for both groups.
         warmup: share of the optimizer steps in which the rates rise from 0.
         schedule: "linear" lets them fall to 0 then, "constant" leaves them.
+        calibration_bins: bins of the expected calibration error (15 is usual), which is logged as ``val/ece`` and
+            ``test/ece`` with the negative log-likelihood, ``val/nll`` and ``test/nll``; 0 for neither.
     Attributes:
         newly_initialized: names of the model's parameters that the backbone did not have: those of a new head.
     Shape:
         input_ids, attention_mask: (batch, length) -> logits (batch, num_labels)
     Raises:
-        ValueError: the backbone cannot be found; fewer than two classes; warmup outside [0, 1), or an unknown schedule.
+        ValueError: the backbone cannot be found; fewer than two classes; warmup outside [0, 1), or an unknown schedule;
+            fewer than no bins.
     Example:
         >>> TextClassifier("no/such/folder", num_labels=2)
         Traceback (most recent call last):
@@ -69,10 +74,14 @@ class TextClassifier(LightningModule):
         weight_decay: float = 0.01,
         warmup: float = 0.06,
         schedule: Schedule = "linear",
+        calibration_bins: int = 0,
     ) -> None:
         super().__init__()
         if num_labels < 2:
             raise ValueError(f"num_labels={num_labels}: a classifier needs at least 2 classes.")
+        require_integer("calibration_bins", calibration_bins)
+        if calibration_bins < 0:
+            raise ValueError(f"calibration_bins={calibration_bins}: it is a number of bins, such as 15, or 0 for none.")
         require_schedule(warmup, schedule)
         self.save_hyperparameters()
         self.lr, self.head_lr, self.weight_decay = lr, head_lr, weight_decay
@@ -86,6 +95,12 @@ class TextClassifier(LightningModule):
         )
         self.val_metrics = metrics.clone(prefix="val/")
         self.test_metrics = metrics.clone(prefix="test/")
+        calibration: dict[str, Metric | MetricCollection] = {}
+        if calibration_bins:
+            calibration["ece"] = MulticlassCalibrationError(num_labels, n_bins=calibration_bins)
+            calibration["nll"] = NegativeLogLikelihood()
+        self.val_calibration = MetricCollection(calibration, prefix="val/")
+        self.test_calibration = MetricCollection(calibration, prefix="test/").clone()
 
     def forward(self, batch: TextBatch) -> Any:
         """Run the model; the output has ``logits``, and ``loss`` if the batch has ``labels``."""
@@ -98,21 +113,24 @@ class TextClassifier(LightningModule):
         return {"loss": outputs.loss, "logits": outputs.logits}
 
     def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
-        """Log ``val/loss``, ``val/accuracy``, ``val/macro_f1``."""
-        self._evaluate(batch, self.val_metrics, "val")
+        """Log ``val/loss``, ``val/accuracy``, ``val/macro_f1``; with calibration_bins ``val/ece`` and ``val/nll``."""
+        self._evaluate(batch, self.val_metrics, self.val_calibration, "val")
 
     def test_step(self, batch: TextBatch, batch_idx: int) -> None:
-        """Log ``test/loss``, ``test/accuracy``, ``test/macro_f1``."""
-        self._evaluate(batch, self.test_metrics, "test")
+        """Log ``test/loss``, ``test/accuracy``, ``test/macro_f1``; and ``test/ece``, ``test/nll`` likewise."""
+        self._evaluate(batch, self.test_metrics, self.test_calibration, "test")
 
     def predict_step(self, batch: TextBatch, batch_idx: int) -> Prediction:
         """Logits and probabilities of one batch; labels, if any, are not looked at."""
         logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
         return {"logits": logits, "probabilities": logits.softmax(-1)}
 
-    def _evaluate(self, batch: TextBatch, metrics: MetricCollection, stage: str) -> None:
+    def _evaluate(self, batch: TextBatch, metrics: MetricCollection, calibration: MetricCollection, stage: str) -> None:
         outputs, labels = self(batch), batch["labels"]
         metrics.update(outputs.logits, labels)
+        if len(calibration):
+            calibration.update(outputs.logits.float().softmax(-1), labels)
+            self.log_dict(calibration, batch_size=len(labels))
         self.log(f"{stage}/loss", outputs.loss, prog_bar=stage == "val", batch_size=len(labels), sync_dist=True)
         self.log_dict(metrics, prog_bar=True, batch_size=len(labels))
 

@@ -92,9 +92,11 @@ def ars(
     terms: dict[str, Regularizer] = {"ars_budget": BudgetPenalty(ratio, UntilTail(budget_weight, tail), sides)}
     if align_weight:
         terms["ars_align"] = MaskAlignment(UntilTail(align_weight, tail), align)
+    # The calibration decomposes every layer, so that nothing is decomposed twice.
+    factory = partial(Factorized, trained=False, start="exact")
     return Preset(
         [
-            AdapterInjection(partial(Factorized, trained=False), targets, None if train is None else list(train)),
+            AdapterInjection(factory, targets, None if train is None else list(train)),
             Calibration(WeightedSVD(weighting), batches),
             RankSelection(policy, compact, mode),
             Regularization(terms),

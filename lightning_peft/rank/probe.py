@@ -116,7 +116,7 @@ class Probe(ABC):
 
     @abstractmethod
     def unseen(self) -> list[str]:
-        """Layers of which nothing was seen, so that their adapters start as they would have."""
+        """Layers of which nothing was seen, so that the start of their adapters owes nothing to data."""
 
     def report(self) -> str:
         """What was found, in a sentence; empty for nothing."""

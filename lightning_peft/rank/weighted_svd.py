@@ -38,7 +38,9 @@ class WeightedSVD(Probe):
         activation   S = diag(a^alpha)      a_i = mean over positions of |x_i|                             ASVD
         whiten       S S^T = mean over positions of x x^T                                                  SVD-LLM
 
-    At full rank the layer's function is what it was, whatever S. All components are filled. Either all stay open, for
+    At full rank the layer's function is what it was, whatever S. All components of all layers are filled; a layer that
+    the batches have shown nothing of gets the plain decomposition. So `Factorized(start="exact")` is all that has to
+    come before. Either all stay open, for
     methods that choose among them, or every layer keeps its first ones: the same share of its parameters (`ratio`), or
     the same number of components (`rank`).
 
@@ -181,8 +183,7 @@ class WeightedSVD(Probe):
 
     @torch.no_grad()
     def act(self) -> dict[str, Tensor]:
-        seen = self._agreed()
-        names = list(self._budget) if self.weighting == "none" else seen
+        seen, names = self._agreed(), list(self._budget)
         everyone = self._processes
         known = False
         for start in range(0, len(names), everyone.count):
@@ -190,7 +191,7 @@ class WeightedSVD(Probe):
             some = names[start : start + everyone.count]
             mine = None
             for turn, name in enumerate(some):
-                W, statistic = self._brought_together(name)
+                W, statistic = self._brought_together(name, name in seen)
                 known = known or (statistic is not None and bool(statistic.any()))
                 if turn == everyone.rank:
                     mine = W, statistic
@@ -208,13 +209,13 @@ class WeightedSVD(Probe):
         self._release()
         return masks
 
-    def _agreed(self) -> list[str]:
+    def _agreed(self) -> set[str]:
         """The layers that a process has seen; on one that has not, its sum is zero."""
         found = {name for names in self._processes.gather(list(self._sums)) for name in names}
         self._unseen = [] if self.weighting == "none" else [name for name in self._budget if name not in found]
-        return [name for name in self._budget if name in found]
+        return found
 
-    def _brought_together(self, name: str) -> tuple[Callable[[], Tensor], Tensor | None]:
+    def _brought_together(self, name: str, seen: bool) -> tuple[Callable[[], Tensor], Tensor | None]:
         """A layer's weight, whole but not computed yet, and the mean of what all processes have seen of it."""
         adapter, gate = self._budget[name].adapter, self._budget[name].gate
         U, Vh = self._processes.whole(adapter.U.detach()), self._processes.whole(adapter.Vh.detach())
@@ -223,7 +224,7 @@ class WeightedSVD(Probe):
             wide = torch.promote_types(U.dtype, torch.float32)
             return (U.to(wide) * gate.value().to(wide)) @ Vh.to(wide)
 
-        if self.weighting == "none":
+        if not seen:
             return W, None
         d_out, d_in = _shape(self._budget[name])
         shape = {"taylor": (d_out, d_in), "whiten": (d_in, d_in)}.get(self.weighting, (d_in,))
@@ -266,9 +267,9 @@ class WeightedSVD(Probe):
         shapes = list(self._shapes.values())
         dense = sum(d_out * d_in for d_out, d_in in shapes)
         kept = sum(factored_parameters(*shape, rank) for shape, rank in zip(shapes, self._ranks.values(), strict=True))
-        plain = f", {len(self._unseen)} as they were" if self._unseen else ""
+        plain = f", of them {len(self._unseen)} without it" if self._unseen else ""
         return (
-            f"WeightedSVD: {len(shapes) - len(self._unseen)} layers decomposed, weighting {self.weighting!r}{plain}; "
+            f"WeightedSVD: {len(shapes)} layers decomposed, weighting {self.weighting!r}{plain}; "
             f"{kept:,} of their {dense:,} parameters are kept, {kept / max(dense, 1):.1%}."
         )
 

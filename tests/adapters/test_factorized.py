@@ -87,6 +87,65 @@ def test_the_start_is_sorted_orthonormal_and_of_full_rank() -> None:
     assert torch.allclose(factorized.Vh @ factorized.Vh.mT, torch.eye(16), atol=1e-5)
 
 
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_exact_start_has_the_weight_itself(kind: str, dtype: torch.dtype) -> None:
+    """Bit for bit, in the base's own dtype, beside an identity on the smaller side."""
+    dense, x = layer(kind, dtype)
+    factorized = Factorized(dense, start="exact")
+    assert torch.equal(factorized.weight, dense.weight)  # type: ignore[arg-type]
+    d_out, d_in = factorized.U.shape[0], factorized.Vh.shape[1]
+    one = factorized.U if d_out < d_in else factorized.Vh
+    assert torch.equal(one, torch.eye(min(d_out, d_in), dtype=dtype))
+    assert torch.equal(factorized.gate.value(), torch.ones(min(d_out, d_in)))
+    rounding = 1e-6 if dtype == torch.float32 else 1e-2
+    y = dense(x).detach()
+    torch.testing.assert_close(factorized(x).detach(), y, rtol=0, atol=rounding * float(y.abs().max()))
+    with torch.no_grad():
+        factorized.U.zero_()
+        factorized.Vh.zero_()
+    assert bool(dense.weight.any())  # a copy: the layer may go on living elsewhere
+
+
+def test_an_exact_start_decomposes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.linalg, "svd")
+    Factorized(nn.Linear(24, 16), start="exact")
+    with pytest.raises(AttributeError):
+        Factorized(nn.Linear(24, 16))
+
+
+def test_an_exact_start_has_no_rank() -> None:
+    with pytest.raises(ValueError, match=r"start='exact' has all components, in no order, and rank=3 would cut"):
+        Factorized(nn.Linear(24, 16), rank=3, start="exact")
+    with pytest.raises(ValueError, match=r"start='svdd': choose 'svd' or 'exact'"):
+        Factorized(nn.Linear(24, 16), start="svdd")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="has values that are not finite"):
+        dense = nn.Linear(24, 16)
+        nn.init.constant_(dense.weight, float("inf"))
+        Factorized(dense, start="exact")
+
+
+def test_an_exact_start_on_the_meta_device_is_filled_by_a_checkpoint() -> None:
+    dense, x = layer("wide")
+    with torch.device("meta"):
+        shapes = Factorized(LAYERS["wide"](), start="exact")
+    assert shapes.U.is_meta
+    filled = Factorized(dense, start="exact")
+    shapes.load_state_dict(filled.state_dict(), assign=True)
+    assert torch.equal(shapes(x), filled(x))
+
+
+def test_an_exact_start_can_be_cut() -> None:
+    """What is left is no whole weight any more, and is built again by what it says of itself."""
+    factorized = Factorized(nn.Linear(24, 16), start="exact")
+    factorized.gate.keep(torch.arange(16) < 5)
+    small = factorized.compacted()
+    assert small is not None
+    assert torch.equal(small.effective_weight(), factorized.effective_weight())
+    again = type(small)(nn.Linear(24, 16), **small.arguments())
+    assert {name: p.shape for name, p in again.own_parameters()} == {n: p.shape for n, p in small.own_parameters()}
+
+
 def test_a_rank_keeps_the_largest_components() -> None:
     """Eckart and Young: what is lost is the tail of the singular values."""
     dense = nn.Linear(24, 16).double()

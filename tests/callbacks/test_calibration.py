@@ -415,7 +415,9 @@ def test_an_attentions_projections_keep_their_start() -> None:
         configure_optimizers = Net.configure_optimizers
 
     net = Attends()
-    with pytest.warns(UserWarning, match="saw nothing of 2 adapted layers, which keep their start: attention.out_proj"):
+    with pytest.warns(
+        UserWarning, match="saw nothing of 2 adapted layers, whose start owes nothing to data: attention.out_proj"
+    ):
         fit(net, LOADERS["shuffled"](), AdapterInjection(partial(LoRA, rank=4)), Calibration(EVA(2)), max_steps=1)
     assert RankBudget.of(net).ranks() == {"attention.in_proj": 2, "attention.out_proj": 2, "out": 2}
 

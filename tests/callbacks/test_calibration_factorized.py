@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_peft import AdapterCheckpoint, AdapterInjection, Calibration, Factorized, RankBudget, WeightedSVD
+from lightning_peft.adapters.factorized import Start
 from lightning_peft.functional.weighted_svd import scale, weighted_svd
 from lightning_peft.rank.weighted_svd import uniform_rank
 
@@ -55,8 +56,8 @@ def fit(module: L.LightningModule, *callbacks: L.Callback, ckpt_path: Path | Non
     return trainer
 
 
-def injection(trained: bool = True) -> AdapterInjection:
-    return AdapterInjection(partial(Factorized, trained=trained), ["0", "3"], ["4"], verbose=False)
+def injection(trained: bool = True, start: Start = "svd") -> AdapterInjection:
+    return AdapterInjection(partial(Factorized, trained=trained, start=start), ["0", "3"], ["4"], verbose=False)
 
 
 class AtStart(L.Callback):
@@ -136,20 +137,59 @@ def test_what_is_cut_is_released_at_once(weighting: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-def test_interrupted_is_uninterrupted(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("start", "compact"), [("svd", "never"), ("exact", "never"), ("exact", "at_once")])
+def test_interrupted_is_uninterrupted(start: Start, compact: Any, tmp_path: Path) -> None:
     class Saves(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
             if trainer.global_step == 3:
                 trainer.save_checkpoint(tmp_path / "stop.ckpt")
 
     def callbacks() -> list[L.Callback]:
-        return [injection(), Calibration(WeightedSVD("taylor", ratio=0.6), 3), AdapterCheckpoint()]
+        calibration = Calibration(WeightedSVD("taylor", ratio=0.6), 3, compact=compact)
+        return [injection(start=start), calibration, AdapterCheckpoint()]
 
     whole, again = Net(), Net()
     fit(whole, *callbacks(), Saves())
     fit(again, *callbacks(), ckpt_path=tmp_path / "stop.ckpt")
     for name, value in whole.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
+
+
+class Interrupted(WeightedSVD):
+    """Stopped once, as by a signal, before or while layers are decomposed."""
+
+    def __init__(self, filled: int) -> None:
+        super().__init__("taylor", ratio=0.6)
+        self.left = filled
+
+    def _fill(self, *args: Any) -> None:
+        if self.left == 0:
+            raise RuntimeError("stopped")
+        self.left -= 1
+        super()._fill(*args)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("filled", [0, 1])
+def test_a_run_that_was_stopped_while_it_calibrated_calibrates_again(filled: int, tmp_path: Path) -> None:
+    """Bit for bit where no layer was decomposed yet; up to rounding where some were."""
+
+    class Saves(L.Callback):
+        def on_exception(self, trainer: L.Trainer, *args: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "stop.ckpt")
+
+    stopped = Calibration(Interrupted(filled), 3)
+    with pytest.raises(RuntimeError, match="stopped"):
+        fit(Net(), injection(start="exact"), stopped, AdapterCheckpoint(), Saves())
+    assert not stopped.done
+    whole, again = Net(), Net()
+    fit(whole, injection(start="exact"), Calibration(WeightedSVD("taylor", ratio=0.6), 3), AdapterCheckpoint())
+    calibration = Calibration(WeightedSVD("taylor", ratio=0.6), 3)
+    fit(again, injection(start="exact"), calibration, AdapterCheckpoint(), ckpt_path=tmp_path / "stop.ckpt")
+    assert calibration.done
+    for name, value in whole.state_dict().items():
+        rounding = 0.0 if filled == 0 else 1e-4
+        torch.testing.assert_close(again.state_dict()[name], value, rtol=rounding, atol=rounding)
 
 
 @pytest.mark.parametrize("weighting", ["fisher", "taylor"])
@@ -184,7 +224,7 @@ def test_layers_that_are_only_read_are_named(weighting: Any) -> None:
     net, calibration = Attention(), Calibration(WeightedSVD(weighting, rank=2), batches=2)
     place = AdapterInjection(Factorized, ["out_proj", "linear1", "linear2"], verbose=False)
     with pytest.warns(
-        UserWarning, match=r"nothing of 1 adapted layers, which keep their start: net.1.self_attn.out_proj\."
+        UserWarning, match=r"nothing of 1 adapted layers, whose start owes nothing to data: net.1.self_attn.out_proj\."
     ):
         fit(net, place, calibration, max_epochs=1)
     assert set(RankBudget.of(net).ranks().values()) == {2}

@@ -42,6 +42,7 @@ test_weight_decomposed_with_triplets = laws(
 )
 test_factorized = laws(Factorized)
 test_factorized_at_a_rank = laws(partial(Factorized, rank=4), ("linear", "conv1d", "convolution_2d"))
+test_factorized_from_the_weight_itself = laws(partial(Factorized, start="exact"))
 test_factorized_to_break_even = laws(partial(Factorized, rank="breakeven"), ("linear_no_bias", "attention_out"))
 
 test_taylor = importance_laws(Taylor)

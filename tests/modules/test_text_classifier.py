@@ -107,6 +107,33 @@ def test_it_learns(write: Any, tiny_bert: str, rows: Any) -> None:
     assert metrics["test/accuracy"] == metrics["test/macro_f1"] == 1.0
 
 
+def test_calibration_is_reported(tiny_bert: str, data: TextData) -> None:
+    classifier = TextClassifier(tiny_bert, 3, calibration_bins=5)
+    trainer = Trainer(**QUIET)
+    (metrics,) = trainer.test(classifier, datamodule=data, verbose=False)
+    batches = trainer.predict(classifier, data.test_dataloader())
+    assert batches is not None
+    found = torch.cat([each["probabilities"] for each in batches]).double()  # type: ignore[index]
+    labels = torch.cat([each["labels"] for each in data.test_dataloader()])
+    assert metrics["test/nll"] == pytest.approx(float(-found.gather(1, labels[:, None]).log().mean()), abs=1e-6)
+    assert metrics["test/nll"] == pytest.approx(metrics["test/loss"], abs=1e-5)
+    confidence, guess = found.max(1)
+    gap = 0.0
+    for low in range(5):  # |accuracy - confidence| in each fifth of [0, 1]
+        here = (confidence > low / 5) & (confidence <= (low + 1) / 5)
+        gap += abs(float((guess == labels)[here].double().sum() - confidence[here].sum())) / len(labels)
+    assert metrics["test/ece"] == pytest.approx(gap, abs=1e-6)
+    (validated,) = trainer.validate(classifier, datamodule=data, verbose=False)
+    assert validated["val/ece"] == metrics["test/ece"]  # of the same rows
+
+
+def test_calibration_is_reported_where_it_is_asked_for(tiny_bert: str, data: TextData) -> None:
+    (metrics,) = Trainer(**QUIET).test(TextClassifier(tiny_bert, 3), datamodule=data, verbose=False)
+    assert set(metrics) == {"test/loss", "test/accuracy", "test/macro_f1"}
+    with pytest.raises(ValueError, match="calibration_bins=-1: it is a number of bins"):
+        TextClassifier(tiny_bert, 3, calibration_bins=-1)
+
+
 def test_dropout_is_on_in_training_and_off_in_evaluation(tiny_bert: str, data: TextData) -> None:
     """A model that transformers loads is in eval mode, and Lightning would leave it there."""
 

@@ -10,6 +10,7 @@ from transformers import BertConfig, BertModel
 from transformers.pytorch_utils import Conv1D
 
 from lightning_peft import Factorized, LoRA, RankBudget, WeightedSVD, inject
+from lightning_peft.adapters.factorized import Start
 from lightning_peft.functional.weighted_svd import scale, weighted_svd, whitened_svd
 from lightning_peft.listening import heard, samples
 from lightning_peft.rank.probe import Alone
@@ -58,10 +59,11 @@ def calibrated(
     trained: bool = True,
     model: Any = None,
     loss: Callable[[nn.Module, Tensor, Tensor], Tensor] = loss_of,
+    start: Start = "svd",
 ) -> tuple[Any, RankBudget]:
     """A model whose layers were filled by what they showed in batches of these sizes."""
     model = net() if model is None else model
-    inject(model, lambda layer: Factorized(layer, trained=trained), list(targets), train=[])
+    inject(model, lambda layer: Factorized(layer, trained=trained, start=start), list(targets), train=[])
     budget = RankBudget.of(model)
     probe.begin(budget, Alone())
     for x, y in zip(*(part.split(list(sizes)) for part in data()), strict=True):
@@ -131,10 +133,10 @@ WEIGHTINGS = ["none", "fisher", "taylor", "activation", "whiten"]
 
 
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-@pytest.mark.parametrize("trained", [True, False])
-def test_layers_are_filled_as_the_papers_say(weighting: Any, trained: bool) -> None:
+@pytest.mark.parametrize(("trained", "start"), [(True, "svd"), (False, "svd"), (True, "exact")])
+def test_layers_are_filled_as_the_papers_say(weighting: Any, trained: bool, start: Start) -> None:
     """Statistics by autograd in batches of one, from two batches of different sizes, whether U and Vh are trained."""
-    model, budget = calibrated(WeightedSVD(weighting), (4, 2), trained=trained)
+    model, budget = calibrated(WeightedSVD(weighting), (4, 2), trained=trained, start=start)
     check(budget, weighting)
     x, _ = data()
     torch.testing.assert_close(model(x), net()(x), rtol=1e-4, atol=1e-6)
@@ -320,15 +322,18 @@ def test_inputs_that_are_written_over_are_refused() -> None:
     calibrated(WeightedSVD("activation"), targets=["first"], model=net(Overwrites), trained=False)
 
 
-def test_layers_that_were_not_seen_stay_as_they_are() -> None:
-    """Called and without effect on the loss; not called; and the others are filled."""
+@pytest.mark.parametrize("start", ["svd", "exact"])
+def test_layers_that_were_not_seen_get_the_plain_decomposition(start: Start) -> None:
+    """Called and without effect on the loss; also where nothing had decomposed them before."""
     probe = WeightedSVD("fisher", ratio=0.7)
-    _, budget = calibrated(probe, targets=[*TARGETS, "idle"])
+    _, budget = calibrated(probe, targets=[*TARGETS, "idle"], start=start)
     assert probe.unseen() == ["idle"]
-    plain = torch.linalg.svd(net().idle.weight, full_matrices=False).S
-    torch.testing.assert_close(budget["idle"].gate.gain.detach(), plain.detach(), check_dtype=False)
+    U, s, Vh = weighted_svd(net().idle.weight)
+    adapter: Any = budget["idle"].adapter
+    for found, expected in ((adapter.U, U), (adapter.gate.gain, s), (adapter.Vh, Vh)):
+        torch.testing.assert_close(found.detach(), expected, rtol=1e-6, atol=1e-9)
     assert budget.ranks()["idle"] == uniform_rank(4, WIDTH, 0.7)
-    assert probe.report().startswith("WeightedSVD: 3 layers decomposed, weighting 'fisher', 1 as they were; ")
+    assert probe.report().startswith("WeightedSVD: 4 layers decomposed, weighting 'fisher', of them 1 without it; ")
     assert WeightedSVD("none").unseen() == []
 
 

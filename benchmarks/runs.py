@@ -1,0 +1,99 @@
+"""Runs of a benchmark: each is a process of its own and one line of a results file.
+
+What is in the file is not run again, and what one plan has in hand no other starts: a plan can be stopped, continued,
+and shared by processes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import transformers
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a results file; none if there is no file yet."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def append(result: Mapping[str, Any], path: Path) -> None:
+    """Add one line, whole, whoever else writes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = (json.dumps(result, ensure_ascii=False) + "\n").encode()
+    with path.open("ab", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(line)
+        os.fsync(file.fileno())
+
+
+def same(run: DataclassInstance, row: Mapping[str, Any]) -> bool:
+    """Whether a line is this run's: all fields of the run are equal."""
+    return all(row.get(key) == value for key, value in asdict(run).items())
+
+
+def in_own_process(
+    run: DataclassInstance, script: str, arguments: Iterable[object], finished: Callable[[], bool]
+) -> None:
+    """Run `script run ARGUMENTS` unless the run is there, or has come while another process had it in hand."""
+    with claimed(run):
+        if finished():
+            print(f"there already: {run}", flush=True)
+            return
+        subprocess.run([sys.executable, script, "run", *map(str, arguments)], check=True)
+
+
+@contextmanager
+def claimed(run: DataclassInstance) -> Iterator[None]:
+    """Wait until no other plan has this run in hand; the claim ends with the process that holds it."""
+    name = "-".join(str(value) for value in ("lightning-peft", *asdict(run).values()))
+    with (Path(tempfile.gettempdir()) / f"{name}.claim").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def announced(run: DataclassInstance, execute: Callable[[], dict[str, Any]], path: Path) -> dict[str, Any]:
+    """Do a run between a line that says when it began and the line that it is kept in."""
+    print(f"{time.strftime('%H:%M:%S')} {run}", flush=True)
+    result = execute()
+    append(result, path)
+    return result
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of installed packages, by name."""
+    return {package: version(package) for package in packages}
+
+
+def precision() -> Literal["bf16-mixed", "32-true"]:
+    """bf16 autocast only where the processor computes in it; emulated it is slower than float32."""
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16-mixed" if native else "32-true"
+
+
+def one_quiet_thread() -> None:
+    """One thread for this process, and no chatter of the libraries between its lines."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
