@@ -10,6 +10,7 @@ from lightning_peft.presets.gora import gora
 from lightning_peft.presets.increlora import increlora
 from lightning_peft.presets.lora import lora
 from lightning_peft.presets.rankdyna import rankdyna
+from lightning_peft.presets.rlora import rlora
 from lightning_peft.presets.sora import sora
 from lightning_peft.presets.weight_decomposed import weight_decomposed, weight_decomposed_fixed
 
@@ -24,6 +25,7 @@ __all__ = [
     "increlora",
     "lora",
     "rankdyna",
+    "rlora",
     "sora",
     "weight_decomposed",
     "weight_decomposed_fixed",
