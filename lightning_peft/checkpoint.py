@@ -176,9 +176,9 @@ def check(
     for name, derived in digests(module).items():
         if saved.get(name) != derived:
             raise AdapterFileError(
-                f"{source} was trained with other constants at {name!r} than this model derives from the same seed and "
-                f"key: digest {saved.get(name)}, here {derived}. It was written by a version that draws them otherwise, "
-                "or was changed; use that version, or another copy."
+                f"{source} was trained with other constants at {name!r} than this model derives from seed and key: "
+                f"digest {saved.get(name)}, here {derived}. It was written by a version that draws them otherwise, or "
+                "was changed; use that version, or another copy."
             )
     check_base(fingerprint(module) if base is None else base, entry["base"], source)
     ours = {key: value for key, value in adapter_state_dict(module).items() if isinstance(value, Tensor)}
