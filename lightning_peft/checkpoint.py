@@ -9,7 +9,7 @@ from functools import partial
 from os import PathLike
 from pathlib import Path
 from reprlib import repr as shortened
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +36,18 @@ from lightning_peft.validation import (
 
 ENTRY = "lightning_peft"
 """The key of our entry in a checkpoint."""
+TERMS = "peft_terms"
+"""The child of a LightningModule that holds its terms."""
 VERSION = 1
 # Floating-point numbers are converted to the model's precision; no other type is converted.
 _FLOATING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
+
+@runtime_checkable
+class Described(Protocol):
+    """A part of a term that says in plain values how it is built again, and so is in a checkpoint's recipe."""
+
+    def arguments(self) -> dict[str, Any]: ...
 
 
 def _is_plain(value: Any) -> bool:
@@ -97,11 +106,21 @@ def recipe(module: nn.Module) -> dict[str, Any]:
             groups.append(entry | {"layers": [name]})
         else:
             group["layers"].append(name)
+    beside = [
+        {
+            "class": f"{type(child).__module__}:{type(child).__qualname__}",
+            "arguments": child.arguments(),
+            "path": clean_name(path),
+        }
+        for path, child in module.named_modules()
+        if path.startswith(f"{TERMS}.") and isinstance(child, Described)
+    ]
     own = {id(p) for adapter in adapters(module).values() for _, p in adapter.own_parameters()}
     paths = {path for path, child in module.named_modules() if isinstance(child, Adapter)}
     return {
         "adapters": groups,
         "trained": sorted(layer_name(n, paths) for n, p in trained(module).items() if id(p) not in own),
+        **({"beside": beside} if beside else {}),
     }
 
 

@@ -110,6 +110,13 @@ def check_structure(entry: Mapping[str, Any], source: str) -> None:
         for name in layers:
             _require(name not in seen, source, "an adapted layer", name, "named once")
             seen.add(name)
+    beside = recipe.get("beside", [])
+    _require(_is_list(beside), source, "recipe['beside']", beside, "a list")
+    for other in beside:
+        _require(type(other) is dict, source, "what is beside adapters", other, "a dictionary")
+        for field in ("class", "path"):
+            _require(_is_name(other.get(field)), source, f"its {field}", other.get(field), "text that can be printed")
+        _require(type(other.get("arguments")) is dict, source, "its arguments", other.get("arguments"), "a dictionary")
     for field, least in (("ranks", 0), ("costs", 1)):
         numbers = entry.get(field)
         _require(type(numbers) is dict, source, field, numbers, "a dictionary")
