@@ -12,6 +12,7 @@ from torch import nn
 from lightning_peft.adapters.attention import AdaptedAttention
 from lightning_peft.adapters.base import Adapter, AdapterFactory
 from lightning_peft.adapters.layers import is_convolution, why_not
+from lightning_peft.adapters.thin import ThinLinear
 from lightning_peft.heads import Head
 from lightning_peft.rank.budget import clean_name
 from lightning_peft.surgery.layers import adaptable, named
@@ -66,6 +67,21 @@ def choose(module: nn.Module, targets: Sequence[str] | None, head: Head, left: S
     if not chosen:
         raise ValueError(f"targets=[] names no layer; leave targets out to adapt {DEFAULT}.")
     return {name: layer for name, layer in layers.items() if name in chosen}
+
+
+def refuse_thin(module: nn.Module, chosen: Mapping[str, nn.Module], kind: str) -> None:
+    """Refuse to take apart a layer that is one of two thin ones.
+
+    Raises:
+        ValueError: there is one.
+    """
+    halves = {id(half): name for name, m in named(module) if isinstance(m, ThinLinear) for half in m.children()}
+    name = next((halves[id(layer)] for layer in chosen.values() if id(layer) in halves), None)
+    if name is not None:
+        raise ValueError(
+            f"the layer {name!r} is compressed already: it is two thin layers, and {kind} would take each of them "
+            "apart again. Start from the dense model, with the smaller budget; or train adapters on top, such as LoRA."
+        )
 
 
 def _is_usual(layer: nn.Module) -> bool:

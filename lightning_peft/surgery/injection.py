@@ -17,7 +17,7 @@ from lightning_peft.adapters.layers import why_not
 from lightning_peft.distributed import fingerprint, is_shard, world_size
 from lightning_peft.heads import find_head
 from lightning_peft.rank.budget import clean_name, layer_name
-from lightning_peft.surgery.choice import DEFAULT, adapter_kind, choose, kept_trainable
+from lightning_peft.surgery.choice import DEFAULT, adapter_kind, choose, kept_trainable, refuse_thin
 from lightning_peft.surgery.layers import BEFORE, KEPT, STARTS, adapter_paths, is_flattened, is_read
 from lightning_peft.surgery.removal import refuse_hosted, replace, take_out
 
@@ -137,6 +137,8 @@ def inject(
     head = find_head(module)
     kind = adapter_kind(factory)
     chosen = choose(module, targets, head, () if kind is None else kind.leaves)
+    if kind is not None and kind.releases_base:
+        refuse_thin(module, chosen, kind.__name__)
     # A pattern that matches nothing is told before anything is built.
     kept_trainable(module, train, head, chosen, chosen if kind is None or kind.releases_base else ())
     kept = partial(kept_trainable, module, train, head, chosen)
