@@ -22,7 +22,8 @@ from lightning_peft.archive import unreadable as unreadable
 from lightning_peft.export import own_random
 from lightning_peft.fingerprint import check_base, fingerprint
 from lightning_peft.rank.budget import WHOLE, RankBudget, clean_name, layer_name, whole
-from lightning_peft.surgery import adaptable, adapters, install, is_flattened, trained
+from lightning_peft.surgery.injection import install
+from lightning_peft.surgery.layers import adaptable, adapters, is_flattened, trained
 from lightning_peft.validation import (
     CUT,
     adapter_class,

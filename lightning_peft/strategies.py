@@ -38,7 +38,7 @@ from lightning_peft.checkpoint import adapter_state_dict
 from lightning_peft.distributed import is_shard, like, whole
 from lightning_peft.rank.budget import RankBudget, clean_name
 from lightning_peft.seams import Link, wrap_method
-from lightning_peft.surgery import STARTS, adapters, is_flattened, large_parameters, left_of_bases, trained
+from lightning_peft.surgery.layers import STARTS, adapters, is_flattened, large_parameters, left_of_bases, trained
 
 Undo = Callable[[], object]
 
