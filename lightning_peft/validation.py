@@ -125,6 +125,11 @@ def check_structure(entry: Mapping[str, Any], source: str) -> None:
             _require(_is_name(name), source, f"a name in {field}", name, "text that can be printed")
             good = type(number) is int and least <= number
             _require(good, source, f"{field}[{name!r}]", number, f"a whole number from {least}")
+    derived = entry.get("derived", {})
+    _require(type(derived) is dict, source, "derived", derived, "a dictionary")
+    for name, each in derived.items():
+        good = _is_name(name) and _is_name(each)
+        _require(good, source, f"derived[{name!r}]", each, "a digest as text, by name")
     _check_records(entry.get(CUT, {}), source)
 
 

@@ -41,7 +41,7 @@ from lightning_peft.fingerprint import fingerprint
 from lightning_peft.rank.budget import clean_name
 from lightning_peft.regularizers.posterior import Posterior
 from lightning_peft.seams import when_built, wrap_method
-from lightning_peft.surgery import is_flattened
+from lightning_peft.surgery.layers import is_flattened
 
 Read = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 """Logits and labels of a batch, by a forward of the module."""
