@@ -17,9 +17,10 @@ from lightning_peft.callbacks.order import require_before, require_one
 from lightning_peft.callbacks.placement import AdapterPlacement
 from lightning_peft.callbacks.preflight import Preflight, optimized
 from lightning_peft.callbacks.reentrant import recomputes, with_early_gradients
+from lightning_peft.distributed import broadcast
 from lightning_peft.regularizers.base import Regularizer, regularized
 from lightning_peft.seams import when_built, wrap_method
-from lightning_peft.strategies import counts_gradients, keep_whole
+from lightning_peft.strategies import averaged, counts_gradients, keep_whole
 
 
 class Regularization(Preflight):
@@ -114,6 +115,8 @@ class Regularization(Preflight):
                 "steps. Set max_steps or max_epochs."
             )
         self._total_steps = _steps(trainer)
+        if averaged(trainer.strategy, pl_module):
+            broadcast(list(self.terms.buffers()))  # made of adapters that have process 0's start by now
         self._begin(trainer, pl_module)
 
     def _begin(self, trainer: Trainer, module: LightningModule) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -40,6 +40,13 @@ class Objective(nn.Module, ABC):
 
     def require(self, posterior: Posterior) -> None:
         """Check that this objective and that posterior go together."""
+
+    def prepare(self, step: int, total: int) -> None:
+        """Be told of the step to come: an optimizer step, counted from 1, of `total`; 0 if that is not known."""
+
+    def resting(self, posterior: Posterior) -> Iterable[nn.Parameter]:
+        """What of the posterior, and of the objective, the optimizer step to come leaves as it is."""
+        return ()
 
 
 class _Delta(Objective, ABC):

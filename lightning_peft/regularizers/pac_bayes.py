@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from lightning_peft.arguments import require_integer, require_number
 from lightning_peft.functional.pac_bayes import bounded_cross_entropy, require_share
 from lightning_peft.regularizers.base import Regularizer, Weight
 from lightning_peft.regularizers.objectives import Name, Objective, objective
-from lightning_peft.regularizers.posterior import Posterior, Prior, Scale, require_settings
+from lightning_peft.regularizers.posterior import Posterior, Prior, PriorMean, Scale, require_settings
 
 Risk = Literal["bounded_cross_entropy", "bounded_next_token", "loss"]
 Unit = Literal["step", "batch", "example"]
@@ -45,9 +45,10 @@ class PACBayes(Regularizer):
             outputs) that gives a scalar.
         p_min: the probability below which a bounded loss does not grow.
         examples: n; ``None`` for the length of the training set, over all processes.
-        prior_sigma: lambda; see :class:`~lightning_peft.regularizers.posterior.Posterior` for this and the next four.
+        prior_sigma: lambda; see :class:`~lightning_peft.regularizers.posterior.Posterior` for this and the next five.
         sigma: the start of sigma.
         prior: "fixed", "learned" or "per_tensor".
+        prior_mean: "start" is w_0, what the parameters are at the start; "zero" is 0.
         speed: learning rate of log sigma and lambda, in units of the module's.
         over: patterns of what is in Q; ``None`` for all that is trained.
         complete: demand that all that is trained is in Q, as a certificate will.
@@ -82,6 +83,7 @@ class PACBayes(Regularizer):
         prior_sigma: Scale = 0.1,
         sigma: Scale = 0.01,
         prior: Prior = "fixed",
+        prior_mean: PriorMean = "start",
         speed: float = 10.0,
         over: Sequence[str] | None = None,
         complete: bool = False,
@@ -91,7 +93,7 @@ class PACBayes(Regularizer):
         seed: int = 0,
     ) -> None:
         super().__init__(1.0)
-        require_settings(prior_sigma, sigma, speed, prior, over, seed)
+        require_settings(prior_sigma, sigma, speed, prior, prior_mean, over, seed)
         if not callable(risk) and risk not in ("bounded_cross_entropy", "bounded_next_token", "loss"):
             raise ValueError(
                 f"risk={risk!r}: choose 'bounded_cross_entropy', 'bounded_next_token' or 'loss', or give a function."
@@ -115,7 +117,8 @@ class PACBayes(Regularizer):
         self.complete, self.unit, self.kl_weight, self.streams = complete, unit, kl_weight, streams
         self.posterior: Posterior | None = None
         self._settings: dict[str, Any] = {
-            "prior_sigma": prior_sigma, "sigma": sigma, "speed": speed, "prior": prior, "over": over, "seed": seed,
+            "prior_sigma": prior_sigma, "sigma": sigma, "speed": speed, "prior": prior,
+            "prior_mean": prior_mean, "over": over, "seed": seed,
         }  # fmt: skip
         self._step, self._weight, self._rows = 1, 1.0, 0
         self._estimates: bool | None = None  # whether the objective is an estimate of a bound, at a full weight of KL
@@ -144,6 +147,7 @@ class PACBayes(Regularizer):
 
     def prepare(self, module: nn.Module, batch: Any, step: int, total: int) -> None:
         self._step = step
+        self.objective.prepare(step, total)
         self._weight = self.kl_weight(step, total) if callable(self.kl_weight) else float(self.kl_weight)
         self._rows = _examples(batch) if self.unit == "example" else 0
 
@@ -188,6 +192,9 @@ class PACBayes(Regularizer):
         # Made last: the loss has its gradient from here, and the opposite one from the sum, before any other.
         difference: Tensor = value - loss
         return difference
+
+    def resting(self) -> Iterable[nn.Parameter]:
+        return self.objective.resting(self._posterior())
 
     def figures(self) -> Mapping[str, Tensor]:
         return self._figures
