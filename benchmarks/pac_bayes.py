@@ -45,8 +45,8 @@ TRAIN = 4000
 OBJECTIVES = ("f_quad", "f_lambda", "f_classic", "f_bbb")
 SEEDS = (0, 1, 2)
 CERTIFICATE = {"delta": 0.025, "delta_prime": 0.01, "tried": 64, "passes": 25, "unit": "example"}
-"""`tried` is more than all runs of the table and all settings that were looked at before: all certificates hold at once,
-with probability 0.965."""
+"""`tried` is more than all runs of the table and all settings that were looked at before: all certificates hold at
+once, with probability 0.965."""
 DIGITS = {
     "hidden": 100,
     "batch_size": 250,
