@@ -413,6 +413,19 @@ def test_a_second_model_begins_anew() -> None:
     assert term.posterior is second
 
 
+@pytest.mark.parametrize("epochs", [-1, 1])
+def test_every_fit_counts_its_own_examples(epochs: int) -> None:
+    """Also where steps are counted and no epochs, so that Lightning asks for the data later."""
+    term, data = PACBayes(), loader()
+    fit(term, data=data, max_steps=1, max_epochs=epochs)
+    assert term.examples == ROWS
+    fit(term, data=DataLoader(rows()[:-3], batch_size=4), max_steps=1, max_epochs=epochs)
+    assert term.examples == ROWS - 3
+    given = PACBayes(examples=99)
+    fit(given, data=data, max_steps=1, max_epochs=epochs)
+    assert given.examples == 99
+
+
 class Stream(IterableDataset):  # type: ignore[type-arg]
     def __iter__(self) -> Any:
         return iter(rows())
