@@ -14,6 +14,7 @@ def count_examples(trainer: Trainer) -> int:
     Raises:
         MisconfigurationException: it cannot be told.
     """
+    trainer.fit_loop.setup_data()  # as Trainer.estimated_stepping_batches does; without max_epochs that need not
     loaders = tree_leaves(trainer.train_dataloader)
     reason = ""
     if len(loaders) != 1:

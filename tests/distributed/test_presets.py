@@ -28,8 +28,8 @@ pytestmark = [
 def job(name: str) -> Job:
     """The preset without what tells processes apart by more than rounding: dropout, which draws anew for every batch,
     of which a process has half, and statistics of batches, by which rounding turns the vectors of a decomposition.
-    Noise is the same on every process. Masks are drawn without a network: Adam divides by its gradients, which are nearly 0 (see test_selection.py); and
-    more by the task's loss than by their penalty, which is the same whatever the batch.
+    Noise is the same on every process. Masks are drawn without a network: Adam divides by its gradients, which are
+    nearly 0 (see test_selection.py); and more by the task's loss than by their penalty, the same whatever the batch.
     """
     injection = injection_of(name)
     own = {"adapter": staticmethod(injection.adapter), "beside": injection.train}
