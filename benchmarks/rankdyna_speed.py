@@ -44,7 +44,7 @@ class Clock(L.Callback):
         self.rows: list[tuple[int, float, float]] = []
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self.began = time.perf_counter()
+        self.began = time.process_time()
 
     def on_before_zero_grad(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         self.size = 1.0
@@ -53,7 +53,7 @@ class Clock(L.Callback):
             self.size = sum(len(s.gate) * s.gate.cost for s in budget.values()) / budget.dense_parameters
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self.rows.append((trainer.global_step, self.size, time.perf_counter() - self.began))
+        self.rows.append((trainer.global_step, self.size, time.process_time() - self.began))
 
 
 def train(options: argparse.Namespace, callbacks: Sequence[L.Callback]) -> list[tuple[int, float, float]]:

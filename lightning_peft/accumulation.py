@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft.distributed import gather_objects, is_shard, like, rank, whole, world_size
 from lightning_peft.rank.budget import RankBudget, clean_name
-from lightning_peft.surgery import trained
+from lightning_peft.surgery.layers import trained
 
 
 def partial_gradients(module: nn.Module) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.export import own_random, smaller
 from lightning_peft.rank.budget import WHOLE, RankBudget
-from lightning_peft.surgery import replace
+from lightning_peft.surgery.removal import replace
 
 
 @dataclass(frozen=True)

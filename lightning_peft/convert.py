@@ -16,7 +16,8 @@ from lightning_peft.export import own_random, require_whole
 from lightning_peft.functional.product_svd import product_svd
 from lightning_peft.rank.allocation import open_best
 from lightning_peft.rank.budget import WHOLE, Budget, RankBudget
-from lightning_peft.surgery import adapters, refuse_hosted, replace
+from lightning_peft.surgery.layers import adapters
+from lightning_peft.surgery.removal import refuse_hosted, replace
 
 
 @dataclass(frozen=True)

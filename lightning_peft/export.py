@@ -20,7 +20,8 @@ from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.layers import stored
 from lightning_peft.distributed import is_shard
 from lightning_peft.rank.budget import clean_name
-from lightning_peft.surgery import adapters, is_flattened, refuse_hosted, replace, take_out
+from lightning_peft.surgery.layers import adapters, is_flattened
+from lightning_peft.surgery.removal import refuse_hosted, replace, take_out
 
 A = TypeVar("A", bound=Adapter)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_peft.archive import AdapterFileError
 from lightning_peft.distributed import picked
 from lightning_peft.rank.budget import clean_name
-from lightning_peft.surgery import trained
+from lightning_peft.surgery.layers import trained
 
 SAMPLES = 8
 """Values that a fingerprint has of a parameter."""

@@ -13,7 +13,8 @@ from lightning_peft.adapters.base import Adapter
 from lightning_peft.checkpoint import ENTRY, AdapterFileError, recipe
 from lightning_peft.export import own_random
 from lightning_peft.rank.budget import WHOLE, whole
-from lightning_peft.surgery import adaptable, adapters, replace
+from lightning_peft.surgery.layers import adaptable, adapters
+from lightning_peft.surgery.removal import replace
 from lightning_peft.validation import CUT, adapter_class, check_arguments, check_sizes
 
 _Kind = tuple[str, Mapping[str, Any]]

@@ -38,7 +38,7 @@ from lightning_peft.checkpoint import adapter_state_dict
 from lightning_peft.distributed import is_shard, like, whole
 from lightning_peft.rank.budget import RankBudget, clean_name
 from lightning_peft.seams import Link, wrap_method
-from lightning_peft.surgery import STARTS, adapters, is_flattened, large_parameters, left_of_bases, trained
+from lightning_peft.surgery.layers import STARTS, adapters, is_flattened, large_parameters, left_of_bases, trained
 
 Undo = Callable[[], object]
 
@@ -217,6 +217,12 @@ def require_alike(module: nn.Module) -> None:
         raise RuntimeError(
             f"{name!r} is not trained in the same way on all processes: they have other adapters, or froze other "
             "parameters. Call inject and requires_grad_ on every process alike, whatever its rank."
+        )
+    name = distributed.first_odd({n: a.digest() for n, a in adapters(module).items()})
+    if name is not None:
+        raise RuntimeError(
+            f"the adapter at {name!r} derives other constants on some processes than on others, as its digest tells: "
+            "give all of them the same seed and key, and run the same version everywhere."
         )
     odd = distributed.first_odd({k: v for m in module.modules() for k, v in m.__dict__.get(STARTS, {}).items()})
     if odd is not None and any(map(is_shard, module.parameters())):

@@ -39,6 +39,7 @@ class Adapter(nn.Module, ABC):
             taken out again; it is merged.
         leaves: names of modules whose layers it takes only where they are named, beside the head and embeddings.
         trained: whether it has something to train itself; else something outside moves its gate.
+        folds_lasting: whether an exported file has its `lasting_parameters` within its components, and not beside them.
         elementwise: names of own parameters that multiply activations entry by entry along the last dimension. In the
             place of such an (n,) vector its `forward` takes a (batch, n) tensor as well, one vector for each example
             of an input (batch, ..., n), the same for what is between: noise can then be drawn per example.
@@ -49,6 +50,7 @@ class Adapter(nn.Module, ABC):
     hosted: ClassVar[bool] = False
     releases_base: ClassVar[bool] = False
     leaves: ClassVar[tuple[str, ...]] = ()
+    folds_lasting: ClassVar[bool] = False
     elementwise: ClassVar[tuple[str, ...]] = ()
     trained: bool = True
 

@@ -91,6 +91,7 @@ class RLoRA(LowRankUpdate):
     """
 
     elementwise: ClassVar[tuple[str, ...]] = ("gate.gain", "a", "b")
+    folds_lasting: ClassVar[bool] = True
 
     a: nn.Parameter | None
     b: nn.Parameter | None

@@ -10,7 +10,7 @@ from lightning_peft.callbacks.peft_losses import PeftLosses
 from lightning_peft.callbacks.placement import AdapterPlacement
 from lightning_peft.interop.adoption import AdoptionReport, adopt, release
 from lightning_peft.seams import when_built
-from lightning_peft.surgery import adapters
+from lightning_peft.surgery.layers import adapters
 
 
 class Adoption(AdapterPlacement):

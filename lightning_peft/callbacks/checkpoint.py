@@ -34,7 +34,7 @@ from lightning_peft.fingerprint import fingerprint
 from lightning_peft.resume import ResumableLoader, make_plain, make_resumable, rng_state, set_rng_state
 from lightning_peft.seams import when_built, wrap_method
 from lightning_peft.strategies import flattens, is_sharded, whole_checkpoints
-from lightning_peft.surgery import adapters, is_flattened
+from lightning_peft.surgery.layers import adapters, is_flattened
 
 _GRADIENTS = "lightning_peft_gradients"
 """The key of the gradients so far, in a checkpoint from between the micro-batches of one optimizer step."""

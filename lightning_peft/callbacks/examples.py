@@ -15,7 +15,8 @@ def count_examples(trainer: Trainer) -> int:
         MisconfigurationException: it cannot be told.
     """
     trainer.fit_loop.setup_data()  # as Trainer.estimated_stepping_batches does; without max_epochs that need not
-    loaders = tree_leaves(trainer.train_dataloader)
+    # A loader with an order of its own may offer one that reads every example once, as those of TextData do.
+    loaders = [loader.once() if hasattr(loader, "once") else loader for loader in tree_leaves(trainer.train_dataloader)]
     reason = ""
     if len(loaders) != 1:
         reason = f"there are {len(loaders)} training dataloaders"

@@ -10,7 +10,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_peft.adapters.base import AdapterFactory
 from lightning_peft.callbacks.order import require_one
 from lightning_peft.callbacks.placement import AdapterPlacement
-from lightning_peft.surgery import Injection, adapters, inject, require_factory
+from lightning_peft.surgery.injection import Injection, inject, require_factory
+from lightning_peft.surgery.layers import adapters
 
 
 class AdapterInjection(AdapterPlacement):

@@ -26,7 +26,7 @@ from lightning_peft.strategies import (
     keep_whole,
     small,
 )
-from lightning_peft.surgery import adapters, is_flattened
+from lightning_peft.surgery.layers import adapters, is_flattened
 
 # They copy the module in their setup and later meet it parameter by parameter. The second is not in every release.
 COPIERS = tuple(

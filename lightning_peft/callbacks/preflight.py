@@ -19,7 +19,7 @@ from lightning_peft.strategies import (
     require_synchronised,
     reshard,
 )
-from lightning_peft.surgery import adapters, trained
+from lightning_peft.surgery.layers import adapters, trained
 
 
 class Preflight(Callback):

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_peft.adapters.factorized import Factorized
 from lightning_peft.rank.budget import RankBudget
-from lightning_peft.surgery import inject
+from lightning_peft.surgery.injection import inject
 
 
 def components(model: nn.Module, targets: Sequence[str] | None, ratio: float) -> dict[str, int]:

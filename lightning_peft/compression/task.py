@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_peft.interop.plain import is_compressed
+from lightning_peft.interop.plain import LOADER, is_compressed
 from lightning_peft.modules import LanguageData, LanguageModel, TextClassifier, TextData
 from lightning_peft.modules.planned_data import PlannedData
 
@@ -182,6 +182,11 @@ def task_of(folder: str, name: str | None) -> Task:
         ValueError: the model is compressed already; or there is no task of this name, or none is named and the config
             does not tell.
     """
+    if (Path(folder) / LOADER).is_file():
+        raise ValueError(
+            f"{folder!r} holds a compressed module already, and {LOADER} to load it. Compress the dense module that it "
+            "was made of."
+        )
     config = read_config(folder)
     if is_compressed(config):
         raise ValueError(

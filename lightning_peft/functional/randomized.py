@@ -20,9 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_peft.functional.low_rank import _PLAIN, _cast, _is_watched
-from lightning_peft.functional.srht import Projection
-
-_PIECE = 2**18  # numbers of the wider side that are worked on at a time on a CPU: 1 MB in float32
+from lightning_peft.functional.srht import Projection, up
 
 
 class Update(NamedTuple):
@@ -88,29 +86,30 @@ def randomized_linear_reference(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, into: Projection, out: Projection | None, update: Update
 ) -> Tensor:
     """:func:`randomized_linear` composed of torch's own functions: any transform, any derivative."""
-    value, a, b = (_beside(v, x.dim()) for v in (update.value, update.a, update.b))
-    assert value is not None
+    value, a, b = update.value, update.a, update.b
+    apart = any(v is not None and v.dim() > 1 for v in (value, a, b))
+    rows = _whole(_rows(x, apart))
     dtype = torch.promote_types(x.dtype, value.dtype)
-    h = into.down(x.to(dtype), None if a is None else a.to(dtype))
-    h = h * value.to(h.dtype)
+    inner = x.reshape(*_rows(x, apart), x.shape[-1]).to(dtype)
+    h = into.down(inner, None if a is None else rows.beside(a, dtype))
+    h = rows.times(h, value)
     if update.R is not None:
-        h = F.linear(h, update.R.to(h.dtype))
+        h = update.R.to(h.dtype) @ h
     if update.U is not None:
-        z = F.linear(h, update.U.to(h.dtype))
+        z = F.linear(h.t(), update.U.to(h.dtype))
     else:
         assert out is not None
-        z = out.up(h, None if b is None else b.to(h.dtype))
+        z = up(out, h, inner, None if b is None else rows.beside(b, h.dtype))
+    z = z.view(*x.shape[:-1], z.shape[-1])
     if weight is None:
         return z
     y = F.linear(x, weight, bias)
     return y + z.to(y.dtype)
 
 
-def _beside(vector: Tensor | None, dims: int) -> Tensor | None:
-    """A vector with one draw per example, with dimensions for the tokens between."""
-    if vector is None or vector.dim() == 1:
-        return vector
-    return vector.view(len(vector), *[1] * (dims - 2), vector.shape[-1])
+def _rows(x: Tensor, apart: bool) -> tuple[int, int]:
+    """Examples and the tokens of each, where examples are told apart; else one example that has all tokens."""
+    return (x.shape[0], prod(x.shape[1:-1])) if apart else (1, prod(x.shape[:-1]))
 
 
 class _Piece(NamedTuple):
@@ -124,28 +123,39 @@ class _Piece(NamedTuple):
         return t[self.examples, self.tokens]
 
     def beside(self, v: Tensor, dtype: torch.dtype) -> Tensor:
-        """What stands beside it of a vector: (n,) as it is, (examples, n) as (some, 1, n)."""
+        """What stands beside tokens of a vector: (n,) as it is, (examples, n) as (some, 1, n)."""
         return _cast(v, dtype) if v.dim() == 1 else _cast(v[self.examples], dtype).unsqueeze(1)
 
+    def times(self, h: Tensor, v: Tensor) -> Tensor:
+        """(k, tokens) times a vector: (k,), or (examples, k)."""
+        v = _cast(v if v.dim() == 1 else v[self.examples], h.dtype)
+        if v.dim() == 1:
+            return h * v[:, None]
+        return (h.view(len(h), len(v), -1) * v.t()[:, :, None]).view(h.shape)
 
-def _pieces(rows: tuple[int, int], width: int, device: torch.device) -> Iterator[_Piece]:
+
+def _whole(rows: tuple[int, int]) -> _Piece:
+    return _Piece(slice(0, rows[0]), slice(0, rows[1]))
+
+
+def _pieces(rows: tuple[int, int], width: int, size: int, device: torch.device) -> Iterator[_Piece]:
     """All of (examples, tokens): at once, or so much at a time as a cache holds."""
-    (examples, tokens), whole = rows, slice(None)
+    examples, tokens = rows
     if device.type != "cpu":
-        yield _Piece(whole, whole)
+        yield _whole(rows)
     elif examples == 1:
-        step = max(1, _PIECE // width)
-        yield from (_Piece(whole, slice(i, i + step)) for i in range(0, tokens, step))
+        step = max(1, size // width)
+        yield from (_Piece(slice(0, 1), slice(i, i + step)) for i in range(0, tokens, step))
     else:
-        step = max(1, _PIECE // max(1, width * tokens))
-        yield from (_Piece(slice(i, i + step), whole) for i in range(0, examples, step))
+        step = max(1, size // max(1, width * tokens))
+        yield from (_Piece(slice(i, i + step), slice(0, tokens)) for i in range(0, examples, step))
 
 
 class _RandomizedLinear(torch.autograd.Function):
     # g = dL/dy; u = P_in (a x); h = value u; m = R h or h; q = P_out (b g) or U^T g; p = R^T q or q; v = value p
     #
     #   y = x W^T + bias + b P_out^T m                       dx = g W + a P_in^T v       da = sum x P_in^T v
-    #   dvalue = sum u p     db = sum g P_out^T m            dR = sum q h^T              dU = sum g h^T
+    #   dvalue = sum u p     db = sum g P_out^T m            dR = q h^T                  dU = g^T h^T
 
     @staticmethod
     def forward(
@@ -165,38 +175,37 @@ class _RandomizedLinear(torch.autograd.Function):
         needs = ctx.needs_input_grad
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:  # which autocast leaves alone
-            ctx.dtype = torch.get_autocast_dtype(kind)
-            x = _cast(x, ctx.dtype)
-            weight, bias = (None if t is None else _cast(t, ctx.dtype) for t in (weight, bias))
+            dtype = torch.get_autocast_dtype(kind)
+            x = _cast(x, dtype)
+            weight, bias = (None if t is None else _cast(t, dtype) for t in (weight, bias))
         else:
-            ctx.dtype = torch.promote_types(x.dtype, value.dtype)
-        # With one draw per example they are told apart; else all tokens are alike.
-        apart = any(v is not None and v.dim() > 1 for v in (value, a, b))
-        ctx.rows = (len(x), prod(x.shape[1:-1])) if apart else (1, prod(x.shape[:-1]))
+            dtype = torch.promote_types(x.dtype, value.dtype)
+        ctx.dtype = dtype
+        ctx.rows = _rows(x, any(v is not None and v.dim() > 1 for v in (value, a, b)))
         inner = x.reshape(*ctx.rows, x.shape[-1])
+        kept: list[Tensor] = []
         with torch.autocast(kind, enabled=False):
             if weight is None:
-                assert out is not None or U is not None
-                d_out = out.width if U is None else len(U)  # type: ignore[union-attr]
-                y = x.new_zeros(*x.shape[:-1], d_out, dtype=ctx.dtype)
+                width = len(U) if out is None else out.width  # type: ignore[arg-type]  # one of the two is there
+                y = x.new_zeros(*x.shape[:-1], width, dtype=dtype)
             else:
                 y = F.linear(x, weight, bias).contiguous()
             outer = y.view(*ctx.rows, y.shape[-1])
-            u = x.new_empty(*ctx.rows, value.shape[-1], dtype=ctx.dtype) if any(needs[5:]) else None
-            for piece in _pieces(ctx.rows, max(x.shape[-1], y.shape[-1]), x.device):
-                a_here, b_here = (None if t is None else piece.beside(t, ctx.dtype) for t in (a, b))
-                here = into.down(_cast(piece.of(inner), ctx.dtype), a_here)
-                if u is not None:
-                    piece.of(u).copy_(here)
-                h = here * piece.beside(value, ctx.dtype)
+            ctx.pieces = list(_pieces(ctx.rows, max(x.shape[-1], y.shape[-1]), into.piece, x.device))
+            for piece in ctx.pieces:
+                u = into.down(_cast(piece.of(inner), dtype), None if a is None else piece.beside(a, dtype))
+                if any(needs[5:]):
+                    kept.append(u)
+                h = piece.times(u, value)
                 if R is not None:
-                    h = h @ _cast(R, ctx.dtype).t()
+                    h = _cast(R, dtype) @ h
                 if U is not None:
-                    piece.of(outer).add_(h @ _cast(U, ctx.dtype).t())
+                    here = piece.of(outer)
+                    here += (h.t() @ _cast(U, dtype).t()).view(here.shape)
                 else:
                     assert out is not None
-                    piece.of(outer).add_(out.up(h, b_here))
-        ctx.save_for_backward(x if needs[6] else None, weight if needs[0] else None, u, value, a, b, R, U)
+                    _add(piece.of(outer), out.spread(h), out.signs, None if b is None else piece.beside(b, dtype))
+        ctx.save_for_backward(x if needs[6] else None, weight if needs[0] else None, value, a, b, R, U, *kept)
         return y
 
     @staticmethod
@@ -209,53 +218,60 @@ class _RandomizedLinear(torch.autograd.Function):
     @staticmethod
     def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x_grad, _, bias_grad, _, _, value_grad, a_grad, b_grad, R_grad, U_grad = ctx.needs_input_grad
-        x, weight, u, value, a, b, R, U = ctx.saved_tensors
+        x, weight, value, a, b, R, U, *kept = ctx.saved_tensors
         into, out, dtype = ctx.into, ctx.out, ctx.dtype
-        grad = grad.contiguous()
-        outer = grad.view(*ctx.rows, grad.shape[-1])
+        outer = grad.contiguous().view(*ctx.rows, grad.shape[-1])
+        inner = None if x is None else x.reshape(*ctx.rows, x.shape[-1])
         dbias = outer.sum((0, 1)) if bias_grad else None
-        dx = dx3 = None
-        d_in = ctx.x_shape[-1]
+        dx = None
         if x_grad:
-            dx = grad.new_zeros(*grad.shape[:-1], d_in) if weight is None else _cast(grad, weight.dtype) @ weight
-            dx3 = dx.view(*ctx.rows, d_in)
-        x3 = None if x is None else x.reshape(*ctx.rows, d_in)
-        sums = [_Sum(t) if wanted else None for t, wanted in ((value, value_grad), (a, a_grad), (b, b_grad))]
-        dvalue, da, db = sums
+            shape = *ctx.rows, ctx.x_shape[-1]
+            dx = outer.new_zeros(shape) if weight is None else (_cast(outer, weight.dtype) @ weight)
+        dvalue, da, db = (_Sum(t) if wanted else None for t, wanted in ((value, value_grad), (a, a_grad), (b, b_grad)))
         dR = torch.zeros_like(R, dtype=dtype) if R_grad else None
         dU = torch.zeros_like(U, dtype=dtype) if U_grad else None
-        for piece in _pieces(ctx.rows, max(d_in, grad.shape[-1]), grad.device):
+        for i, piece in enumerate(ctx.pieces):
             g = _cast(piece.of(outer), dtype)
-            v = piece.beside(value, dtype)
             a_here, b_here = (None if t is None else piece.beside(t, dtype) for t in (a, b))
-            q = g @ _cast(U, dtype) if U is not None else out.down(g, b_here)
-            p = q if R is None else q @ _cast(R, dtype)
-            if u is not None:
-                here = piece.of(u)
-                h = here * v
+            q = _cast(U, dtype).t() @ g.flatten(0, 1).t() if U is not None else out.down(g, b_here)
+            p = q if R is None else _cast(R, dtype).t() @ q
+            if kept:
+                h = piece.times(kept[i], value)
                 if dR is not None:
-                    dR.addmm_(q.flatten(0, 1).t(), h.flatten(0, 1))
+                    dR.addmm_(q, h.t())
                 if dU is not None:
-                    dU.addmm_(g.flatten(0, 1).t(), h.flatten(0, 1))
+                    dU.addmm_(g.flatten(0, 1).t(), h.t())
                 if db is not None:
-                    db.add(piece, g * out.up(h if R is None else h @ _cast(R, dtype).t()))
+                    db.add_products(piece, g, out.spread(h if R is None else _cast(R, dtype) @ h), out.signs)
                 if dvalue is not None:
-                    dvalue.add(piece, here * p)
+                    dvalue.add_components(piece, kept[i] * p)
             if x_grad or a_grad:
-                back = p * v
-                if da is not None and x3 is not None:
-                    plain = into.up(back)
-                    da.add(piece, plain * _cast(piece.of(x3), dtype))
-                    back_x = plain if a_here is None else plain * a_here
-                else:
-                    back_x = into.up(back, a_here)
-                if dx3 is not None:
-                    piece.of(dx3).add_(back_x)
+                back = into.spread(piece.times(p, value))
+                if da is not None:
+                    assert inner is not None
+                    da.add_products(piece, _cast(piece.of(inner), dtype), back, into.signs)
+                if dx is not None:
+                    _add(piece.of(dx), back, into.signs, a_here)
         if dx is not None:
             dx = _cast(dx.view(ctx.x_shape), ctx.x_dtype)
-        found = [None if each is None else each.total() for each in sums]
+        found = [None if each is None else each.total() for each in (dvalue, da, db)]
         dR, dU = (None if t is None else _cast(t, like.dtype) for t, like in ((dR, R), (dU, U)))
         return dx, None, dbias, None, None, *found, dR, dU
+
+
+def _add(y: Tensor, z: Tensor, signs: Tensor | None, scale: Tensor | None) -> None:
+    """y += scale sum_j signs_j z_j, in place: (examples, tokens, d) and (m, examples * tokens, d)."""
+    for j, block in enumerate(z):
+        factor = scale
+        if signs is not None:
+            factor = _cast(signs[j], z.dtype) if scale is None else _cast(signs[j], z.dtype) * scale
+        block = block.view(y.shape)
+        if factor is None:
+            y += block
+        elif y.dtype is z.dtype:
+            y.addcmul_(block, factor)
+        else:
+            y += block * factor
 
 
 class _Sum:
@@ -267,12 +283,20 @@ class _Sum:
         self._wide = torch.promote_types(vector.dtype, torch.float32)
         self._sum = torch.zeros_like(vector, dtype=self._wide)
 
-    def add(self, piece: _Piece, product: Tensor) -> None:
-        """Add a piece's products, (examples, tokens, n)."""
+    def add_components(self, piece: _Piece, products: Tensor) -> None:
+        """Add a piece's products, (k, examples * tokens)."""
         if self._sum.dim() == 1:
-            self._sum += product.sum((0, 1), dtype=self._wide)
+            self._sum += products.sum(1, dtype=self._wide)
         else:
-            self._sum[piece.examples] += product.sum(1, dtype=self._wide)
+            here = self._sum[piece.examples]
+            here += products.view(len(products), len(here), -1).sum(2, dtype=self._wide).t()
+
+    def add_products(self, piece: _Piece, g: Tensor, z: Tensor, signs: Tensor | None) -> None:
+        """Add sum_j signs_j g z_j, of (examples, tokens, d) and (m, examples * tokens, d)."""
+        here = self._sum if self._sum.dim() == 1 else self._sum[piece.examples]
+        for j, block in enumerate(z):
+            total = (g * block.view(g.shape)).sum((0, 1) if here.dim() == 1 else 1, dtype=self._wide)
+            here += total if signs is None else total * _cast(signs[j], self._wide)
 
     def total(self) -> Tensor:
         """In the vector's own shape and dtype."""

@@ -30,23 +30,40 @@ LARGEST = 4096
 
 
 class Projection(Protocol):
-    """P / unit on one device, in one dtype. Rows of x and h are tokens; `scale` multiplies the side of width d."""
+    """P / unit on one device, in one dtype. What has n numbers per token has the tokens last: its rows are long.
+
+    Attributes:
+        unit: what P is multiplied by beside.
+        width: d.
+        signs: (m, d), of the m blocks; ``None`` where there is one block that has them in it.
+        piece: how many of tokens x d numbers are worked on at a time on a CPU.
+    """
 
     unit: float
     width: int
-    """d."""
+    signs: Tensor | None
+    piece: int
 
     def whole(self) -> Tensor:
         """P / unit itself: (n, d)."""
         ...
 
     def down(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """P (scale * x): (..., d) -> (..., n). `scale` is (d,), or (..., d) with dimensions that broadcast."""
+        """P (scale * x): (examples, tokens, d) -> (n, examples * tokens). `scale` is (d,) or (examples, 1, d)."""
         ...
 
-    def up(self, h: Tensor, scale: Tensor | None = None) -> Tensor:
-        """scale * P^T h, the adjoint of :meth:`down`: (..., n) -> (..., d)."""
+    def spread(self, h: Tensor) -> Tensor:
+        """P^T h, block by block and without the blocks' signs: (n, t) -> (m, t, d)."""
         ...
+
+
+def up(projection: Projection, h: Tensor, like: Tensor, scale: Tensor | None = None) -> Tensor:
+    """scale * P^T h, the adjoint of :meth:`Projection.down`: (n, examples * tokens) -> (examples, tokens, d)."""
+    z = projection.spread(h).view(-1, *like.shape[:-1], projection.width)
+    if projection.signs is not None:
+        z = z * projection.signs.to(z.dtype)[:, None, None]
+    x = z.squeeze(0) if len(z) == 1 else z.sum(0)
+    return x if scale is None else x * scale
 
 
 class Rows:
@@ -57,6 +74,9 @@ class Rows:
         device: where.
         dtype: in which.
     """
+
+    signs: Tensor | None = None
+    piece = 2**20  # the matrix is read for each
 
     def __init__(self, drawn: SRHT, device: torch.device, dtype: torch.dtype) -> None:
         self.width = drawn.d
@@ -70,15 +90,20 @@ class Rows:
         return self.matrix
 
     def down(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        return (x if scale is None else x * scale) @ self.matrix.to(x.dtype).t()
+        x = x if scale is None else x * scale
+        return self.matrix.to(x.dtype) @ x.flatten(0, 1).t()
 
-    def up(self, h: Tensor, scale: Tensor | None = None) -> Tensor:
-        x = h @ self.matrix.to(h.dtype)
-        return x if scale is None else x * scale
+    def spread(self, h: Tensor) -> Tensor:
+        return (h.t() @ self.matrix.to(h.dtype)).unsqueeze(0)
 
 
 class Kron:
     """P as two small factors, signs and indices.
+
+    All of H x is made, by two plain products whose outputs are laid out such that an entry of H x is a row of tokens:
+    to choose entries is then to copy rows.
+
+        x: (m t A, B)  ->  right x^T: (B, m t A)  ->  left (.)^T: (A, B m t)
 
     Args:
         drawn: what P is.
@@ -86,31 +111,38 @@ class Kron:
         dtype: in which.
     """
 
+    piece = 2**17  # what is between the products stays in a second-level cache
+
     def __init__(self, drawn: SRHT, device: torch.device, dtype: torch.dtype) -> None:
         self.width = drawn.d
         left, right = hadamard.factors(drawn.d)
         powers = [hadamard.power_of_two(len(factor)) for factor in (left, right)]
         self.left, self.right = (f.mul_(p).to(device, dtype) for f, p in zip((left, right), powers, strict=True))
-        self.signs = drawn.signs.to(device, dtype)
-        self.index = drawn.index.to(device)
+        self._signs = drawn.signs.to(device, dtype)
+        self.signs: Tensor | None = self._signs
+        # Rows go by the entry of H x first and by the block then.
+        self.index = (drawn.index % drawn.d * len(drawn.signs) + drawn.index // drawn.d).to(device)
         self.unit = 1 / (sqrt(drawn.d) * powers[0] * powers[1])
 
     def whole(self) -> Tensor:
-        return self.up(torch.eye(len(self.index), dtype=self.left.dtype, device=self.left.device))
+        n = len(self.index)
+        each = torch.eye(n, dtype=self.left.dtype, device=self.left.device)
+        return up(self, each, each.new_empty(1, n, 0))[0]
 
     def down(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        signs = self.signs.to(x.dtype)
         left, right = self.left.to(x.dtype), self.right.to(x.dtype)
-        signed = x.unsqueeze(-2) * (signs if scale is None else signs * scale.unsqueeze(-2))
-        return hadamard.kron(signed, left, right).flatten(-2).index_select(-1, self.index)
+        signs = self._signs.to(x.dtype)[:, None, None]
+        y = x * (signs if scale is None else signs * scale)
+        y = right @ y.view(-1, len(right)).t()
+        y = left @ y.view(-1, len(left)).t()
+        return y.view(signs.numel(), -1).index_select(0, self.index)
 
-    def up(self, h: Tensor, scale: Tensor | None = None) -> Tensor:
-        signs = self.signs.to(h.dtype)
+    def spread(self, h: Tensor) -> Tensor:
         left, right = self.left.to(h.dtype), self.right.to(h.dtype)
-        spread = h.new_zeros(*h.shape[:-1], signs.numel()).index_copy(-1, self.index, h)
-        x = hadamard.kron(spread.unflatten(-1, signs.shape), left.t(), right.t())
-        x = x * (signs if scale is None else signs * scale.unsqueeze(-2))
-        return x.squeeze(-2) if len(signs) == 1 else x.sum(-2)
+        z = h.new_zeros(self._signs.numel(), h.shape[1]).index_copy(0, self.index, h)
+        z = z.view(len(left), -1).t() @ left
+        z = z.view(len(right), -1).t() @ right
+        return z.view(len(self._signs), -1, self.width)
 
 
 class SRHT:

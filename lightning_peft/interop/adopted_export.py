@@ -29,7 +29,7 @@ from lightning_peft.interop.verify import (
 )
 from lightning_peft.rank.budget import clean_name
 from lightning_peft.regularizers.base import Regularizer
-from lightning_peft.surgery import adapters, trained
+from lightning_peft.surgery.layers import adapters, trained
 
 _WRONG = "the export was checked and is not right"
 

@@ -17,7 +17,7 @@ from lightning_peft.archive import AdapterFileError
 from lightning_peft.interop.adopted import Adopted, AdoptedAdaLoRA, AdoptedLoRA
 from lightning_peft.interop.masked import can_mask
 from lightning_peft.rank.budget import BESIDE, RankBudget, clean_name
-from lightning_peft.surgery import KEPT, adapters
+from lightning_peft.surgery.layers import KEPT, adapters
 
 # What changes while a model trains, or says where it came from: no part of what an adapter is.
 _PASSING = {

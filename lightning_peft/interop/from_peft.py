@@ -27,7 +27,8 @@ from lightning_peft.interop.layout import PREFIX
 from lightning_peft.interop.triplets import ADDED
 from lightning_peft.interop.verify import CONFIG, WEIGHTS, first_match
 from lightning_peft.rank.budget import clean_name
-from lightning_peft.surgery import adaptable, install
+from lightning_peft.surgery.injection import install
+from lightning_peft.surgery.layers import adaptable
 
 Module = TypeVar("Module", bound=nn.Module)
 

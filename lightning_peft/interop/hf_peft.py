@@ -28,7 +28,7 @@ from lightning_peft.interop.layout import (
 from lightning_peft.interop.triplets import lay_out_triplets, read_triplets
 from lightning_peft.interop.verify import CONFIG, WEIGHTS, by_reading, with_peft
 from lightning_peft.rank.budget import RankBudget, clean_name
-from lightning_peft.surgery import adapters
+from lightning_peft.surgery.layers import adapters
 
 Check = Literal["auto", "peft", "files"]
 

@@ -12,7 +12,8 @@ from lightning_peft.export import require_whole
 from lightning_peft.heads import find_head, hub_models
 from lightning_peft.rank.budget import clean_name
 from lightning_peft.regularizers.base import Regularizer
-from lightning_peft.surgery import adapters, refuse_hosted
+from lightning_peft.surgery.layers import adapters
+from lightning_peft.surgery.removal import refuse_hosted
 
 # Lists and dictionaries of modules are never called, so other tools cannot put a trained copy in their place.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)

@@ -23,7 +23,7 @@ from lightning_peft.adapters.low_rank import LowRankUpdate
 from lightning_peft.export import widened
 from lightning_peft.functional.weight_decomposition import row_norms
 from lightning_peft.rank.budget import clean_name
-from lightning_peft.surgery import adapters
+from lightning_peft.surgery.layers import adapters
 
 Mode = Literal["padded", "compact", "folded", "adalora"]
 Rank = TypeVar("Rank", int, float)  # a share of a rank is what a size is estimated with

@@ -20,7 +20,8 @@ from lightning_peft.interop.fresh import Fresh
 from lightning_peft.interop.host import below, plain_copy
 from lightning_peft.interop.transformers_loader import AutoClasses, auto_classes, auto_map, loader_source
 from lightning_peft.interop.verify import compare_outputs, made_up_inputs
-from lightning_peft.surgery import adapters, is_read, refuse_hosted, replace, take_out
+from lightning_peft.surgery.layers import adapters, is_read
+from lightning_peft.surgery.removal import refuse_hosted, replace, take_out
 
 LOADER = "load_compressed.py"
 MODELING = "modeling_compressed.py"

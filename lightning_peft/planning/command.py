@@ -14,7 +14,7 @@ from lightning_peft.planning.estimate import plan
 from lightning_peft.planning.figures import Optimizer, Precision, Strategy
 from lightning_peft.planning.skeleton import DTYPES, skeleton
 from lightning_peft.rank.policy import Policy
-from lightning_peft.surgery import inject
+from lightning_peft.surgery.injection import inject
 
 HELP = "memory, files and network traffic of a job, before it runs"
 _DESCRIPTION = (

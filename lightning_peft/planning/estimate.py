@@ -15,7 +15,7 @@ from lightning_peft.interop.size import exported_bytes
 from lightning_peft.planning.figures import Load, Optimizer, Plan, Precision, Strategy
 from lightning_peft.rank.budget import Budget, RankBudget
 from lightning_peft.rank.importance import Importance
-from lightning_peft.surgery import adapters
+from lightning_peft.surgery.layers import adapters
 
 Width = Callable[[Tensor], int]
 

@@ -13,6 +13,7 @@ from lightning_peft.presets.lora import lora
 from lightning_peft.presets.pac_bayes import pac_bayes
 from lightning_peft.presets.pac_tuning import pac_tuning
 from lightning_peft.presets.rankdyna import rankdyna
+from lightning_peft.presets.rlora import rlora
 from lightning_peft.presets.sora import sora
 from lightning_peft.presets.weight_decomposed import weight_decomposed, weight_decomposed_fixed
 
@@ -30,6 +31,7 @@ __all__ = [
     "pac_bayes",
     "pac_tuning",
     "rankdyna",
+    "rlora",
     "sora",
     "weight_decomposed",
     "weight_decomposed_fixed",

@@ -131,6 +131,10 @@ class Posterior(nn.Module):
         """The parameters in Q."""
         return tuple(part.name for part in self._parts)
 
+    def arguments(self) -> dict[str, Any]:
+        """What it takes, beside its tensors, to build it again: plain values, for a checkpoint."""
+        return {"names": list(self.names), "speed": self.speed, "prior": self.prior, "seed": self.seed}
+
     def missing(self, module: nn.Module) -> tuple[str, ...]:
         """The module's parameters that require a gradient and are not in Q."""
         known = set(self.names)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter, AdapterFactory
 from lightning_peft.rank.gate import Gate
-from lightning_peft.surgery import inject
+from lightning_peft.surgery.injection import inject
 
 D_IN, D_OUT = 24, 16
 

@@ -16,7 +16,7 @@ def builds_without_memory(case: Case) -> None:
 
     Fix: make every tensor on the base weight's device, and read no number of it in Python.
     """
-    from lightning_peft.surgery import inject
+    from lightning_peft.surgery.injection import inject
 
     host = case.host(start=True)
     empty = case.plain().to("meta")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_peft.adapters.base import Adapter
-from lightning_peft.surgery import eject
+from lightning_peft.surgery.removal import eject
 from lightning_peft.testing.case import Case, Inapplicable, close, holds, same
 
 

@@ -16,7 +16,7 @@ from lightning_peft.adapters.dynamic_dora import DynamicDoRA
 from lightning_peft.rank.budget import Budget, RankBudget
 from lightning_peft.rank.importance import Importance
 from lightning_peft.rank.policy import Policy
-from lightning_peft.surgery import inject
+from lightning_peft.surgery.injection import inject
 
 ADAPTER: AdapterFactory = partial(DynamicDoRA, rank=4, dropout=0.0)
 """Adapters that the laws of importances and policies use if none is given: with a gain, so removal may be soft."""

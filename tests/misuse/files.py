@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from misuse.setups import LORA, Encoder, Rows, Told, adapted, cli, fit, saved
+from tiny_models import save_tokenizer
 from torch import nn
 
 from lightning_peft import (
     AdapterFileError,
+    Factorized,
     compact,
     eject,
     from_hf_peft,
+    inject,
     load,
     merge,
     presets,
@@ -66,8 +69,31 @@ def bert(compressed: bool = False, head: bool = True) -> str:
     return "bert"
 
 
-def compress(model: str, **options: Any) -> None:
-    Compression(**options).run(model, "texts.csv", "small")
+def compress(model: str, *options: str, texts: str | None = "text,label\nred car,street\ngreen tree,plant\n") -> None:
+    """The command on a file of texts; without one where there is no text."""
+    if texts is not None:
+        Path("texts.csv").write_text(texts)
+    cli("compress", model, "small", *(["--data", "texts.csv"] if texts is not None else []), *options)
+
+
+def with_words(model: str) -> str:
+    """The same folder with a tokenizer."""
+    save_tokenizer(Path(model), classifies=True)
+    return model
+
+
+def plain_result() -> str:
+    """What `save_compressed` writes of a module that is not transformers'."""
+    Path("net").mkdir()
+    Path("net/load_compressed.py").touch()
+    return "net"
+
+
+def thin_again() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    inject(model, partial(Factorized, rank=2), ["0"])
+    to_plain(model)
+    inject(model, Factorized)
 
 
 def peft_folder(**config: object) -> str:
@@ -117,14 +143,33 @@ ROWS: Rows = {
         AdapterFileError,
     ),
     "`from_hf_peft` into a module with adapters": (lambda: from_hf_peft(adapted("query"), "."), ValueError),
-    "`compress` of something else than a transformers model's folder": (lambda: compress("."), FileNotFoundError),
-    "`compress` of what is compressed already": (lambda: compress(bert(compressed=True)), ValueError),
-    "`compress` of a model without a task": (lambda: compress(bert(head=False)), ValueError),
-    "`compress` to a ratio that cannot be reached": (lambda: compress(bert(), ratio=0.1), ValueError),
-    "`compress` by a method that there is not": (lambda: compress(bert(), method="pca"), ValueError),
-    "`compress` with steps for a method that takes none": (lambda: compress(bert(), method="svd", steps=9), ValueError),
     "`to_plain` without adapters": (lambda: to_plain(Encoder()), ValueError),
     "`save_compressed` of a model that is not compressed": (lambda: save_compressed(Encoder(), "out"), ValueError),
+    "`Factorized` in the place of layers that are two thin ones": (thin_again, ValueError),
+    "`lightning-peft compress` of something else than a transformers model's folder": (lambda: compress("."), Told),
+    "`lightning-peft compress` of what is compressed already": (lambda: compress(bert(compressed=True)), Told),
+    "`lightning-peft compress` of a module that is compressed already": (lambda: compress(plain_result()), Told),
+    "`lightning-peft compress` of a model whose task has no loss": (lambda: compress(bert(head=False)), Told),
+    "`lightning-peft compress` to a ratio that cannot be reached": (lambda: compress(bert(), "--ratio", "0.1"), Told),
+    "`lightning-peft compress` to a ratio that is no share": (lambda: compress(bert(), "--ratio", "2"), Told),
+    "`lightning-peft compress` without calibration data": (lambda: compress(bert(), texts=None), Told),
+    "`lightning-peft compress` with data that hold nothing": (
+        lambda: compress(with_words(bert()), texts="text,label\n"),
+        Told,
+    ),
+    "`lightning-peft compress` with less text than one block": (
+        lambda: compress(with_words(bert()), "--task", "lm", texts="text\nthe red car\n"),
+        Told,
+    ),
+    "`lightning-peft compress` without a batch to look at": (
+        lambda: compress(bert(), "--calibration", "0"),
+        Told,
+    ),
+    "`Compression` by a method that there is not": (lambda: Compression(method="pca"), ValueError),
+    "`lightning-peft compress` with steps for a method that takes none": (
+        lambda: compress(bert(), "--method", "svd", "--steps", "9"),
+        Told,
+    ),
     "command line: a checkpoint that is not there": (lambda: cli("inspect", "none.ckpt"), Told),
     "command line: an option of the other format": (
         lambda: cli("export", saved(), "out", "--format", "merged", "--no-head"),

@@ -96,7 +96,10 @@ def cli(*arguments: str) -> None:
 
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
-        code = command.main(list(arguments))
+        try:
+            code = command.main(list(arguments))
+        except SystemExit as stopped:  # what argparse itself refuses
+            code = stopped.code  # type: ignore[assignment]
     if code == 2:
         raise Told(said.getvalue().strip().splitlines()[-1])
 

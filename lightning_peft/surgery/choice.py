@@ -1,0 +1,154 @@
+"""Which layers get an adapter, and what stays trainable beside them: by patterns, or by what is usual."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import partial
+
+from torch import nn
+
+from lightning_peft.adapters.attention import AdaptedAttention
+from lightning_peft.adapters.base import Adapter, AdapterFactory
+from lightning_peft.adapters.layers import is_convolution, why_not
+from lightning_peft.adapters.thin import ThinLinear
+from lightning_peft.heads import Head
+from lightning_peft.rank.budget import clean_name
+from lightning_peft.surgery.layers import adaptable, named
+
+DEFAULT = "all linear layers and convolutions except the head"  # what targets=None means, in sentences
+
+
+def matches(patterns: Sequence[str], name: str) -> bool:
+    """Whether one of the patterns matches the whole name, or the end of it after a dot."""
+    return any(re.fullmatch(rf"(.*\.)?({pattern})", name) for pattern in patterns)
+
+
+def adapter_kind(factory: AdapterFactory) -> type[Adapter] | None:
+    """The class behind a factory; ``None`` where a function hides it."""
+    while isinstance(factory, partial):
+        factory = factory.func
+    return factory if isinstance(factory, type) and issubclass(factory, Adapter) else None
+
+
+def choose(module: nn.Module, targets: Sequence[str] | None, head: Head, left: Sequence[str]) -> dict[str, nn.Module]:
+    """The layers to adapt, by name, in the module's order.
+
+    Args:
+        module: has no adapter yet.
+        targets: patterns; ``None`` for what is usual.
+        head: what is left alone where nobody says otherwise.
+        left: names of modules whose layers the adapter's class takes only where they are named.
+
+    Raises:
+        ValueError: a pattern matches nothing, or there is nothing to adapt.
+    """
+    layers = adaptable(module)
+    if targets is None:
+        usual = {n: m for n, m in layers.items() if _is_usual(m) and not head.holds(n)}
+        chosen = {n: m for n, m in usual.items() if not any(matches(left, part) for part in _prefixes(n))}
+        if not chosen:
+            raise ValueError(_nothing_to_adapt(module))
+        return chosen
+    # An attention's own name means its two projections.
+    inside = {
+        layer: name
+        for name, m in named(module)
+        if isinstance(m, nn.MultiheadAttention)
+        for layer in (f"{name}.in_proj", f"{name}.out_proj")
+    }
+    chosen = {}
+    for pattern in targets:
+        found = {n: m for n, m in layers.items() if matches([pattern], n) or matches([pattern], inside.get(n, "\n"))}
+        if not found:
+            raise ValueError(_no_match(pattern, module, layers))
+        chosen.update(found)
+    if not chosen:
+        raise ValueError(f"targets=[] names no layer; leave targets out to adapt {DEFAULT}.")
+    return {name: layer for name, layer in layers.items() if name in chosen}
+
+
+def refuse_thin(module: nn.Module, chosen: Mapping[str, nn.Module], kind: str) -> None:
+    """Refuse to take apart a layer that is one of two thin ones.
+
+    Raises:
+        ValueError: there is one.
+    """
+    halves = {id(half): name for name, m in named(module) if isinstance(m, ThinLinear) for half in m.children()}
+    name = next((halves[id(layer)] for layer in chosen.values() if id(layer) in halves), None)
+    if name is not None:
+        raise ValueError(
+            f"the layer {name!r} is compressed already: it is two thin layers, and {kind} would take each of them "
+            "apart again. Start from the dense model, with the smaller budget; or train adapters on top, such as LoRA."
+        )
+
+
+def _is_usual(layer: nn.Module) -> bool:
+    """Whether a layer is adapted when nobody says which."""
+    return not isinstance(layer, nn.Embedding) and not (is_convolution(layer) and layer.groups != 1)
+
+
+def _no_match(pattern: str, module: nn.Module, layers: Mapping[str, nn.Module]) -> str:
+    for name, child in named(module):
+        if name and matches([pattern], name):
+            reason = why_not(child)
+            return f"targets={[pattern]!r} matches {name!r}, which cannot be adapted: {reason}."
+    ends = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+    near = difflib.get_close_matches(pattern, dict.fromkeys([*ends, *layers]), n=5, cutoff=0.4) or ends[:8]
+    return f"targets={[pattern]!r} matches no layer; the nearest names are {', '.join(map(repr, near)) or 'none'}."
+
+
+def _nothing_to_adapt(module: nn.Module) -> str:
+    return (
+        f"{type(module).__name__} has no linear layer or convolution to adapt. If it builds its layers later, inject "
+        "then; other layers can be named in `targets`."
+    )
+
+
+def kept_trainable(
+    module: nn.Module,
+    train: Sequence[str] | None,
+    head: Head,
+    chosen: Mapping[str, nn.Module],
+    biased: Collection[str],
+) -> set[str]:
+    """Names of the base's parameters that stay trainable; of adapted layers the biases of those that `biased` names."""
+    adapted = {
+        id(p)
+        for name, layer in chosen.items()
+        for part, p in _parts(layer)
+        if part.endswith("weight") or name not in biased
+    }
+    own = {id(p): clean_name(name) for name, p in module.named_parameters() if id(p) not in adapted}
+    if train is None:
+        wanted = {id(p) for p in module.parameters() if p.requires_grad}
+        return {name for key, name in own.items() if key in wanted and name in head.trained}
+    # A tied parameter can be named by any of its names, and goes by the first one.
+    named = module.named_parameters(remove_duplicate=False)
+    names = {clean_name(name): own[id(p)] for name, p in named if id(p) in own}
+    kept: set[str] = set()
+    for pattern in train:
+        found = {name for name in names if any(matches([pattern], part) for part in _prefixes(name))}
+        if not found:
+            owners = list(dict.fromkeys(name.split(".")[0] for name in names))
+            near = difflib.get_close_matches(pattern, [*owners, *names], n=5, cutoff=0.4) or owners[:8]
+            raise ValueError(
+                f"train={[pattern]!r} matches no module or parameter that is not adapted; "
+                f"the nearest names are {', '.join(map(repr, near))}."
+            )
+        kept |= {names[name] for name in found}
+    return kept
+
+
+def _parts(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """A layer's own parameters; an attention's input weight, which is a layer itself while adapters are put in, too."""
+    yield from layer.named_parameters(recurse=False)
+    if isinstance(layer, AdaptedAttention):
+        yield from layer.in_proj.named_parameters(prefix="in_proj")
+
+
+def _prefixes(name: str) -> list[str]:
+    """A name, and those of the modules that it is in: "a.b" is in "a"."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
