@@ -44,6 +44,10 @@ class LowRankUpdate(Adapter):
         @property
         def scaling(self) -> float: ...
 
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer with its update, computed without that weight."""
+
     def value(self) -> Tensor:
         """What multiplies each component, scaling included: (r,)."""
         return self.gate.value() * self.scaling

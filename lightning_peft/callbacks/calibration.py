@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 
+from lightning_peft.agreement import small
 from lightning_peft.arguments import require_instance, require_integer
 from lightning_peft.callbacks.apart import training_batches
 from lightning_peft.callbacks.compaction import compact_in_training, require_compactable
@@ -28,7 +29,7 @@ from lightning_peft.distributed import agreed, broadcast, gather_objects, like, 
 from lightning_peft.listening import heard, positions, samples
 from lightning_peft.rank.budget import RankBudget
 from lightning_peft.rank.probe import Probe
-from lightning_peft.strategies import each_alone, flattens, small
+from lightning_peft.strategies import each_alone, flattens
 
 _NONE = object()
 

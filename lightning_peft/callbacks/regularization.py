@@ -125,7 +125,7 @@ class Regularization(Preflight):
         self._begun = True
         strategy = trainer.strategy
         for term in self._each().values():
-            if term.counts_examples and term.examples is None:
+            if term.counts_examples:
                 term.examples = count_examples(trainer)
             term.begin(module)
             for companion in term.companions():

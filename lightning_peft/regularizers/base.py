@@ -48,8 +48,8 @@ class Regularizer(nn.Module, ABC):
         weight: what the term is multiplied by: a number, or a function of (step, total).
     """
 
-    counts_examples: ClassVar[bool] = False
-    """Whether it wants to know how many examples the training set has, in `examples`."""
+    counts_examples: bool = False
+    """Whether every fit is to tell it how many examples its training set has, in `examples`."""
     perturbs: ClassVar[bool] = False
     """Whether the model runs with the term's own parameters in it."""
     examples: int | None = None

@@ -114,6 +114,7 @@ class PACBayes(Regularizer):
                 raise ValueError(f"kl_weight multiplies a divergence and is not negative. Got {kl_weight!r}.")
         self.objective = _objective(objective)
         self.risk, self.p_min, self.examples = risk, float(p_min), examples
+        self.counts_examples = examples is None
         self.complete, self.unit, self.kl_weight, self.streams = complete, unit, kl_weight, streams
         self.posterior: Posterior | None = None
         self._settings: dict[str, Any] = {
@@ -124,7 +125,6 @@ class PACBayes(Regularizer):
         self._estimates: bool | None = None  # whether the objective is an estimate of a bound, at a full weight of KL
         self._figures: dict[str, Tensor] = {}
 
-    counts_examples = True
     perturbs = True
 
     def attach(self, module: nn.Module) -> None:

@@ -442,6 +442,19 @@ def test_closed_components_stay_in_q_and_are_not_cut() -> None:
         pruned("final")
 
 
+@pytest.mark.parametrize("epochs", [-1, 1])
+def test_every_fit_counts_its_own_examples(epochs: int) -> None:
+    """Also where steps are counted and no epochs, so that Lightning asks for the data later."""
+    term, data = PACBayes(), loader()
+    fit(term, data=data, max_steps=1, max_epochs=epochs)
+    assert term.examples == ROWS
+    fit(term, data=DataLoader(rows()[:-3], batch_size=4), max_steps=1, max_epochs=epochs)
+    assert term.examples == ROWS - 3
+    given = PACBayes(examples=99)
+    fit(given, data=data, max_steps=1, max_epochs=epochs)
+    assert given.examples == 99
+
+
 class Stream(IterableDataset):  # type: ignore[type-arg]
     def __iter__(self) -> Any:
         return iter(rows())
