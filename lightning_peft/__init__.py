@@ -21,6 +21,7 @@ from lightning_peft.adapters import (
     NormShare,
     PartlyOpen,
     PruneAndGrow,
+    RLoRA,
     SoftThreshold,
     SoRA,
     TripletImportance,
@@ -31,12 +32,15 @@ from lightning_peft.callbacks import (
     AdapterInjection,
     Adoption,
     Calibration,
+    PosteriorSampling,
     RankAllocation,
     RankMonitor,
     RankPruning,
     RankSelection,
     Regularization,
+    RiskCertificate,
 )
+from lightning_peft.certification import Certificate
 from lightning_peft.checkpoint import AdapterFileError, adapter_state_dict, load
 from lightning_peft.convert import Conversion, convert
 from lightning_peft.export import Merged, compact, merge
@@ -48,6 +52,7 @@ from lightning_peft.interop.hf_peft import to_hf_peft
 from lightning_peft.interop.merged import save_merged
 from lightning_peft.interop.plain import save_compressed, to_plain
 from lightning_peft.planning import Plan, plan
+from lightning_peft.prediction import posterior_predict
 from lightning_peft.rank import (
     EVA,
     Budget,
@@ -73,6 +78,8 @@ from lightning_peft.regularizers import (
     Distillation,
     MaskAlignment,
     Orthogonality,
+    PACBayes,
+    Posterior,
     Regularizer,
     UntilTail,
     regularized,
@@ -94,6 +101,7 @@ __all__ = [
     "Budget",
     "BudgetPenalty",
     "Calibration",
+    "Certificate",
     "Conversion",
     "Cubic",
     "CubicBudget",
@@ -120,11 +128,15 @@ __all__ = [
     "MonotoneMasks",
     "NormShare",
     "Orthogonality",
+    "PACBayes",
     "PartlyOpen",
     "Plan",
     "Policy",
+    "Posterior",
+    "PosteriorSampling",
     "Probe",
     "PruneAndGrow",
+    "RLoRA",
     "RankAllocation",
     "RankBudget",
     "RankMonitor",
@@ -133,6 +145,7 @@ __all__ = [
     "RankSelection",
     "Regularization",
     "Regularizer",
+    "RiskCertificate",
     "SamplingPolicy",
     "Schedule",
     "Site",
@@ -154,6 +167,7 @@ __all__ = [
     "load",
     "merge",
     "plan",
+    "posterior_predict",
     "presets",
     "rank_heat_map",
     "regularized",

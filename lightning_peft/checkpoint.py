@@ -9,7 +9,7 @@ from functools import partial
 from os import PathLike
 from pathlib import Path
 from reprlib import repr as shortened
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +37,18 @@ from lightning_peft.validation import (
 
 ENTRY = "lightning_peft"
 """The key of our entry in a checkpoint."""
+TERMS = "peft_terms"
+"""The child of a LightningModule that holds its terms."""
 VERSION = 1
 # Floating-point numbers are converted to the model's precision; no other type is converted.
 _FLOATING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+
+
+@runtime_checkable
+class Described(Protocol):
+    """A part of a term that says in plain values how it is built again, and so is in a checkpoint's recipe."""
+
+    def arguments(self) -> dict[str, Any]: ...
 
 
 def _is_plain(value: Any) -> bool:
@@ -98,11 +107,21 @@ def recipe(module: nn.Module) -> dict[str, Any]:
             groups.append(entry | {"layers": [name]})
         else:
             group["layers"].append(name)
+    beside = [
+        {
+            "class": f"{type(child).__module__}:{type(child).__qualname__}",
+            "arguments": child.arguments(),
+            "path": clean_name(path),
+        }
+        for path, child in module.named_modules()
+        if path.startswith(f"{TERMS}.") and isinstance(child, Described)
+    ]
     own = {id(p) for adapter in adapters(module).values() for _, p in adapter.own_parameters()}
     paths = {path for path, child in module.named_modules() if isinstance(child, Adapter)}
     return {
         "adapters": groups,
         "trained": sorted(layer_name(n, paths) for n, p in trained(module).items() if id(p) not in own),
+        **({"beside": beside} if beside else {}),
     }
 
 
@@ -142,7 +161,15 @@ def describe(
     }
     if before := whole(module):
         entry[CUT] = {name: dict(record) for name, record in before.items()}
+    if derived := digests(module):
+        entry["derived"] = derived
     return entry | {"digest": digest(state, entry)}
+
+
+def digests(module: nn.Module) -> dict[str, str]:
+    """Digests of what adapters derive from their arguments and no file holds, by layer."""
+    found = {name: adapter.digest() for name, adapter in adapters(module).items()}
+    return {name: each for name, each in found.items() if each is not None}
 
 
 def check(
@@ -171,6 +198,14 @@ def check(
         raise AdapterFileError(
             f"{source} holds other adapters than this model has: {_difference(entry['recipe'], here)}."
         )
+    saved = entry.get("derived", {})
+    for name, derived in digests(module).items():
+        if saved.get(name) != derived:
+            raise AdapterFileError(
+                f"{source} was trained with other constants at {name!r} than this model derives from seed and key: "
+                f"digest {saved.get(name)}, here {derived}. It was written by a version that draws them otherwise, or "
+                "was changed; use that version, or another copy."
+            )
     check_base(fingerprint(module) if base is None else base, entry["base"], source)
     ours = {key: value for key, value in adapter_state_dict(module).items() if isinstance(value, Tensor)}
     missing = sorted(ours.keys() - state.keys())
@@ -355,5 +390,5 @@ def _without_prefix(checkpoint: Mapping[str, Any], prefix: str) -> dict[str, Any
     groups = [g | {"layers": [n[len(prefix) :] for n in g["layers"]]} for g in entry["recipe"]["adapters"]]
     trained = [name[len(prefix) :] for name in entry["recipe"]["trained"] if name.startswith(prefix)]
     entry |= {"recipe": {"adapters": groups, "trained": trained}, "base": cut(entry["base"])}
-    entry |= {field: cut(entry[field]) for field in ("ranks", "costs", CUT) if field in entry}
+    entry |= {field: cut(entry[field]) for field in ("ranks", "costs", "derived", CUT) if field in entry}
     return {ENTRY: entry, "state_dict": cut(checkpoint["state_dict"])}

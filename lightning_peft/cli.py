@@ -5,6 +5,7 @@
     lightning-peft inspect CKPT
     lightning-peft export CKPT OUT --format hf-peft|merged
     lightning-peft compress MODEL OUT --data FILE --ratio 0.5
+    lightning-peft certify CKPT --data FILE
 
 A job names model, data and callbacks by class path, as LightningCLI has it. A whole method, which is several callbacks,
 is named under `peft` by a function that returns a :class:`~lightning_peft.presets.Preset`; its callbacks come before
@@ -29,6 +30,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 import lightning_peft
+from lightning_peft.certification import command as certification
 from lightning_peft.checkpoint import load
 from lightning_peft.compression import command as compression
 from lightning_peft.inspection import report
@@ -133,6 +135,7 @@ def _export(options: argparse.Namespace) -> object:
 _COMMANDS: dict[str, Callable[[argparse.Namespace], object]] = {
     "plan": command.run,
     "compress": compression.run,
+    "certify": certification.run,
     "inspect": lambda options: report(options.checkpoint),
     "export": _export,
 }
@@ -150,6 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_arguments(commands.add_parser("plan", help=command.HELP, allow_abbrev=False))
 
     compression.add_arguments(commands.add_parser("compress", help=compression.HELP, allow_abbrev=False))
+
+    certification.add_arguments(commands.add_parser("certify", help=certification.HELP, allow_abbrev=False))
 
     inspect = commands.add_parser("inspect", help="ranks, budget and size of a checkpoint", allow_abbrev=False)
     inspect.add_argument("checkpoint", metavar="CKPT", help="a checkpoint written with AdapterCheckpoint")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.lora import LoRA
-from lightning_peft.adapters.low_rank import LowRank
+from lightning_peft.adapters.low_rank import LowRankUpdate
 from lightning_peft.export import own_random, require_whole
 from lightning_peft.functional.product_svd import product_svd
 from lightning_peft.rank.allocation import open_best
@@ -166,15 +166,15 @@ def _plain(rank: object) -> int | float | Budget:
     return float(rank)
 
 
-def _low_rank(name: str, adapter: Adapter) -> LowRank:
+def _low_rank(name: str, adapter: Adapter) -> LowRankUpdate:
     """The adapter, if its weight is its base's plus the product of its factors."""
-    if not isinstance(adapter, LowRank):
+    if not isinstance(adapter, LowRankUpdate):
         raise TypeError(
             f"layer {name!r}: {type(adapter).__name__} is not low-rank, so it has no components to choose from. "
             "Nothing was changed."
         )
     kind = type(adapter)
-    if kind.effective_weight is not LowRank.effective_weight or kind.update is not LowRank.update:
+    if kind.effective_weight is not LowRankUpdate.effective_weight or kind.update is not LowRankUpdate.update:
         raise TypeError(
             f"layer {name!r}: the weight of {kind.__name__} is not its base's plus a low-rank update, so a smaller "
             "update would not be the nearest weight. Merge it, or export it as it is. Nothing was changed."
@@ -182,7 +182,7 @@ def _low_rank(name: str, adapter: Adapter) -> LowRank:
     return adapter
 
 
-def _decomposed(adapter: LowRank) -> tuple[Tensor, Tensor, Tensor]:
+def _decomposed(adapter: LowRankUpdate) -> tuple[Tensor, Tensor, Tensor]:
     """U, S, V of an adapter's update, without directions that are only rounding."""
     A, B = adapter.factors()
     U, S, V = product_svd(B * adapter.scaling, A)
@@ -211,9 +211,9 @@ def _enough(S: Tensor, share: float) -> int:
     return int(torch.searchsorted(energy, share * energy[-1])) + 1
 
 
-def _built(adapter: LowRank, U: Tensor, S: Tensor, V: Tensor) -> LoRA:
+def _built(adapter: LowRankUpdate, U: Tensor, S: Tensor, V: Tensor) -> LoRA:
     k = len(S)
-    small = LoRA(adapter.base, rank=k, alpha=adapter.scaling * k, dropout=adapter.dropout)
+    small = LoRA(adapter.base, rank=k, alpha=adapter.scaling * k, dropout=getattr(adapter, "dropout", 0.0))
     root = (S / adapter.scaling).sqrt()
     # New parameters, not copies into the new adapter's: the dtype is the one that the old adapter was cast to.
     small.A = nn.Parameter((root[:, None] * V).to(adapter.A))
@@ -221,6 +221,7 @@ def _built(adapter: LowRank, U: Tensor, S: Tensor, V: Tensor) -> LoRA:
     padding = getattr(adapter.base, "padding_idx", None)
     if padding is not None:
         small.A[:, padding] = 0  # a padding vector has no update, not even one of rounding
+    wanted = {part: parameter.requires_grad for part, parameter in adapter.own_parameters()}
     for part, parameter in small.own_parameters():
-        parameter.requires_grad_(dict(adapter.own_parameters())[part].requires_grad)
+        parameter.requires_grad_(wanted.get(part, True))
     return small.train(adapter.training)

@@ -33,12 +33,12 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._common_utils import clean_tensor_name
 from torch.optim import Optimizer
 
-from lightning_peft import distributed
+from lightning_peft.agreement import masks
 from lightning_peft.checkpoint import adapter_state_dict
 from lightning_peft.distributed import is_shard, like, whole
-from lightning_peft.rank.budget import RankBudget, clean_name
+from lightning_peft.rank.budget import clean_name
 from lightning_peft.seams import Link, wrap_method
-from lightning_peft.surgery.layers import STARTS, adapters, is_flattened, large_parameters, left_of_bases, trained
+from lightning_peft.surgery.layers import adapters, is_flattened, large_parameters, left_of_bases, trained
 
 Undo = Callable[[], object]
 
@@ -121,7 +121,7 @@ def keep_whole(strategy: Strategy, module: nn.Module) -> None:
     ids = {id(p) for p in small}
     given = list(strategy.kwargs.get("ignored_states") or ())
     strategy.kwargs["ignored_states"] = [*(p for p in given if id(p) not in ids), *small]
-    for tensor in [*small, *_masks(module).values()]:
+    for tensor in [*small, *masks(module).values()]:
         tensor.data = tensor.data.to(strategy.root_device)  # FSDP1 does not move what it ignores
 
 
@@ -132,10 +132,10 @@ def keep_masks_wide(call: Callable[..., Any], strategy: Strategy, *args: Any, **
     """
     call(*args, **kwargs)
     assert strategy.model is not None
-    masks = {id(mask) for mask in _masks(strategy.model).values()}
+    kept = {id(mask) for mask in masks(strategy.model).values()}
     for unit in FullyShardedDataParallel.fsdp_modules(strategy.model):
         # torch has this set for modules that it ignores whole, and no way to name a single buffer.
-        names = (name for name, buffer in unit.named_buffers() if id(buffer) in masks)
+        names = (name for name, buffer in unit.named_buffers() if id(buffer) in kept)
         unit._ignored_buffer_names |= {clean_tensor_name(name) for name in names}
 
 
@@ -147,11 +147,6 @@ def reshard(module: nn.Module) -> None:
     for child in module.modules():
         if isinstance(child, FSDPModule):
             child.reshard()
-
-
-def small(module: nn.Module) -> dict[str, Tensor]:
-    """What is whole on every process, by clean name: the trained parameters that are not sharded, and the masks."""
-    return {clean_name(n): p for n, p in trained(module).items() if not is_shard(p)} | _masks(module)
 
 
 def averaged(strategy: Strategy, module: nn.Module) -> list[nn.Parameter]:
@@ -204,42 +199,6 @@ def require_synchronised(strategy: Strategy, module: LightningModule) -> None:
                 f"{clean_name(name)!r} is part of a flat parameter of FSDP1, and what is trained is to stay whole. "
                 "Pass ignored_states=small_parameters(self) where you wrap, or leave the wrapping to FSDPStrategy."
             )
-
-
-def require_alike(module: nn.Module) -> None:
-    """Check that all processes train the same parameters, of the same shapes, and what is sharded from one start.
-
-    Raises:
-        RuntimeError: on all processes, if one of them does not.
-    """
-    name = distributed.first_odd({clean_name(n): (tuple(p.shape), p.requires_grad) for n, p in trained(module).items()})
-    if name is not None:
-        raise RuntimeError(
-            f"{name!r} is not trained in the same way on all processes: they have other adapters, or froze other "
-            "parameters. Call inject and requires_grad_ on every process alike, whatever its rank."
-        )
-    odd = distributed.first_odd({k: v for m in module.modules() for k, v in m.__dict__.get(STARTS, {}).items()})
-    if odd is not None and any(map(is_shard, module.parameters())):
-        raise RuntimeError(
-            f"the adapter of {odd} differs between processes, and each has kept its own part: their weights, or what "
-            "decomposes them, are not the same. Inject in one process, save a checkpoint, load it in configure_model."
-        )
-
-
-def require_equal(module: nn.Module, when: str) -> None:
-    """Check that masks and whole parameters have the same bits on all processes; the masks first.
-
-    Raises:
-        RuntimeError: they differ.
-    """
-    tensors = small(module)
-    masks = _masks(module)
-    name = distributed.first_difference(masks | {n: t for n, t in tensors.items() if n not in masks})
-    if name is not None:
-        raise RuntimeError(
-            f"{name!r} is not the same on all processes {when}: training has come apart. Whatever changes adapters, "
-            "masks or requires_grad must do so on every process alike, and before the strategy wraps the module."
-        )
 
 
 def clip_by_norm(call: Callable[..., Any], plugin: Any, optimizer: Optimizer, clip_val: float) -> None:
@@ -354,7 +313,3 @@ def _sharded(saved: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
 
     state = {i: {k: place(v, parameters[i]) for k, v in entry.items()} for i, entry in saved["state"].items()}
     return {**saved, "state": state}
-
-
-def _masks(module: nn.Module) -> dict[str, Tensor]:
-    return {f"{name}.gate.mask": site.gate.mask for name, site in RankBudget.of(module).items()}

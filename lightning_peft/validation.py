@@ -110,6 +110,13 @@ def check_structure(entry: Mapping[str, Any], source: str) -> None:
         for name in layers:
             _require(name not in seen, source, "an adapted layer", name, "named once")
             seen.add(name)
+    beside = recipe.get("beside", [])
+    _require(_is_list(beside), source, "recipe['beside']", beside, "a list")
+    for other in beside:
+        _require(type(other) is dict, source, "what is beside adapters", other, "a dictionary")
+        for field in ("class", "path"):
+            _require(_is_name(other.get(field)), source, f"its {field}", other.get(field), "text that can be printed")
+        _require(type(other.get("arguments")) is dict, source, "its arguments", other.get("arguments"), "a dictionary")
     for field, least in (("ranks", 0), ("costs", 1)):
         numbers = entry.get(field)
         _require(type(numbers) is dict, source, field, numbers, "a dictionary")
@@ -118,6 +125,11 @@ def check_structure(entry: Mapping[str, Any], source: str) -> None:
             _require(_is_name(name), source, f"a name in {field}", name, "text that can be printed")
             good = type(number) is int and least <= number
             _require(good, source, f"{field}[{name!r}]", number, f"a whole number from {least}")
+    derived = entry.get("derived", {})
+    _require(type(derived) is dict, source, "derived", derived, "a dictionary")
+    for name, each in derived.items():
+        good = _is_name(name) and _is_name(each)
+        _require(good, source, f"derived[{name!r}]", each, "a digest as text, by name")
     _check_records(entry.get(CUT, {}), source)
 
 

@@ -455,13 +455,13 @@ def options_of(text: str) -> set[str]:
 
 def test_commands_and_options_stay_what_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     shown = {}
-    for command in ("", "plan", "compress", "inspect", "export"):
+    for command in ("", "plan", "compress", "certify", "inspect", "export"):
         with pytest.raises(SystemExit) as exit_:
             cli.main([*([command] if command else []), "--help"])
         assert exit_.value.code == 0
         shown[command] = capsys.readouterr().out
     commands = re.findall(r"^    (\w+) ", shown[""], re.MULTILINE)
-    assert commands == ["fit", "validate", "test", "predict", "plan", "compress", "inspect", "export"]
+    assert commands == ["fit", "validate", "test", "predict", "plan", "compress", "certify", "inspect", "export"]
     assert shown["plan"].startswith("usage: lightning-peft plan MODEL [options]\n")
     assert shown["inspect"].startswith("usage: lightning-peft inspect [-h] CKPT\n")
     assert set(re.findall(r"^  (--[\w-]+)", shown["plan"], re.MULTILINE)) == {
@@ -473,6 +473,11 @@ def test_commands_and_options_stay_what_they_are(capsys: pytest.CaptureFixture[s
         "--overwrite", "--data", "--test", "--task", "--text", "--label", "--length", "--batch-size", "--method",
         "--ratio", "--targets", "--weighting", "--calibration", "--steps", "--fine-tuning", "--lr", "--distill",
         "--precision", "--seed", "--quiet",
+    }  # fmt: skip
+    assert shown["certify"].startswith("usage: lightning-peft certify CKPT --data FILE [options]\n")
+    assert set(re.findall(r"^  (--[\w-]+)", shown["certify"], re.MULTILINE)) == {
+        "--data", "--text", "--label", "--labels", "--length", "--batch-size", "--passes", "--unit", "--delta",
+        "--delta-prime", "--tried", "--seed", "--out", "--model", "--quiet",
     }  # fmt: skip
     assert options_of(shown["export"]) == {"--format", "--mode", "--no-head", "--overwrite", "--model"}
     assert " ".join(shown["export"].split("\n\n")[0].split()).endswith("CKPT OUT")

@@ -43,7 +43,8 @@ REASONED = {
     ("cli.py", "dynamic_dora"): "an option's help: an example of what to write",
     ("rank/policy.py", "Taylor"): EXAMPLE,
     ("rank/weighted_svd.py", "Factorized"): EXAMPLE,
-    ("surgery.py", "LoRA"): EXAMPLE,
+    ("surgery/choice.py", "LoRA"): "an error that says what to do: a method to train on top, for example",
+    ("surgery/injection.py", "LoRA"): EXAMPLE,
     ("compression/methods.py", "Factorized"): JOB,
     ("compression/methods.py", "factorized"): JOB,
     ("compression/methods.py", "ars"): JOB,
@@ -161,7 +162,15 @@ def test_the_methods_are_found() -> None:
 
 def test_shared_code_names_no_method() -> None:
     files = [path.relative_to(PACKAGE).as_posix() for path in shared()]
-    wanted = ("checkpoint.py", "export.py", "compaction.py", "resizing.py", "heat_map.py", "surgery.py", "cli.py")
+    wanted = (
+        "checkpoint.py",
+        "export.py",
+        "compaction.py",
+        "resizing.py",
+        "heat_map.py",
+        "surgery/injection.py",
+        "cli.py",
+    )
     wanted += ("rank/budget.py", "rank/policy.py", "callbacks/monitor.py", "callbacks/checkpoint.py")
     wanted += ("interop/layout.py", "planning/estimate.py", "planning/command.py", "rebuild.py", "validation.py")
     assert set(wanted) <= set(files)

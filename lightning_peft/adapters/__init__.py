@@ -10,9 +10,10 @@ from lightning_peft.adapters.gora import GoRA
 from lightning_peft.adapters.increlora import Growth, ModuleSensitivity
 from lightning_peft.adapters.learned_ranks import LearnedRanks
 from lightning_peft.adapters.lora import LoRA
-from lightning_peft.adapters.low_rank import LowRank
+from lightning_peft.adapters.low_rank import LowRank, LowRankUpdate
 from lightning_peft.adapters.partly_open import PartlyOpen
 from lightning_peft.adapters.rankdyna import GroupImportance
+from lightning_peft.adapters.rlora import RLoRA
 from lightning_peft.adapters.sora import SoftThreshold, SoRA
 from lightning_peft.adapters.thin import ThinLinear
 from lightning_peft.adapters.weight_decomposed import WeightDecomposed
@@ -32,11 +33,13 @@ __all__ = [
     "LearnedRanks",
     "LoRA",
     "LowRank",
+    "LowRankUpdate",
     "ModuleSensitivity",
     "MonotoneMasks",
     "NormShare",
     "PartlyOpen",
     "PruneAndGrow",
+    "RLoRA",
     "SoRA",
     "SoftThreshold",
     "ThinLinear",

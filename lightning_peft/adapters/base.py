@@ -39,6 +39,10 @@ class Adapter(nn.Module, ABC):
             taken out again; it is merged.
         leaves: names of modules whose layers it takes only where they are named, beside the head and embeddings.
         trained: whether it has something to train itself; else something outside moves its gate.
+        folds_lasting: whether an exported file has its `lasting_parameters` within its components, and not beside them.
+        elementwise: names of own parameters that multiply activations entry by entry along the last dimension. In the
+            place of such an (n,) vector its `forward` takes a (batch, n) tensor as well, one vector for each example
+            of an input (batch, ..., n), the same for what is between: noise can then be drawn per example.
     """
 
     mergeable: ClassVar[bool] = True
@@ -46,6 +50,8 @@ class Adapter(nn.Module, ABC):
     hosted: ClassVar[bool] = False
     releases_base: ClassVar[bool] = False
     leaves: ClassVar[tuple[str, ...]] = ()
+    folds_lasting: ClassVar[bool] = False
+    elementwise: ClassVar[tuple[str, ...]] = ()
     trained: bool = True
 
     base: nn.Module
@@ -91,6 +97,24 @@ class Adapter(nn.Module, ABC):
     def unfilled(cls, base: nn.Module, **arguments: Any) -> Adapter:
         """An adapter whose tensors are loaded next: its structure counts, not its start. By default a new one."""
         return cls(base, **arguments)
+
+    def placed(self, name: str, others: Mapping[str, Adapter]) -> None:
+        """Learn where it stands: in place of the layer `name`, put in together with these others; once, when it is new.
+
+        An adapter that is built again from a file's arguments is told its place there too, so what it takes from its
+        name belongs into its arguments.
+
+        Args:
+            name: the layer's, as the user knows it.
+            others: by their layers' names, those that were told before it.
+        """
+
+    def digest(self) -> str | None:
+        """Digest of what it derives from its arguments and does not save; ``None`` if nothing, the default.
+
+        Checkpoints hold it, and are refused where it is another one.
+        """
+        return None
 
     def large_parameters(self) -> Iterator[nn.Parameter]:
         """Own parameters as large as the base's, which may be split over processes as these are; by default none.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from operator import index
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,58 @@ from lightning_peft.functional.low_rank import low_rank_linear, low_rank_update
 from lightning_peft.rank.gate import Gate
 
 
-class LowRank(Adapter):
+class LowRankUpdate(Adapter):
+    """A frozen weight plus a sum of rank-one terms, wherever their factors come from.
+
+        effective weight = W + scaling * B diag(value) A
+
+    What exports, budgets and scores need of an adapter. A and B may be parameters, as :class:`LowRank` has them, or
+    made when they are asked for.
+
+    Attributes:
+        A: (r, d_in).
+        B: (d_out, r).
+        gate: r components; its value multiplies them.
+        scaling: what multiplies the update.
+    """
+
+    gate: Gate
+
+    if TYPE_CHECKING:  # not at run time: a property of the class would hide a parameter of its name
+
+        @property
+        def A(self) -> Tensor: ...
+        @property
+        def B(self) -> Tensor: ...
+        @property
+        def scaling(self) -> float: ...
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer with its update, computed without that weight."""
+
+    def value(self) -> Tensor:
+        """What multiplies each component, scaling included: (r,)."""
+        return self.gate.value() * self.scaling
+
+    def update(self) -> Tensor:
+        """The low-rank update alone: (d_out, d_in)."""
+        B = self.B
+        return (B * self.value().to(B.dtype)) @ self.A
+
+    def effective_weight(self) -> Tensor:
+        update = self.update()
+        return matrix(self.base).to(update.dtype) + update
+
+    @torch.no_grad()
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The open components, the gain folded into B: (k, d_in) and (d_out, k); scaling * B A is the update."""
+        open_, B = self.gate.open(), self.B
+        value = self.gate.value()[open_].to(B.dtype)
+        return self.A[open_].clone(), B[:, open_] * value
+
+
+class LowRank(LowRankUpdate):
     """A sum of r rank-one terms added to a frozen weight.
 
         y = W x + b + scaling * B diag(value) A drop(x)
@@ -98,17 +149,6 @@ class LowRank(Adapter):
         """What multiplies the update: alpha / r, with the rank that the adapter was built with."""
         return self.alpha / self.rank
 
-    def value(self) -> Tensor:
-        """What multiplies each component, scaling included: (r,)."""
-        return self.gate.value() * self.scaling
-
-    def update(self) -> Tensor:
-        """The low-rank update alone: (d_out, d_in)."""
-        return (self.B * self.value().to(self.B.dtype)) @ self.A
-
-    def effective_weight(self) -> Tensor:
-        return matrix(self.base).to(self.A.dtype) + self.update()
-
     def forward(self, x: Tensor) -> Tensor:
         base: Any = self.base
         if self._indexed:
@@ -138,13 +178,6 @@ class LowRank(Adapter):
         return low_rank_convolution_update(
             base._conv_forward, x, self._kernel, self.A, self.B, self.value(), base.groups, dropout
         )
-
-    @torch.no_grad()
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """The open components, the gain folded into B: (k, d_in) and (d_out, k); scaling * B A is the update."""
-        open_ = self.gate.open()
-        value = self.gate.value()[open_].to(self.B.dtype)
-        return self.A[open_].clone(), self.B[:, open_] * value
 
     @torch.no_grad()
     def compacted(self, keep: Tensor | None = None) -> Adapter | None:

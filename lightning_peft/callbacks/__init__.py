@@ -3,11 +3,13 @@
 from lightning_peft.callbacks.adoption import Adoption
 from lightning_peft.callbacks.allocation import RankAllocation
 from lightning_peft.callbacks.calibration import Calibration
+from lightning_peft.callbacks.certificate import RiskCertificate
 from lightning_peft.callbacks.checkpoint import AdapterCheckpoint
 from lightning_peft.callbacks.injection import AdapterInjection
 from lightning_peft.callbacks.monitor import RankMonitor
 from lightning_peft.callbacks.pruning import RankPruning
 from lightning_peft.callbacks.regularization import Regularization
+from lightning_peft.callbacks.sampling import PosteriorSampling
 from lightning_peft.callbacks.selection import RankSelection
 
 __all__ = [
@@ -15,9 +17,11 @@ __all__ = [
     "AdapterInjection",
     "Adoption",
     "Calibration",
+    "PosteriorSampling",
     "RankAllocation",
     "RankMonitor",
     "RankPruning",
     "RankSelection",
     "Regularization",
+    "RiskCertificate",
 ]

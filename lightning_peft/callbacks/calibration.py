@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_peft.agreement import small
 from lightning_peft.arguments import require_instance, require_integer
 from lightning_peft.callbacks.apart import training_batches
 from lightning_peft.callbacks.compaction import compact_in_training, require_compactable
@@ -29,7 +30,7 @@ from lightning_peft.distributed import agreed, broadcast, gather_objects, like, 
 from lightning_peft.listening import heard, is_square, positions, samples
 from lightning_peft.rank.budget import RankBudget
 from lightning_peft.rank.probe import Probe
-from lightning_peft.strategies import each_alone, flattens, small
+from lightning_peft.strategies import each_alone, flattens
 
 _NONE = object()
 

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_peft.agreement import small
 from lightning_peft.callbacks.order import callbacks_of, require_before
 from lightning_peft.callbacks.preflight import Preflight
 from lightning_peft.distributed import average_gradients, broadcast
@@ -24,7 +25,6 @@ from lightning_peft.strategies import (
     is_sharded,
     keep_masks_wide,
     keep_whole,
-    small,
 )
 from lightning_peft.surgery.layers import adapters, is_flattened
 

@@ -8,13 +8,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_peft.agreement import require_alike, require_equal
 from lightning_peft.callbacks.order import callbacks_of
 from lightning_peft.distributed import together
 from lightning_peft.rank.budget import clean_name
 from lightning_peft.strategies import (
     averaged,
-    require_alike,
-    require_equal,
     require_supported,
     require_synchronised,
     reshard,

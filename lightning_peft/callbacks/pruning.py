@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_peft.agreement import require_equal
 from lightning_peft.arguments import require_instance
 from lightning_peft.callbacks.compaction import compact_in_training, require_compactable, require_own
 from lightning_peft.callbacks.order import require_before
@@ -21,7 +22,6 @@ from lightning_peft.callbacks.steps import TakenSteps, scaler_of, unscales_itsel
 from lightning_peft.distributed import agreed, gather_objects
 from lightning_peft.rank.budget import RankBudget
 from lightning_peft.rank.policy import Policy
-from lightning_peft.strategies import require_equal
 
 Compact = Literal["never", "final"] | int
 """When closed components are cut out of the tensors: never, at the final mask, or there and at every k-th event."""

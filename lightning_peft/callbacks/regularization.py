@@ -10,14 +10,17 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from lightning_peft.callbacks.examples import count_examples
 from lightning_peft.callbacks.order import require_before, require_one
 from lightning_peft.callbacks.placement import AdapterPlacement
 from lightning_peft.callbacks.preflight import Preflight, optimized
 from lightning_peft.callbacks.reentrant import recomputes, with_early_gradients
+from lightning_peft.distributed import broadcast
 from lightning_peft.regularizers.base import Regularizer, regularized
 from lightning_peft.seams import when_built, wrap_method
-from lightning_peft.strategies import counts_gradients, keep_whole
+from lightning_peft.strategies import averaged, counts_gradients, keep_whole
 
 
 class Regularization(Preflight):
@@ -58,7 +61,7 @@ class Regularization(Preflight):
             if not isinstance(term, Regularizer):
                 raise TypeError(f"the term {name!r} must be a Regularizer. Got {_name_of(term)}.")
         self.terms = nn.ModuleDict(terms)
-        self._remove: Callable[[], None] | None = None
+        self._undo: list[Callable[[], None]] = []
         self._total_steps: int | None = None
         self._recomputes: bool | None = None
         self._begun = False
@@ -73,10 +76,16 @@ class Regularization(Preflight):
         require_before(trainer, self, AdapterPlacement)
         require_one(trainer, Regularization, "give all terms to one: Regularization({'first': ..., 'second': ...})")
         when_built(pl_module, self.before_adapters)  # for those whose adapters nobody places
+        when_built(pl_module, self._attach)
         when_built(pl_module, self._register)
         when_built(pl_module, lambda module: keep_whole(trainer.strategy, module))
-        if stage == "fit" and self._remove is None:
-            self._remove = wrap_method(pl_module, "training_step", self._add_terms)
+        if stage == "fit" and not self._undo:
+            links = [("training_step", self._add_terms), ("backward", self._recompute)]
+            self._undo = [wrap_method(pl_module, name, link) for name, link in links]
+
+    def _attach(self, module: LightningModule) -> None:
+        for term in self._each().values():
+            term.attach(module)
 
     def _register(self, module: LightningModule) -> None:
         # Terms may own parameters: as a child of the module they reach optimizer, strategy and checkpoint. They stay
@@ -106,6 +115,8 @@ class Regularization(Preflight):
                 "steps. Set max_steps or max_epochs."
             )
         self._total_steps = _steps(trainer)
+        if averaged(trainer.strategy, pl_module):
+            broadcast(list(self.terms.buffers()))  # made of adapters that have process 0's start by now
         self._begin(trainer, pl_module)
 
     def _begin(self, trainer: Trainer, module: LightningModule) -> None:
@@ -114,6 +125,8 @@ class Regularization(Preflight):
         self._begun = True
         strategy = trainer.strategy
         for term in self._each().values():
+            if term.counts_examples:
+                term.examples = count_examples(trainer)
             term.begin(module)
             for companion in term.companions():
                 strategy.precision_plugin.convert_module(companion).to(strategy.root_device)
@@ -132,6 +145,9 @@ class Regularization(Preflight):
         self._begin(module.trainer, module)
         terms = self._each()
         weights = {name: term.weight_at(step, self._total_steps) for name, term in terms.items()}
+        batch = args[0] if args else next(iter(kwargs.values()), None)
+        for term in terms.values():
+            term.prepare(module, batch, step, self._total_steps)
         with ExitStack() as watched:
             for name, term in terms.items():
                 if weights[name] != 0:
@@ -146,16 +162,28 @@ class Regularization(Preflight):
                 f"training_step of {type(module).__name__} must return a scalar loss, or a dictionary with one under "
                 f"'loss', for terms to be added. Got a {kind}."
             )
-        batch = args[0] if args else next(iter(kwargs.values()), None)
         with torch.autocast(loss.device.type, enabled=False):
             values = {name: term(module, batch, outputs) for name, term in terms.items() if weights[name] != 0}
             total = self._sum(module, loss, values, weights)
         module.log("loss/task", loss.detach(), rank_zero_only=True)
         for name, value in values.items():
             module.log(f"loss/{name}", value.detach(), rank_zero_only=True)
+            for figure, number in terms[name].figures().items():
+                module.log(f"{name}/{figure}", number, rank_zero_only=True)
         if isinstance(outputs, Mapping):
             return {**outputs, "loss": total}
         return total
+
+    def _recompute(self, call: Callable[..., Any], module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        with ExitStack() as held:
+            for term in self._each().values():
+                held.enter_context(term.recomputing(module))
+            call(*args, **kwargs)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        for term in self._each().values():
+            for parameter in term.resting():
+                parameter.grad = None  # a zero would let momentum and weight decay go on
 
     def _sum(
         self, module: LightningModule, loss: Tensor, values: Mapping[str, Tensor], weights: Mapping[str, float]
@@ -166,6 +194,13 @@ class Regularization(Preflight):
             self._recomputes = recomputes(loss)
         if not self._recomputes:
             return regularized(loss, values, weights)
+        noisy = next((name for name, term in self._each().items() if term.perturbs), None)
+        if noisy is not None:
+            raise MisconfigurationException(
+                f"the term {noisy!r} has parameters in every layer that is computed again, and DDP takes their "
+                "gradient once: re-entrant activation checkpointing gives it once for each part. Set "
+                "use_reentrant=False."
+            )
         # A term of what the checkpointed layers gave has its gradient in their backward, and no other.
         late = {name: value for name, value in values.items() if recomputes(value)}
         early = {name: value for name, value in values.items() if name not in late}
@@ -187,9 +222,8 @@ class Regularization(Preflight):
         self._begun = False
         for term in self._each().values():
             term.end()
-        if self._remove is not None:
-            self._remove()
-            self._remove = None
+        while self._undo:
+            self._undo.pop()()
 
 
 def _steps(trainer: Trainer) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_peft.adapters.attention import AdaptedAttention
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.layers import is_convolution, is_transformers_conv1d, matrix
-from lightning_peft.adapters.low_rank import LowRank
+from lightning_peft.adapters.low_rank import LowRankUpdate
 from lightning_peft.export import widened
 from lightning_peft.functional.weight_decomposition import row_norms
 from lightning_peft.rank.budget import clean_name
@@ -36,7 +36,7 @@ class Part:
 
     key: str
     shape: tuple[int, int]
-    adapter: LowRank | None  # None: an attention's other projection, which PEFT adapts too and which gets zeros
+    adapter: LowRankUpdate | None  # None: an attention's other projection, which PEFT adapts too and which gets zeros
 
     @property
     def kernel(self) -> tuple[int, ...]:
@@ -156,7 +156,7 @@ def all_targets(host: nn.Module) -> list[Target]:
     shared = _shared(host)
     paired: dict[str, dict[str, Part]] = {}
     for name, adapter in found.items():
-        if not isinstance(adapter, LowRank):
+        if not isinstance(adapter, LowRankUpdate):
             raise TypeError(
                 f"layer {name!r}: {type(adapter).__name__} cannot be expressed in PEFT's LoRA format, which holds a "
                 "low-rank update of a weight. " + ("Export the merged model instead." if adapter.mergeable else "")

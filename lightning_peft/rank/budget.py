@@ -292,7 +292,11 @@ class Budget:
         else:
             assert self.megabytes is not None
             # Two tensors a layer; an entry in a safetensors header is its name and some 120 bytes of JSON.
-            lasting = {n: [p.numel() for p in site.adapter.lasting_parameters()] for n, site in budget.items()}
+            lasting = {
+                n: [p.numel() for p in site.adapter.lasting_parameters()]
+                for n, site in budget.items()
+                if not site.adapter.folds_lasting
+            }
             header = sum((2 + len(lasting.get(name, ()))) * (len(name) + 120) for name in sizes)
             whole_ = sum(map(sum, lasting.values()))
             amount = max(0, floor((self.megabytes * 1e6 - header) / 4) - whole_)

@@ -4,6 +4,8 @@ from lightning_peft.regularizers.base import Regularizer, UntilTail, regularized
 from lightning_peft.regularizers.dem import DEM
 from lightning_peft.regularizers.distillation import Distillation
 from lightning_peft.regularizers.orthogonality import Orthogonality
+from lightning_peft.regularizers.pac_bayes import PACBayes
+from lightning_peft.regularizers.posterior import Posterior
 from lightning_peft.regularizers.rank_masks import BudgetPenalty, MaskAlignment
 
 __all__ = [
@@ -12,6 +14,8 @@ __all__ = [
     "Distillation",
     "MaskAlignment",
     "Orthogonality",
+    "PACBayes",
+    "Posterior",
     "Regularizer",
     "UntilTail",
     "regularized",

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,13 @@ class Regularizer(nn.Module, ABC):
         weight: what the term is multiplied by: a number, or a function of (step, total).
     """
 
+    counts_examples: bool = False
+    """Whether every fit is to tell it how many examples its training set has, in `examples`."""
+    perturbs: ClassVar[bool] = False
+    """Whether the model runs with the term's own parameters in it."""
+    examples: int | None = None
+    """How many examples the training set has, over all processes; given, or read from the Trainer's data."""
+
     def __init__(self, weight: Weight = 1.0) -> None:
         super().__init__()
         self.weight = weight
@@ -58,6 +65,12 @@ class Regularizer(nn.Module, ABC):
 
     def before_adapters(self, module: nn.Module) -> None:
         """See the module before adapters are put in, or with those that it has; for every entry point, repeatedly."""
+
+    def attach(self, module: nn.Module) -> None:
+        """Make own parameters, of a module that has its adapters; for every entry point, repeatedly.
+
+        It comes before the strategy wraps the module and before its optimizer is made.
+        """
 
     def begin(self, module: nn.Module) -> None:
         """A fit begins: the module has its adapters; its checkpoint is restored, or will be before the first step."""
@@ -72,9 +85,31 @@ class Regularizer(nn.Module, ABC):
         """
         return ()
 
+    def prepare(self, module: nn.Module, batch: Any, step: int, total: int) -> None:
+        """Be told of the training step to come, also where the term's weight is 0.
+
+        Args:
+            module: the module.
+            batch: the step's batch.
+            step: the optimizer step that it belongs to, counted from 1.
+            total: how many there are; 0 if that is not known.
+        """
+
     def watching(self, module: nn.Module) -> AbstractContextManager[None]:
         """Around the training step, at steps at which the term's weight is not 0: what it is to see of it."""
         return nullcontext()
+
+    def recomputing(self, module: nn.Module) -> AbstractContextManager[None]:
+        """Around the backward pass: what activation checkpointing computes again is to see what the step has seen."""
+        return nullcontext()
+
+    def resting(self) -> Iterable[nn.Parameter]:
+        """Own parameters that the optimizer step to come leaves as they are."""
+        return ()
+
+    def figures(self) -> Mapping[str, Tensor]:
+        """What else is to be logged of its last value, as `<its name>/<figure>`; scalars."""
+        return {}
 
     def weight_at(self, step: int, total: int) -> float:
         """The weight at an optimizer step, counted from 1."""

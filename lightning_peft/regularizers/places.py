@@ -24,11 +24,13 @@ class Part:
         name: the first one that it has.
         shape: its shape.
         places: (module, name there): several where it is tied.
+        broadcasts: whether an adapter takes it as (examples, n) too, see :class:`lightning_peft.Adapter`.
     """
 
     name: str
     shape: tuple[int, ...]
     places: tuple[tuple[nn.Module, str], ...]
+    broadcasts: bool = False
 
     @property
     def value(self) -> Tensor:
@@ -50,12 +52,11 @@ class Part:
         "elementwise": as (examples, n) in the place of (n,), which its adapter says that it broadcasts. "linear": at
         the output of the linear layer that has it. "shared": not without further passes.
         """
-        owner, name = self.places[0]
         if len(self.places) > 1:
             return "shared"
-        if name in getattr(type(owner), "elementwise", ()):
+        if self.broadcasts:
             return "elementwise"
-        return "linear" if type(owner) is nn.Linear else "shared"
+        return "linear" if type(self.owner) is nn.Linear else "shared"
 
 
 def trained(module: nn.Module) -> tuple[str, ...]:
@@ -74,7 +75,16 @@ def parts(module: nn.Module, names: Collection[str]) -> list[Part]:
         first.setdefault(key, (name, tuple(parameter.shape)))
         if name in names:
             wanted.add(key)
-    return [Part(*first[key], tuple(held)) for key, held in places.items() if key in wanted]
+    broadcast = {place for adapter in module.modules() for place in _broadcast(adapter)}
+    return [Part(*first[key], tuple(held), held[0] in broadcast) for key, held in places.items() if key in wanted]
+
+
+def _broadcast(adapter: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Where an adapter holds what it calls `elementwise`, itself or in a part such as its gate."""
+    paths: Sequence[str] = getattr(type(adapter), "elementwise", ())
+    for path in paths:
+        part, _, name = path.rpartition(".")
+        yield adapter.get_submodule(part), name
 
 
 def chosen(module: nn.Module, over: Sequence[str] | None) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from lightning_peft.regularizers.places import chosen, parts, require_whole, tra
 Scale = float | Callable[[str, Tensor], Tensor | float]
 """A standard deviation: a number, or a function of a parameter's name and values that gives one, or one per entry."""
 Prior = Literal["fixed", "learned", "per_tensor"]
+PriorMean = Literal["start", "zero"]
 Unit = Literal["batch", "example"]
 
 _WIDEST = (log(0.1) - 1 / 100) / 2  # log lambda of j = 1 on the grid of learnt scales, with its default b and c
@@ -48,6 +49,7 @@ class Posterior(nn.Module):
         speed: how much faster than the module's learning rate log sigma moves.
         prior: "fixed" leaves lambda as it is, "learned" learns one lambda for all of Q, "per_tensor" one for every
             parameter; what is learnt is paid for in :meth:`divergence`.
+        prior_mean: "start" is w_0, "zero" is 0 in its place.
         over: regular expressions of what is in Q: they match a parameter's name or what holds it, whole or the end
             after a dot. ``None`` for all that requires a gradient.
         seed: of the draws.
@@ -75,11 +77,12 @@ class Posterior(nn.Module):
         sigma: Scale = 0.01,
         speed: float = 10.0,
         prior: Prior = "fixed",
+        prior_mean: PriorMean = "start",
         over: Sequence[str] | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        require_settings(prior_sigma, sigma, speed, prior, over, seed)
+        require_settings(prior_sigma, sigma, speed, prior, prior_mean, over, seed)
         self.speed, self.prior, self.seed = float(speed), prior, int(seed)
         self._parts = parts(module, chosen(module, over))
         if not self._parts:
@@ -97,7 +100,8 @@ class Posterior(nn.Module):
         device = self._parts[0].value.device
         self.offset = nn.Parameter(torch.zeros(sum(self._sizes), device=device))
         self.register_buffer("start", self._log(sigma, "sigma").clamp(LOWEST, HIGHEST))
-        self.register_buffer("prior_mean", torch.cat([p.value.detach().float().reshape(-1) for p in self._parts]))
+        mean = torch.cat([p.value.detach().float().reshape(-1) for p in self._parts])
+        self.register_buffer("prior_mean", mean if prior_mean == "start" else torch.zeros_like(mean))
         scale = self._log(prior_sigma, "prior_sigma", self.prior == "per_tensor")
         self.register_buffer("prior_start", scale if prior == "fixed" else scale.clamp(max=_WIDEST))
         learnt = None if prior == "fixed" else torch.zeros_like(self.prior_start)
@@ -126,6 +130,10 @@ class Posterior(nn.Module):
     def names(self) -> tuple[str, ...]:
         """The parameters in Q."""
         return tuple(part.name for part in self._parts)
+
+    def arguments(self) -> dict[str, Any]:
+        """What it takes, beside its tensors, to build it again: plain values, for a checkpoint."""
+        return {"names": list(self.names), "speed": self.speed, "prior": self.prior, "seed": self.seed}
 
     def missing(self, module: nn.Module) -> tuple[str, ...]:
         """The module's parameters that require a gradient and are not in Q."""
@@ -167,7 +175,7 @@ class Posterior(nn.Module):
         """What learnt lambdas cost, in nats, differentiable; 0 where they are fixed.
 
         A bound holds for all lambdas of a grid at once, for this price; see
-        :func:`~lightning_peft.functional.pac_bayes.prior_sigma_cost`.
+        :func:`~lightning_peft.functional.dziugaite_roy.prior_sigma_cost`.
         """
         if self.prior_offset is None:
             return self.offset.new_zeros(())
@@ -224,15 +232,24 @@ class Posterior(nn.Module):
         self._module = weakref.ref(module)
         return True
 
-    def generator(self, stream: int = 0) -> torch.Generator:
+    @property
+    def drawn(self) -> bool:
+        """Whether there is a draw to be held."""
+        return self._draw is not None
+
+    def generator(self, stream: int = 0, step: int | None = None) -> torch.Generator:
         """The random numbers of the next draw.
 
         Args:
             stream: processes that give different numbers draw differently.
+            step: the same again wherever this number is the same; ``None`` for others than ever before.
         """
-        text = f"lightning_peft/posterior/v1|{self.seed}|{stream}|{self._count}"
-        self._count += 1
-        self.draws.fill_(self._count)
+        place = f"step {step}"
+        if step is None:
+            place = f"{self._count}"
+            self._count += 1
+            self.draws.fill_(self._count)
+        text = f"lightning_peft/posterior/v1|{self.seed}|{stream}|{place}"
         number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
         return torch.Generator(self.offset.device).manual_seed(number)
 
@@ -268,6 +285,19 @@ class Posterior(nn.Module):
         finally:
             self.forget()
 
+    @contextmanager
+    def widened(self, module: nn.Module, sigma: float, generator: torch.Generator) -> Iterator[None]:
+        """As :meth:`sampled`, with one standard deviation for all of Q in place of its own; without gradients."""
+        self._require_bound(module)
+        start = torch.tensor(log(sigma), device=self.offset.device)
+        with torch.no_grad():
+            self._draw = Draw(self._parts, torch.zeros_like(self.offset), start, 0.0, generator, 0)
+        try:
+            with self.held():
+                yield
+        finally:
+            self.forget()
+
     def draw(
         self,
         module: nn.Module,
@@ -280,6 +310,11 @@ class Posterior(nn.Module):
             raise ValueError(f"unit={unit!r}: choose 'batch' or 'example'.")
         if unit == "example" and (examples is None or examples < 1):
             raise ValueError(f"unit='example' draws for every example: say how many there are. Got {examples!r}.")
+        self._require_bound(module)
+        rows = examples if unit == "example" and examples is not None else 0
+        self._draw = Draw(self._parts, self.offset, self.start, self.speed, generator or self.generator(), rows)
+
+    def _require_bound(self, module: nn.Module) -> None:
         if self._inside:
             raise RuntimeError("this posterior is being sampled already: leave one block before you enter another.")
         if self._module() is not module and not self.bind(module):
@@ -287,8 +322,6 @@ class Posterior(nn.Module):
                 f"{type(module).__name__} does not have all parameters that this posterior is over, such as "
                 f"{self.names[0]!r}: sample the module that it was made for."
             )
-        rows = examples if unit == "example" and examples is not None else 0
-        self._draw = Draw(self._parts, self.offset, self.start, self.speed, generator or self.generator(), rows)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -305,6 +338,10 @@ class Posterior(nn.Module):
     def forget(self) -> None:
         """Let go of the last draw, and of the graph behind it."""
         self._draw = None
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.draws.fill_(self._count)  # buffers may have been put back after steps that were only looked at
+        super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -332,7 +369,13 @@ def _nothing() -> None:
 
 
 def require_settings(
-    prior_sigma: Scale, sigma: Scale, speed: float, prior: str, over: Sequence[str] | None, seed: int
+    prior_sigma: Scale,
+    sigma: Scale,
+    speed: float,
+    prior: str,
+    prior_mean: str,
+    over: Sequence[str] | None,
+    seed: int,
 ) -> None:
     """Check the settings of a :class:`Posterior`, before there is a module.
 
@@ -353,6 +396,8 @@ def require_settings(
         raise ValueError(f"speed multiplies the learning rate of log sigma, and is not negative. Got {speed!r}.")
     if prior not in ("fixed", "learned", "per_tensor"):
         raise ValueError(f"prior={prior!r}: choose 'fixed', 'learned' (one scale) or 'per_tensor'.")
+    if prior_mean not in ("start", "zero"):
+        raise ValueError(f"prior_mean={prior_mean!r}: choose 'start' (the values at the start) or 'zero'.")
     if prior == "learned" and callable(prior_sigma):
         raise TypeError("prior='learned' learns one lambda for all of Q: give prior_sigma as the number it begins at.")
     if prior != "fixed" and not callable(prior_sigma) and log(prior_sigma) > _WIDEST:

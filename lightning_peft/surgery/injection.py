@@ -196,6 +196,10 @@ def install(
         for parameter, wanted in before:
             parameter.requires_grad_(wanted)
         raise
+    told: dict[str, Adapter] = {}
+    for name, adapter in built.items():
+        adapter.placed(name, told)
+        told[name] = adapter
     read = tuple(name for name, layer in layers.items() if is_read(module, layer))
     released = {name: layers[name].weight for name, adapter in built.items() if adapter.releases_base}
     replace(module, {id(layers[name]): adapter for name, adapter in built.items()})

@@ -16,6 +16,7 @@ from lightning_peft import (
     NormShare,
     PartlyOpen,
     RankPolicy,
+    RLoRA,
     SoRA,
     Taylor,
     WeightDecomposed,
@@ -44,10 +45,18 @@ test_factorized = laws(Factorized)
 test_factorized_at_a_rank = laws(partial(Factorized, rank=4), ("linear", "conv1d", "convolution_2d"))
 test_factorized_from_the_weight_itself = laws(partial(Factorized, start="exact"))
 test_factorized_to_break_even = laws(partial(Factorized, rank="breakeven"), ("linear_no_bias", "attention_out"))
+test_rlora = laws(partial(RLoRA, rank=4))
+test_rlora_of_its_own = laws(partial(RLoRA, rank=4, path="kron", share_projection=False, scaling=0.5), ("linear",))
+test_rlora_in_blocks = laws(partial(RLoRA, rank=20, path="kron"), ("linear", "attention_in"))
+test_rlora_io = laws(partial(RLoRA, rank=4, mode="io"), ("conv1d", "attention_in"))
+test_rlora_core = laws(partial(RLoRA, rank=4, mode="core"), ("linear_no_bias", "attention_out"))
+test_rlora_half = laws(partial(RLoRA, rank=4, mode="half"), ("linear", "attention_in"))
 
 test_taylor = importance_laws(Taylor)
 test_taylor_of_lora = importance_laws(Taylor, partial(LoRA, rank=4))
+test_taylor_of_rlora = importance_laws(Taylor, partial(RLoRA, rank=4, mode="core"))
 test_norm_share = importance_laws(NormShare)
+test_norm_share_of_rlora = importance_laws(NormShare, partial(RLoRA, rank=4))
 test_triplet_importance = importance_laws(adalora.TripletImportance, partial(AdaLoRA, rank=4))
 test_module_sensitivity = importance_laws(ModuleSensitivity, partial(AdaLoRA, rank=4))
 test_gain_magnitude = importance_laws(sora.GainMagnitude, partial(SoRA, rank=4))
@@ -58,6 +67,7 @@ test_group_importance_by_entries = importance_laws(
 )
 
 test_dynamic_doras_policy = policy_laws(partial(dynamic_dora.policy, interval=2))
+test_dynamic_doras_policy_of_rlora = policy_laws(partial(dynamic_dora.policy, interval=2), partial(RLoRA, rank=4))
 test_hard_policy_by_taylor = policy_laws(
     lambda final: RankPolicy(Cubic(0.1, 0.2), Taylor(), final, 3), partial(LoRA, rank=4)
 )

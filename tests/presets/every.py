@@ -17,6 +17,10 @@ _SMALL: dict[str, Any] = {
     "interval": 2,
     "ratio": 0.2,
     "threshold": 0.03,
+    "objective": "f_bbb",  # linear in the risk: the mean over processes is that of the whole batch
+    "risk": "loss",
+    "draws": 2,
+    "measured": 8,
 }
 
 

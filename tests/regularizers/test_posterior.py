@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 from torch.utils.checkpoint import checkpoint
 
-from lightning_peft import LoRA, inject
+from lightning_peft import LoRA, RLoRA, inject
 from lightning_peft.adapters.base import Adapter
-from lightning_peft.functional.pac_bayes import prior_sigma_cost, prior_sigma_neighbours
+from lightning_peft.functional.dziugaite_roy import prior_sigma_cost, prior_sigma_neighbours
 from lightning_peft.functional.perturbation import log_sigma
 from lightning_peft.regularizers.posterior import Posterior
 
@@ -326,6 +326,24 @@ def test_every_example_has_a_draw_of_its_own() -> None:
         assert len(module(same_rows).unique(dim=0)) == 1
 
 
+def test_an_adapter_may_hold_such_a_vector_in_its_gate() -> None:
+    module = nn.Sequential(nn.Linear(6, 8))
+    inject(module, partial(RLoRA, rank=4), targets=["0"])
+    nn.init.normal_(module[0].b)  # type: ignore[arg-type]
+    posterior = Posterior(module, sigma=0.5)
+    assert not posterior.shared()
+    same_rows = x(1).expand(3, 6)
+    with torch.no_grad(), posterior.sampled(module, generator(), "example", 3):
+        many = module(same_rows)
+    b, gain = torch.randn(3 * 12, generator=generator()).view(3, 12).split((8, 4), 1)
+    for row, (more_b, more_gain) in enumerate(zip(b, gain, strict=True)):
+        alone = copy.deepcopy(module)
+        with torch.no_grad():
+            alone[0].b.add_(0.5 * more_b)  # type: ignore[operator,union-attr]
+            alone[0].gate.gain.add_(0.5 * more_gain)  # type: ignore[operator,union-attr]
+            torch.testing.assert_close(many[row], alone(same_rows)[row])
+
+
 def test_gradients_of_draws_for_every_example() -> None:
     module = scaled(head=False).double()
     posterior = Posterior(module, sigma=0.5, speed=2.0).double()
@@ -445,7 +463,7 @@ def test_offsets_and_the_prior_stay_wide() -> None:
         posterior.offset.fill_(0.0123456)
     both = nn.ModuleList([module, posterior]).to(torch.bfloat16)
     assert posterior.offset.dtype == posterior.prior_mean.dtype == torch.float32
-    assert float(posterior.offset[0]) == pytest.approx(0.0123456, rel=1e-6)
+    assert posterior.offset[0].item() == pytest.approx(0.0123456, rel=1e-6)
     mean = torch.cat([p.reshape(-1) for p in module.parameters() if p.requires_grad])
     assert torch.equal(posterior.prior_mean, mean.float())  # rounded alike: no divergence comes of it
     with posterior.sampled(module):

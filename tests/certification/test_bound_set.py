@@ -1,0 +1,123 @@
+"""The bound set: every example once, and what cannot be counted so is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from lightning_peft.certification.bound_set import BoundSet, example_hash, root
+from lightning_peft.modules.batching import LengthGrouped, PlannedLoader
+
+DATA = TensorDataset(torch.arange(10.0)[:, None], torch.arange(10))
+
+
+def labels(data: BoundSet) -> list[list[int]]:
+    return [batch[1].tolist() for batch in data.read(range(len(data.batches)))]
+
+
+def test_every_example_once_in_its_order() -> None:
+    data = BoundSet(DataLoader(DATA, batch_size=4, shuffle=True))
+    assert len(data) == 10
+    state = torch.get_rng_state()
+    assert labels(data) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [len(batch) for batch in BoundSet(DATA, 3).batches] == [3, 3, 3, 1]
+    assert BoundSet(DATA).batch_size == 32
+
+
+def test_a_loader_for_several_processes_repeats_nothing() -> None:
+    sampler = DistributedSampler(DATA, num_replicas=4, rank=1)
+    assert sum(map(len, labels(BoundSet(DataLoader(DATA, 4, sampler=sampler))))) == 10
+
+
+def test_planned_batches_come_from_short_to_long() -> None:
+    rows = [torch.ones(n) for n in (5, 1, 4, 2, 3)]
+    loader = PlannedLoader(rows, LengthGrouped([5, 1, 4, 2, 3], batch_size=2), collate=lambda items: [*map(len, items)])
+    data = BoundSet(loader)
+    assert list(data.read(range(len(data.batches)))) == [[1, 2], [3, 4], [5]]
+    assert root(data.dataset) == (rows, [1, 3, 4, 2, 0])
+
+
+def test_what_is_kept() -> None:
+    data = BoundSet(DATA, 4)
+    before = data.digest()
+    data.keep([1, 3, 5])
+    assert labels(data) == [[1, 3, 5]]
+    assert root(data.dataset)[1] == [1, 3, 5]
+    assert data.digest() != before == BoundSet(DataLoader(DATA, 2, shuffle=True)).digest()
+    with pytest.raises(ValueError, match="none is left to certify on"):
+        data.keep([])
+
+
+def test_hashes_tell_examples_apart() -> None:
+    examples: list[Any] = [
+        torch.ones(2),
+        torch.ones(2, 1),
+        torch.ones(2, dtype=torch.float64),
+        (torch.ones(2), 1),
+        (torch.ones(2), True),
+        {"text": "a", "label": 1},
+        {"text": "a", "label": 2},
+        ["a", "b"],
+        ["ab"],
+        b"a",
+        "a",
+    ]
+    assert len({example_hash(example) for example in examples}) == len(examples)
+    assert example_hash(torch.ones(2)) == example_hash(torch.ones(4)[::2])
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(range(3))
+
+
+class Augmented(Dataset[Any]):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Any:
+        return torch.rand(2), 0
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "says"),
+    [
+        (DataLoader(DATA, 4, drop_last=True), ValueError, r"drops the last 2 of 10 examples \(drop_last=True\)"),
+        (
+            DataLoader(DATA, sampler=RandomSampler(DATA, True)),
+            ValueError,
+            "draws 10 of 10 examples, some of them twice",
+        ),
+        (
+            DataLoader(DATA, sampler=WeightedRandomSampler([1.0] * 10, 10)),
+            ValueError,
+            "WeightedRandomSampler chooses which examples are read",
+        ),
+        (DataLoader(DATA, batch_sampler=[[0], [1]]), ValueError, "come from a list of somebody's own"),  # type: ignore[arg-type]
+        (DataLoader(Stream()), ValueError, "Stream is a stream or no data"),
+        (3, TypeError, "int is a stream or no data"),
+        (Subset(DATA, []), ValueError, "the bound set has no example"),
+        (Augmented(), ValueError, "is another one each time that it is read"),
+    ],
+)
+def test_what_cannot_be_counted_is_told(data: Any, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        BoundSet(data)
+
+
+def test_nothing_is_dropped_where_nothing_is_left_over() -> None:
+    assert len(BoundSet(DataLoader(DATA, 5, drop_last=True))) == 10

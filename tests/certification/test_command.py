@@ -1,0 +1,132 @@
+"""`lightning-peft certify`, from a job to a file: what the callback says, from the checkpoint alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from test_cli import make_bert
+
+from lightning_peft import Certificate, PACBayes, Regularization, RiskCertificate, cli, presets
+from lightning_peft.modules import TextClassifier, TextData
+
+TEXTS = {"plant": "the green tree", "street": "the red car"}
+TARGETS = ["encoder.*query"]
+
+
+def fitted(folder: Path, encoder: str, texts: str, *extra: Any, **pac: Any) -> RiskCertificate:
+    made = RiskCertificate(passes=2, seed=3)
+    callbacks = [*presets.lora(rank=2, targets=TARGETS)]
+    callbacks[1:2] = [Regularization({"pac": PACBayes(sigma=0.05, **pac)}), made]
+    torch.manual_seed(0)
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=2, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=folder, callbacks=[*callbacks, *extra], limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(TextClassifier(encoder, 2), TextData(texts, encoder, batch_size=4, max_length=12))
+    return made
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    folder = tmp_path_factory.mktemp("certify")
+    rows = [(" ".join([TEXTS[name]] * (1 + i % 3)), name) for i in range(15) for name in TEXTS]
+    texts = folder / "texts.csv"
+    texts.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        encoder = make_bert(folder / "bert")
+        made = fitted(folder, encoder, str(texts))
+    (checkpoint,) = folder.glob("checkpoints/*.ckpt")
+    return SimpleNamespace(folder=folder, texts=str(texts), encoder=encoder, checkpoint=str(checkpoint), made=made)
+
+
+def test_it_says_what_the_callback_said(
+    trained: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "again.json"
+    asked = ["--data", trained.texts, "--passes", "2", "--seed", "3", "--out", str(out), "--quiet"]
+    assert cli.main(["certify", trained.checkpoint, *asked]) == 0
+    found = Certificate.load(out)
+    assert found == trained.made.certificate
+    assert (trained.folder / "checkpoints" / "certificate.json").read_bytes() == out.read_bytes()
+    assert found.examples == 26  # two of the fifteen of each class were held out
+    assert found.bound < 1
+    shown = capsys.readouterr().out
+    assert f"certified risk           {found.bound:.4f}" in shown
+    assert shown.endswith(f"Wrote {out}.\n")
+
+
+def test_other_settings_give_another_figure(trained: SimpleNamespace) -> None:
+    options = ["--data", trained.texts, "--passes", "1", "--unit", "pass", "--tried", "3", "--delta", "0.05", "--quiet"]
+    assert cli.main(["certify", trained.checkpoint, *options]) == 0
+    found = Certificate.load(Path(trained.checkpoint).with_suffix(".certificate.json"))
+    first = trained.made.certificate
+    assert (found.kl, found.hashes) == (first.kl, first.hashes)
+    assert (found.units, found.tried, found.delta, found.seed) == (1, 3, 0.05, 0)
+    assert found.recompute() == (found.monte_carlo, found.bound)
+
+
+def three_classes(folder: Path) -> str:
+    path = folder / "three.csv"
+    path.write_text("text,label\n" + "".join(f"the {name} car,{name}\n" for name in ("red", "green", "blue") * 9))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--data", "{texts}", "--unit", "example"], "unit='example' counts every example as a draw of its own"),
+        (["--data", "{three}"], "has 3 classes and the model 2, so there is no telling which is which"),
+        (["--data", "{texts}", "--labels", "street", "plant", "sky"], "has 3 classes and the model 2"),
+        (["--data", "none.csv"], "there is no file 'none.csv'"),
+        (["--data", "{texts}", "--passes", "0"], "passes must be at least 1. Got 0."),
+        (["--data", "{texts}", "--delta", "2"], "delta is a probability"),
+    ],
+)
+def test_what_is_wrong_is_told(
+    options: list[str], says: str, trained: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    three = three_classes(tmp_path)
+    given = [option.format(texts=trained.texts, three=three) for option in options]
+    out = tmp_path / "no.json"
+    assert cli.main(["certify", trained.checkpoint, *given, "--out", str(out), "--quiet"]) == 2
+    assert says in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_what_a_checkpoint_lacks_is_told(
+    trained: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(path: Path) -> str:
+        assert cli.main(["certify", str(path), "--data", trained.texts, "--quiet"]) == 2
+        return capsys.readouterr().err
+
+    trainer = Trainer(
+        accelerator="cpu", max_steps=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=tmp_path, callbacks=[*presets.lora(rank=2, targets=TARGETS)], limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(TextClassifier(trained.encoder, 2), TextData(trained.texts, trained.encoder))
+    trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    assert "plain.ckpt has no posteriors, and a certificate is of one." in told(tmp_path / "plain.ckpt")
+    checkpoint = torch.load(trained.checkpoint, weights_only=True)
+    checkpoint["callbacks"]["ModelCheckpoint{'monitor': 'train/loss'}"] = {"monitor": "train/loss"}
+    torch.save(checkpoint, tmp_path / "kept.ckpt")
+    assert "checkpoints are kept by 'train/loss'" in told(tmp_path / "kept.ckpt")
+    assert "there is no checkpoint" in told(tmp_path / "none.ckpt")
+
+
+@pytest.mark.parametrize("prior", ["learned", "per_tensor"])
+def test_learnt_priors_are_paid_for(prior: Any, trained: SimpleNamespace, tmp_path: Path) -> None:
+    made = fitted(tmp_path, trained.encoder, trained.texts, prior=prior)
+    (checkpoint,) = tmp_path.glob("checkpoints/*.ckpt")
+    asked = ["--data", trained.texts, "--passes", "2", "--seed", "3", "--quiet"]
+    assert cli.main(["certify", str(checkpoint), *asked]) == 0
+    found = Certificate.load(checkpoint.with_suffix(".certificate.json"))
+    assert found == made.certificate
+    assert dataclasses.asdict(found)["prior"] == {"scale": prior, "chosen by": "no data"}
