@@ -83,7 +83,14 @@ def interpolated(x: Tensor, places: Tensor, values: Tensor) -> Tensor:
     return torch.lerp(values[right - 1], values[right], share.to(values.dtype))
 
 
-def best_gamma(kl: Scalar, n: float, K: Scalar, delta: float = math.exp(-10), union: float = 0.0) -> Tensor:
+def best_gamma(
+    kl: Scalar,
+    n: float,
+    K: Scalar,
+    delta: float = math.exp(-10),
+    union: float = 0.0,
+    limits: tuple[float, float] = (0.0, math.inf),
+) -> Tensor:
     """The gamma at which :func:`unbounded` is least: sqrt(2 A / (3 n)) / K with A = KL + ln(1 / delta) + union.
 
     Args:
@@ -92,11 +99,15 @@ def best_gamma(kl: Scalar, n: float, K: Scalar, delta: float = math.exp(-10), un
         K: of :func:`moment_constant`, positive.
         delta: failure probability; the default is the 10 nats of the reference code.
         union: nats paid for learnt prior widths; the code has 3 for each trained tensor.
+        limits: the least and the largest gamma that K was measured for; beyond them it says nothing. The reference
+            code clips gamma so, to 10 in its script.
 
     Raises:
-        ValueError: delta is not in (0, 1), n is less than 1, or union is negative.
+        ValueError: delta is not in (0, 1), n is less than 1, union is negative, or limits are out of order.
     """
-    return (2 * _paid(kl, n, delta, union) / 3).sqrt() / K
+    if not 0 <= limits[0] <= limits[1]:
+        raise ValueError(f"limits must be the least and the largest gamma, in this order. Got {limits!r}.")
+    return ((2 * _paid(kl, n, delta, union) / 3).sqrt() / K).clamp(*limits)
 
 
 def unbounded(
@@ -118,7 +129,7 @@ def unbounded(
         delta: failure probability; the default is the 10 nats of the reference code.
         K: how far losses lie apart, see :func:`moment_constant`.
         gamma: positive; the code's script holds it at 10 (its help says 5 to 10). ``None`` is :func:`best_gamma`, at
-            which the last two terms are K sqrt(6 A / n). As K is measured for a range of gammas, limit it to that.
+            which the last two terms are K sqrt(6 A / n); for a K of some gammas alone, give its `limits` there.
         union: nats paid for learnt prior widths; the code has 3 for each trained tensor.
 
     Raises:

@@ -63,6 +63,8 @@ def test_the_best_gamma_has_the_least_value() -> None:
     least = unbounded(risk, kl, n, K=K, union=union).item()
     assert least == pytest.approx(0.8 + K * math.sqrt(6 * A / n), rel=1e-12)
     assert unbounded(risk, kl, n, K=K, gamma=gamma, union=union).item() == pytest.approx(least, rel=1e-12)
+    assert best_gamma(kl, n, K, union=union, limits=(5.0, 10.0)).item() == 5.0
+    assert best_gamma(kl, n, K, union=union, limits=(0.1, 0.2)).item() == pytest.approx(0.2)
     for other in (0.9 * gamma, 1.1 * gamma):
         assert unbounded(risk, kl, n, K=K, gamma=other, union=union).item() > least
 
@@ -102,6 +104,10 @@ def test_gradients_reach_the_divergence_and_the_constant() -> None:
         (lambda: unbounded(0.1, 1.0, 100, K=1.0, gamma=0.0), "gamma must be positive; None takes the best one. Got 0"),
         (lambda: unbounded(0.1, 1.0, 0, K=1.0), "n must be at least 1, the number of independent examples. Got 0."),
         (lambda: best_gamma(1.0, 100, 1.0, delta=0.0), "delta must lie strictly between 0 and 1. Got 0.0."),
+        (
+            lambda: best_gamma(1.0, 100, 1.0, limits=(10.0, 5.0)),
+            "limits must be the least and the largest gamma, in this order. Got (10.0, 5.0).",
+        ),
         (lambda: best_gamma(1.0, 100, 1.0, union=-3.0), "union must be at least 0, in nats. Got -3.0."),
     ],
 )
