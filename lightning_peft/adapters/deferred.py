@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 _KNOWN = frozenset(
     {
         Tensor.dtype.__get__,  # type: ignore[attr-defined]
-        Tensor.device.__get__,  # type: ignore[attr-defined]
+        Tensor.device.__get__,
         Tensor.shape.__get__,  # type: ignore[attr-defined]
         Tensor.ndim.__get__,  # type: ignore[attr-defined]
         Tensor.size,
@@ -39,7 +39,7 @@ class Deferred(Tensor):
 
     @staticmethod
     def __new__(cls, like: Tensor, compute: Callable[[], Tensor]) -> Deferred:
-        made: Deferred = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)  # type: ignore[attr-defined]
+        made: Deferred = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
         made._compute = compute
         return made
 
@@ -57,7 +57,7 @@ class Deferred(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         # What comes by another way than torch's functions, such as an autograd Function.
