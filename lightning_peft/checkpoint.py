@@ -173,7 +173,11 @@ def digests(module: nn.Module) -> dict[str, str]:
 
 
 def check(
-    module: nn.Module, checkpoint: Mapping[str, Any], source: str, base: Mapping[str, Tensor] | None = None
+    module: nn.Module,
+    checkpoint: Mapping[str, Any],
+    source: str,
+    base: Mapping[str, Tensor] | None = None,
+    was_cut: bool = False,
 ) -> None:
     """Check that a checkpoint was made for this module, which has its adapters by now.
 
@@ -182,6 +186,8 @@ def check(
         checkpoint: what was read.
         source: what to call it.
         base: the module's :func:`fingerprint`, where that was taken before.
+        was_cut: whether the module's adapters were cut by an earlier fit, so that what was made beside them since has
+            other sizes than the file's.
 
     Raises:
         AdapterFileError: it is of another base model or other adapters, or keys are missing or of another shape.
@@ -203,6 +209,12 @@ def check(
     check_base(fingerprint(module) if base is None else base, entry["base"], source)
     ours = {key: value for key, value in adapter_state_dict(module).items() if isinstance(value, Tensor)}
     missing = sorted(ours.keys() - state.keys())
+    odd = missing or [key for key in sorted(ours) if ours[key].shape != state[key].shape]
+    if was_cut and odd:
+        raise AdapterFileError(
+            f"{source} does not fit {odd[0]!r}, which was made for adapters that an earlier fit of this model object "
+            "has cut. Build the model anew, and resume on that."
+        )
     if missing:
         raise AdapterFileError(
             f"{source} lacks {missing[0]!r}{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}, which this "

@@ -38,6 +38,17 @@ def samples(batch: Any) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
+def is_square(batch: Any, samples: int) -> bool:
+    """Whether a batch has as many positions as samples, so that a layer's input does not tell one from the other.
+
+    Positions are what whole numbers of two dimensions have, such as those of tokens, or anything of three.
+    """
+    return samples > 1 and any(
+        tensor.shape[:2] == (samples, samples) and (tensor.dim() > 2 or not tensor.is_floating_point())
+        for tensor in _tensors(batch)
+    )
+
+
 def _tensors(batch: Any) -> Iterator[Tensor]:
     if isinstance(batch, Tensor):
         yield batch
@@ -53,7 +64,7 @@ def heard(
     layers: Collection[str] | None = None,
     shown: Tensor | None = None,
     samples: int | None = None,
-) -> Iterator[None]:
+) -> Iterator[set[str]]:
     """Have a probe hear every call of adapted layers inside the block, and their backward where it reads gradients.
 
     Gradients reach it also where nothing that comes before a layer is trained, and the layer is not.
@@ -65,6 +76,10 @@ def heard(
         shown: (batch, length) bool, positions of a batch of text that count; see :func:`positions`. Who reads gradients
             gets all: a weight's gradient is the sum over every position, whatever its label.
         samples: how many samples the batch has, for a probe of samples; see :func:`samples`.
+
+    Yields:
+        The names of the layers that were called, as they are: of some of them a probe of gradients hears nothing,
+        because the loss does not depend on them.
 
     Raises:
         RuntimeError: it reads samples, and which rows of a layer are whose cannot be told; or it reads gradients, and
@@ -86,6 +101,7 @@ def heard(
         >>> budget.ranks()
         {'0': 2}
     """
+    called: set[str] = set()
     with ExitStack() as hooks:
         by_sample = []
         for name in probe.wanted() if layers is None else layers:
@@ -95,11 +111,19 @@ def heard(
                 listen = by_sample[-1].hear
             else:
                 listen = partial(_hear, probe, budget[name], shown if probe.reads == "inputs" else None)
-            hook = budget[name].adapter.register_forward_hook(listen, with_kwargs=True)
-            hooks.callback(hook.remove)
-        yield
+            adapter = budget[name].adapter
+            for hook in (
+                adapter.register_forward_pre_hook(partial(_note, called, name)),
+                adapter.register_forward_hook(listen, with_kwargs=True),
+            ):
+                hooks.callback(hook.remove)
+        yield called
         for layer in by_sample:
             layer.tell()
+
+
+def _note(called: set[str], name: str, *_: Any) -> None:
+    called.add(name)
 
 
 def _input(args: Any, kwargs: Mapping[str, Any]) -> Any:

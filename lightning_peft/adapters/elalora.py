@@ -14,15 +14,15 @@ from torch import Tensor
 
 from lightning_peft.adapters.adalora import TripletImportance
 from lightning_peft.adapters.increlora import layer_worth, masks_now, spent, wake
-from lightning_peft.arguments import require_instance, require_integer
+from lightning_peft.arguments import require_integer
 from lightning_peft.rank.allocation import Compare, close_some, open_highest, weighed
-from lightning_peft.rank.budget import Budget, RankBudget, Unit
+from lightning_peft.rank.budget import Budget, RankBudget
 from lightning_peft.rank.importance import Importance
-from lightning_peft.rank.policy import Policy, require_comparable
+from lightning_peft.rank.policy import BudgetPolicy
 from lightning_peft.rank.schedule import Linear, Schedule
 
 
-class PruneAndGrow(Policy):
+class PruneAndGrow(BudgetPolicy):
     """Close the components of lowest worth and open as many in the layers of highest worth, at a fixed total.
 
         budget(t) = final from the first event on, what is open before it
@@ -62,35 +62,20 @@ class PruneAndGrow(Policy):
         minimum: int = 0,
         compare: Compare = "worth",
     ) -> None:
-        super().__init__(schedule, importance, interval)
-        require_instance("final", final, Budget, "Budget(rank=8)")
+        super().__init__(schedule, importance, final, interval, compare)
         for name, value, least in (("moves", moves, 1), ("limit", limit, 1), ("minimum", minimum, 0)):
             require_integer(name, value)
             if value < least:
                 raise ValueError(f"{name} is a number of components, at least {least}. Got {value}.")
-        require_comparable(compare, final)
-        self.final = final
         self.moves = moves
         self.limit = limit
         self.minimum = minimum
-        self.compare = compare
         self._start = self._final = 0
         self._closed: dict[str, Tensor] = {}  # what this policy has closed and not opened again
 
     @property
-    def unit(self) -> Unit:
-        return self.final.unit
-
-    @property
-    def final_budget(self) -> Budget:
-        return self.final
-
-    @property
     def returning(self) -> str:
         return "what this policy closes there may open again"
-
-    def settings(self) -> dict[str, str]:
-        return {"budget": str(self.final), **super().settings()}
 
     def track(self, budget: RankBudget) -> None:
         """Take on the adapters of `budget`.

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.arguments import require_instance, require_integer
+from lightning_peft.arguments import require_integer
 from lightning_peft.rank.allocation import Compare, open_highest
 from lightning_peft.rank.budget import Budget, RankBudget, Site, Unit
 from lightning_peft.rank.importance import Importance, require_kept
-from lightning_peft.rank.policy import Policy, require_comparable
+from lightning_peft.rank.policy import BudgetPolicy
 from lightning_peft.rank.schedule import Linear, Schedule
 
 
@@ -97,7 +97,7 @@ def _of_components(site: Site) -> list[nn.Parameter]:
     return [p for _, p in site.adapter.own_parameters() if id(p) not in lasting]
 
 
-class Growth(Policy):
+class Growth(BudgetPolicy):
     """Open components on schedule, in the layers of highest worth.
 
         budget(t) = start + schedule.cut(t, T, final - start),    start: what is open when training starts
@@ -131,31 +131,16 @@ class Growth(Policy):
         each: int = 1,
         compare: Compare = "worth",
     ) -> None:
-        super().__init__(schedule, importance, interval)
-        require_instance("final", final, Budget, "Budget(rank=8)")
+        super().__init__(schedule, importance, final, interval, compare)
         require_integer("each", each)
         if each < 1:
             raise ValueError(f"each is how many components a layer opens in its turn, at least 1. Got {each}.")
-        require_comparable(compare, final)
-        self.final = final
         self.each = each
-        self.compare = compare
         self._start = self._final = 0
-
-    @property
-    def unit(self) -> Unit:
-        return self.final.unit
-
-    @property
-    def final_budget(self) -> Budget:
-        return self.final
 
     @property
     def returning(self) -> str:
         return "this policy opens there what is closed"
-
-    def settings(self) -> dict[str, str]:
-        return {"budget": str(self.final), **super().settings()}
 
     def track(self, budget: RankBudget) -> None:
         """Take on the adapters of `budget`; growth starts from what is open.

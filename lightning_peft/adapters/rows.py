@@ -60,7 +60,8 @@ def output_rows(layer: nn.Module, y: Tensor) -> Tensor:
 def sample_rows(layer: nn.Module, x: Tensor, samples: int, rows: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
     """The rows of a layer's input or output, by sample: (samples, n, d).
 
-    Samples are the first dimension, or the second where only that is as long: of (length, samples, d).
+    Samples are the first dimension, or the second where only that is as long: of (length, samples, d). Where both are,
+    neither is right for sure.
 
     Args:
         layer: a layer that can be adapted.
@@ -69,13 +70,17 @@ def sample_rows(layer: nn.Module, x: Tensor, samples: int, rows: Callable[[nn.Mo
         rows: :func:`input_rows` or :func:`output_rows`.
 
     Raises:
-        ValueError: neither dimension is as long, so that whose rows they are cannot be told.
+        ValueError: neither dimension is as long, or both are, so that whose rows they are cannot be told.
     """
     if isinstance(layer, _CONVOLUTIONS):
         conv: Any = layer
         if _batched(x, len(conv.kernel_size)).shape[0] == samples:
             every = rows(layer, x)  # of groups, then samples, then places
             return every.reshape(conv.groups, samples, -1, every.shape[-1]).transpose(0, 1).flatten(1, 2)
+    elif x.dim() > 2 and samples > 1 and x.shape[:2] == (samples, samples):
+        raise ValueError(
+            f"rows of shape {tuple(x.shape)} are of {samples} samples and as many positions, in one order or the other."
+        )
     elif samples == 1 or (x.dim() > 1 and x.shape[0] == samples):
         return rows(layer, x).reshape(samples, -1, x.shape[-1])
     elif x.dim() > 2 and x.shape[1] == samples:

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_peft.agreement import small
@@ -26,7 +27,7 @@ from lightning_peft.callbacks.pruning import RankPruning
 from lightning_peft.callbacks.steps import scaler_of
 from lightning_peft.callbacks.undisturbed import undisturbed
 from lightning_peft.distributed import agreed, broadcast, gather_objects, like, whole
-from lightning_peft.listening import heard, positions, samples
+from lightning_peft.listening import heard, is_square, positions, samples
 from lightning_peft.rank.budget import RankBudget
 from lightning_peft.rank.probe import Probe
 from lightning_peft.strategies import each_alone, flattens
@@ -154,10 +155,16 @@ class Calibration(Preflight):
         self.done = False
         budget = RankBudget.of(pl_module)
         self.probe.begin(budget, _Everyone(trainer))
-        self._look(trainer, pl_module, budget)
+        called = self._look(trainer, pl_module, budget)
         masks = agreed(self.probe.act(), trainer.strategy.root_device)
         unseen = self.probe.unseen()
         if len(unseen) == len(budget):
+            if any(gather_objects(called)):
+                raise RuntimeError(
+                    f"training_step of {type(pl_module).__name__} calls adapted layers, and its loss depends on none "
+                    f"of the {len(unseen)}, the first of them {unseen[0]!r}, so there is nothing to calibrate by. Is "
+                    "what they give detached, or the loss computed under no_grad?"
+                )
             raise RuntimeError(
                 f"training_step of {type(pl_module).__name__} called none of the {len(unseen)} adapted layers, the "
                 f"first of them {unseen[0]!r}, so there is nothing to calibrate by. Adapt layers that it calls."
@@ -181,9 +188,9 @@ class Calibration(Preflight):
                 other.policy.importance.release()
                 other.policy.track(RankBudget.of(pl_module))
 
-    def _look(self, trainer: Trainer, module: LightningModule, budget: RankBudget) -> None:
-        """Run batches until the probe has seen enough on all processes, or one of them has no more."""
-        seen = 0
+    def _look(self, trainer: Trainer, module: LightningModule, budget: RankBudget) -> bool:
+        """Run batches until the probe has seen enough, or one process has no more. Whether a layer was called."""
+        seen, called = 0, set[str]()
         shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
         gradients = self.probe.reads != "inputs"
         losses = 0
@@ -203,7 +210,7 @@ class Calibration(Preflight):
                 batch = next(batches, _NONE)
                 if not all(gather_objects(batch is not _NONE)):
                     break
-                losses += self._step(trainer, module, budget, wanted, batch, index)
+                losses += self._step(trainer, module, budget, wanted, batch, index, called)
                 self.probe.fold()
                 seen += 1
                 bar.update()
@@ -216,9 +223,17 @@ class Calibration(Preflight):
                 f"training_step of {type(module).__name__} returned no loss, and {type(self.probe).__name__} reads its "
                 "gradients. Return it, or use a probe that reads inputs."
             )
+        return bool(called)
 
     def _step(
-        self, trainer: Trainer, module: LightningModule, budget: RankBudget, wanted: Collection[str], batch: Any, i: int
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        budget: RankBudget,
+        wanted: Collection[str],
+        batch: Any,
+        i: int,
+        called: set[str],
     ) -> bool:
         """One batch as Lightning itself would run it, up to the backward; each process alone. Whether it has a loss."""
         strategy = trainer.strategy
@@ -226,11 +241,17 @@ class Calibration(Preflight):
         batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
         batch = strategy.batch_to_device(batch, dataloader_idx=0)
         indexed = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-        with each_alone(strategy), heard(self.probe, budget, wanted, positions(batch), samples(batch)):
+        count = samples(batch)
+        if self.probe.reads == "samples" and count is not None and is_square(batch, count):
+            # Which of a layer's dimensions is the samples' could not be told: one sample fewer, and it can.
+            count -= 1
+            batch = apply_to_collection(batch, Tensor, lambda tensor: tensor[:count] if tensor.dim() else tensor)
+        with each_alone(strategy), heard(self.probe, budget, wanted, positions(batch), count) as names:
             outputs = strategy.training_step(*((batch, i) if indexed else (batch,)))
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
             if self.probe.reads != "inputs" and loss is not None and loss.requires_grad:
                 loss.backward()
+        called |= names
         for parameter in module.parameters():
             parameter.grad = None
         return loss is not None

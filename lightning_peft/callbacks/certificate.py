@@ -154,8 +154,7 @@ class RiskCertificate(Preflight):
         if any(isinstance(callback, RankPruning) for callback in callbacks_of(trainer)):
             raise MisconfigurationException(
                 "RankPruning closes components by what it sees of the training data, and masks are not in Q, so the "
-                "certificate would not account for the choice. Train without RankPruning, or certify on data that "
-                "training never saw."
+                "certificate would not account for the choice. Train without RankPruning."
             )
         require_drawn(posterior, self.settings.unit)
         kept = [getattr(c, "monitor", None) for c in callbacks_of(trainer) if isinstance(c, Checkpoint)]

@@ -31,6 +31,7 @@ from lightning_peft.checkpoint import (
 )
 from lightning_peft.distributed import gather_objects, rank, together
 from lightning_peft.fingerprint import fingerprint
+from lightning_peft.rank.budget import whole
 from lightning_peft.resume import ResumableLoader, make_plain, make_resumable, rng_state, set_rng_state
 from lightning_peft.seams import when_built, wrap_method
 from lightning_peft.strategies import flattens, is_sharded, whole_checkpoints
@@ -160,8 +161,9 @@ class AdapterCheckpoint(Preflight):
             pass  # a sharded checkpoint that Lightning has written and has loaded by now
         elif ENTRY in checkpoint:
             check_entry(checkpoint, source)
+            was_cut = bool(whole(module))
             with fitting(module, checkpoint, source):
-                check(module, checkpoint, source, self._base)
+                check(module, checkpoint, source, self._base, was_cut)
         elif adapters(module) and is_sharded(module.trainer.strategy):
             raise AdapterFileError(
                 f"{source} was not written by AdapterCheckpoint, and a model with adapters that "

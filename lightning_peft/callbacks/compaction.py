@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_peft.callbacks.order import callbacks_of
 from lightning_peft.callbacks.placement import COPIERS
+from lightning_peft.callbacks.regularization import Regularization
 from lightning_peft.compaction import compact_training
 from lightning_peft.rank.budget import RankBudget
 from lightning_peft.resizing import resized
@@ -46,6 +47,14 @@ def require_compactable(trainer: Trainer, asked: str = "RankPruning(compact=...)
                 f"{asked} changes the shapes of parameters, and {type(other).__name__} keeps a copy "
                 "of the weights in their old shapes. Use compact='never', or remove the callback."
             )
+        if isinstance(other, Regularization):
+            noisy = next((name for name, term in other.terms.items() if term.perturbs), None)
+            if noisy is not None:
+                raise MisconfigurationException(
+                    f"{asked} cuts parameters while training, and the term {noisy!r} has a posterior over all of them: "
+                    "the divergence counts closed components too. Use compact='never', and cut after training "
+                    "(lightning_peft.compact, to_hf_peft)."
+                )
     if trainer.checkpoint_callbacks and not any(isinstance(other, AdapterCheckpoint) for other in others):
         raise MisconfigurationException(
             f"{asked} changes the shapes of parameters, and without AdapterCheckpoint a checkpoint "

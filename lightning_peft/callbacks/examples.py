@@ -14,8 +14,7 @@ def count_examples(trainer: Trainer) -> int:
     Raises:
         MisconfigurationException: it cannot be told.
     """
-    if trainer.train_dataloader is None:
-        trainer.fit_loop.setup_data()  # Lightning does so later where it counts steps and no epochs
+    trainer.fit_loop.setup_data()  # which nobody has asked for yet where only steps are counted
     # A loader with an order of its own may offer one that reads every example once, as those of TextData do.
     loaders = [loader.once() if hasattr(loader, "once") else loader for loader in tree_leaves(trainer.train_dataloader)]
     reason = ""

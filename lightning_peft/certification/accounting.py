@@ -92,7 +92,7 @@ def require_unchanged(before: Mapping[str, int], now: Mapping[str, int]) -> None
         if before.get(name, value) != value:
             raise MisconfigurationException(
                 f"{name!r} was changed while training and is not in Q, so the certificate would not account for what "
-                "it learnt from the bound set. Take it into Q, freeze it, or certify on data that training never saw."
+                "it learnt from the bound set. Take it into Q, or keep it as it was."
             )
 
 

@@ -138,16 +138,15 @@ def _whole(rows: tuple[int, int]) -> _Piece:
     return _Piece(slice(0, rows[0]), slice(0, rows[1]))
 
 
-def _pieces(rows: tuple[int, int], width: int, size: int, device: torch.device) -> Iterator[_Piece]:
+def _pieces(rows: tuple[int, int], size: int, device: torch.device) -> Iterator[_Piece]:
     """All of (examples, tokens): at once, or so much at a time as a cache holds."""
     examples, tokens = rows
     if device.type != "cpu":
         yield _whole(rows)
     elif examples == 1:
-        step = max(1, size // width)
-        yield from (_Piece(slice(0, 1), slice(i, i + step)) for i in range(0, tokens, step))
+        yield from (_Piece(slice(0, 1), slice(i, i + size)) for i in range(0, tokens, size))
     else:
-        step = max(1, size // max(1, width * tokens))
+        step = max(1, size // max(1, tokens))
         yield from (_Piece(slice(i, i + step), slice(0, tokens)) for i in range(0, examples, step))
 
 
@@ -191,7 +190,8 @@ class _RandomizedLinear(torch.autograd.Function):
             else:
                 y = F.linear(x, weight, bias).contiguous()
             outer = y.view(*ctx.rows, y.shape[-1])
-            ctx.pieces = list(_pieces(ctx.rows, max(x.shape[-1], y.shape[-1]), into.piece, x.device))
+            size = into.piece if out is None else min(into.piece, out.piece)
+            ctx.pieces = list(_pieces(ctx.rows, size, x.device))
             for piece in ctx.pieces:
                 u = into.down(_cast(piece.of(inner), dtype), None if a is None else piece.beside(a, dtype))
                 if any(needs[5:]):

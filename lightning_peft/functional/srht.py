@@ -36,7 +36,7 @@ class Projection(Protocol):
         unit: what P is multiplied by beside.
         width: d.
         signs: (m, d), of the m blocks; ``None`` where there is one block that has them in it.
-        piece: how many of tokens x d numbers are worked on at a time on a CPU.
+        piece: how many tokens are worked on at a time on a CPU.
     """
 
     unit: float
@@ -76,7 +76,6 @@ class Rows:
     """
 
     signs: Tensor | None = None
-    piece = 2**20  # the matrix is read for each
 
     def __init__(self, drawn: SRHT, device: torch.device, dtype: torch.dtype) -> None:
         self.width = drawn.d
@@ -84,6 +83,7 @@ class Rows:
         power = hadamard.power_of_two(drawn.d)
         matrix = hadamard.rows(drawn.d, drawn.index % drawn.d) * drawn.signs[block]
         self.matrix = matrix.mul_(power).to(device, dtype)
+        self.piece = max(256, 2**18 // drawn.d)  # the matrix is read for each
         self.unit = 1 / (sqrt(drawn.d) * power)
 
     def whole(self) -> Tensor:
@@ -111,8 +111,6 @@ class Kron:
         dtype: in which.
     """
 
-    piece = 2**17  # what is between the products stays in a second-level cache
-
     def __init__(self, drawn: SRHT, device: torch.device, dtype: torch.dtype) -> None:
         self.width = drawn.d
         left, right = hadamard.factors(drawn.d)
@@ -123,6 +121,8 @@ class Kron:
         # Rows go by the entry of H x first and by the block then.
         self.index = (drawn.index % drawn.d * len(drawn.signs) + drawn.index // drawn.d).to(device)
         self.unit = 1 / (sqrt(drawn.d) * powers[0] * powers[1])
+        # What is between the products stays in a second-level cache, while these are large enough to be fast.
+        self.piece = max(64, 2**15 // drawn.signs.numel())
 
     def whole(self) -> Tensor:
         n = len(self.index)
@@ -139,7 +139,7 @@ class Kron:
 
     def spread(self, h: Tensor) -> Tensor:
         left, right = self.left.to(h.dtype), self.right.to(h.dtype)
-        z = h.new_zeros(self._signs.numel(), h.shape[1]).index_copy(0, self.index, h)
+        z = h.new_zeros(self._signs.numel(), h.shape[1]).index_copy_(0, self.index, h)
         z = z.view(len(left), -1).t() @ left
         z = z.view(len(right), -1).t() @ right
         return z.view(len(self._signs), -1, self.width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -149,9 +150,9 @@ class Adopted(LowRank):
             if reads_masked(holder, self.adapter_name, self.gate):
                 unmask_reads(holder, self.adapter_name)
 
+    @abstractmethod
     def _gated(self) -> tuple[nn.Module, int]:
         """What holds the factor that is masked, and the factor's dimension of components."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def fold(self) -> None:

@@ -15,7 +15,7 @@ from lightning_peft.interop.size import exported_bytes
 from lightning_peft.planning.figures import Load, Optimizer, Plan, Precision, Strategy
 from lightning_peft.rank.budget import Budget, RankBudget
 from lightning_peft.rank.importance import Importance
-from lightning_peft.surgery.layers import adapters
+from lightning_peft.surgery.layers import adapters, large_parameters, small_parameters, trained
 
 Width = Callable[[Tensor], int]
 
@@ -51,8 +51,9 @@ def plan(
     S is the bytes of the frozen base. Under DDP each process also gets all buffers, masks among them, from process 0
     once per optimizer step, and the whole module once at the start. Under FSDP the trained parameters are whole on
     every process, which gets them once at the start, and the frozen base has no gradient, so nothing is
-    reduce-scattered. What a root FSDP unit holds itself is not resharded after its forward pass, so `gather_backward`
-    is an upper bound by that much.
+    reduce-scattered. Frozen factors that an adapter has in the place of its layer's weight are sharded under FSDP2 with
+    the base, and count as it. What a root FSDP unit holds itself is not resharded after its forward pass, so
+    `gather_backward` is an upper bound by that much.
 
     Not counted: activations, the weights that FSDP gathers for a moment, casts of mixed precision, what a calibration
     holds before the first step (GoRA: a float32 gradient of every adapted weight), and what the libraries themselves
@@ -76,8 +77,8 @@ def plan(
     Raises:
         ValueError: there is no adapter, a number is out of range, an option is unknown, or the final budget does not
             fit the adapters.
-        TypeError: a final budget is given and an adapter's components cannot be cut out; or FSDP2 would shard an
-            adapter with the base, which is not planned.
+        TypeError: a final budget is given and an adapter's components cannot be cut out; or FSDP2 would shard what an
+            adapter trains with the base, which is not planned.
 
     Example:
         >>> import torch
@@ -93,7 +94,7 @@ def plan(
     if not budget:
         raise ValueError(f"plan found no adapter in {type(module).__name__}; inject puts them in.")
     if world_size > 1 and strategy == "fsdp2":
-        _require_small(module)
+        _require_whole(module)
     width = _width(budget, precision)
     frozen = [p for p in module.parameters() if not p.requires_grad]
     sharded = world_size > 1 and strategy != "ddp"
@@ -112,11 +113,15 @@ def plan(
     gathered, once = 0, base + start.weights + start.buffers
     if sharded:
         per_weight = _FSDP1_GATHER[precision] if strategy == "fsdp1" else None
+        stays = _whole(module, strategy)
+        split = [p for p in frozen if id(p) not in stays]
         gathered = round(
-            ring * world_size * sum(_shard(p, world_size, strategy, per_weight or width(p)) for p in frozen)
+            ring * world_size * sum(_shard(p, world_size, strategy, per_weight or width(p)) for p in split)
         )
-        base = sum(_shard(p, world_size, strategy, width(p)) for p in frozen)
-        once = start.weights + sum(size for _, size in _sized((s.gate.mask for s in budget.values()), width))
+        base = sum(_shard(p, world_size, strategy, width(p)) for p in split)
+        base += sum(size for _, size in _sized((p for p in frozen if id(p) in stays), width))
+        sent = {id(p): p for p in trained(module).values() if id(p) in stays}
+        once = sum(size for _, size in _sized([*sent.values(), *(s.gate.mask for s in budget.values())], width))
     return Plan(
         model=type(module).__name__,
         layers=len(budget),
@@ -159,9 +164,9 @@ def _load(
     def scaled(tensors: Iterable[Tensor]) -> int:
         return round(sum(scale.get(id(t), 1.0) * size for t, size in _sized(tensors, width)))
 
-    trained = [p for p in module.parameters() if p.requires_grad]
-    adapted = round(sum(scale[id(p)] * p.numel() for p in trained if id(p) in own))
-    weights = scaled(trained)
+    wanted = [p for p in module.parameters() if p.requires_grad]
+    adapted = round(sum(scale[id(p)] * p.numel() for p in wanted if id(p) in own))
+    weights = scaled(wanted)
     keys = adapter_state_dict(module).keys()
     # Not copies: a tied tensor is written once.
     state = {id(t): t for key, t in module.state_dict(keep_vars=True).items() if key in keys}
@@ -169,11 +174,11 @@ def _load(
     return Load(
         components=round(share * budget.capacity),
         adapter_parameters=adapted,
-        trained_parameters=sum(p.numel() for p in trained if id(p) not in own),
+        trained_parameters=sum(p.numel() for p in wanted if id(p) not in own),
         weights=weights,
         gradients=weights,
         buckets=weights if several else 0,
-        optimizer=_SLOTS[optimizer] * weights + (_STEP * len(trained) if optimizer == "adamw" else 0),
+        optimizer=_SLOTS[optimizer] * weights + (_STEP * len(wanted) if optimizer == "adamw" else 0),
         statistics=0,
         checkpoint=scaled(state.values()),
         exported=exported_bytes(module, share, width),
@@ -182,13 +187,21 @@ def _load(
     )
 
 
-def _require_small(module: nn.Module) -> None:
+def _require_whole(module: nn.Module) -> None:
+    """Refuse what is trained in pieces: its gradients are scattered, and none of the figures says so."""
     for name, adapter in adapters(module).items():
-        if any(True for _ in adapter.large_parameters()):
+        if any(p.requires_grad for p in adapter.large_parameters()):
             raise TypeError(
-                f"layer {name!r}: FSDP2 shards the factors of {type(adapter).__name__} with the base, and such a run "
-                "is not planned yet. Plan for 'ddp' or 'fsdp1', which keep them whole: the most that it can take."
+                f"layer {name!r}: FSDP2 shards the factors of {type(adapter).__name__} with the base, and a run that "
+                "trains them is not planned yet. Plan for 'ddp' or 'fsdp1', which keep them whole: the most that it "
+                "can take; or for frozen ones (trained=False)."
             )
+
+
+def _whole(module: nn.Module, strategy: Strategy) -> set[int]:
+    """Ids of what is whole on every process, trained or not, where the rest is sharded."""
+    found = {id(p) for p in small_parameters(module)}
+    return found | large_parameters(module) if strategy == "fsdp1" else found
 
 
 def _statistics(budget: RankBudget, importance: Importance | None) -> tuple[int, int]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -13,9 +13,11 @@ from lightning_peft.adapters.base import AdapterFactory
 from lightning_peft.adapters.layers import matrix, why_not
 from lightning_peft.adapters.lora import LoRA
 from lightning_peft.arguments import require_instance, require_integer
-from lightning_peft.callbacks import Regularization
+from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, RankMonitor, RankPruning, Regularization
 from lightning_peft.rank.budget import Budget
-from lightning_peft.regularizers import Orthogonality
+from lightning_peft.rank.policy import RankPolicy
+from lightning_peft.regularizers import DEM, Orthogonality, UntilTail
+from lightning_peft.regularizers.dem import Normalizer
 
 
 class Preset(list[Callback]):
@@ -70,6 +72,29 @@ def falling_rank(
     if final.rank is None:
         raise ValueError(f"{final} does not say how many components to start with; give initial_rank as well.")
     return final, start(final.rank)
+
+
+def falling_dora(
+    adapter: AdapterFactory,
+    policy: RankPolicy,
+    tail: float,
+    dem_weight: float,
+    dem_normalizer: Normalizer,
+    targets: Sequence[str] | None,
+    train: Sequence[str] | None,
+    compact: Literal["never", "final"],
+) -> Preset:
+    """The callbacks of dynamic DoRA's components, whatever adapter has them: rank that falls, and DEM until the tail.
+
+    Raises:
+        ValueError: dem_weight is negative.
+    """
+    if dem_weight < 0:
+        raise ValueError(f"dem_weight is the weight of a penalty, at least 0. Got {dem_weight}.")
+    callbacks: list[Callback] = [AdapterInjection(adapter, targets, train), RankPruning(policy, compact)]
+    if dem_weight:
+        callbacks.append(Regularization({"dem": DEM(UntilTail(dem_weight, tail), dem_normalizer)}))
+    return Preset([*callbacks, RankMonitor(), AdapterCheckpoint()])
 
 
 def orthogonal(weight: float) -> list[Callback]:

@@ -6,14 +6,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
-from lightning.pytorch import Callback
-
 from lightning_peft.adapters import dynamic_dora as dora
 from lightning_peft.adapters.weight_decomposed import WeightDecomposed
-from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, RankMonitor, RankPruning, Regularization
-from lightning_peft.presets.base import Preset, falling_rank
+from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, RankMonitor
+from lightning_peft.presets.base import Preset, falling_dora, falling_rank
 from lightning_peft.rank.budget import Budget
-from lightning_peft.regularizers import DEM, UntilTail
 from lightning_peft.regularizers.dem import Normalizer
 
 
@@ -67,17 +64,10 @@ def weight_decomposed(
         Liu et al., DoRA, ICML 2024, arXiv 2402.09353, for the layer; Mao et al., DoRA, ACL 2024, arXiv 2405.17357, for
         what its rank does. That the two are joined is ours.
     """
-    if dem_weight < 0:
-        raise ValueError(f"dem_weight is the weight of a penalty, at least 0. Got {dem_weight}.")
     final, initial_rank = falling_rank(final_rank, budget, initial_rank, dora.initial_rank)
     adapter = partial(WeightDecomposed, rank=initial_rank, alpha=alpha, dropout=dropout, components="dynamic_dora")
-    callbacks: list[Callback] = [
-        AdapterInjection(adapter, targets, train),
-        RankPruning(dora.policy(final, warmup, tail, interval, beta, minimum=minimum), compact),
-    ]
-    if dem_weight:
-        callbacks.append(Regularization({"dem": DEM(UntilTail(dem_weight, tail), dem_normalizer)}))
-    return Preset([*callbacks, RankMonitor(), AdapterCheckpoint()])
+    policy = dora.policy(final, warmup, tail, interval, beta, minimum=minimum)
+    return falling_dora(adapter, policy, tail, dem_weight, dem_normalizer, targets, train, compact)
 
 
 def weight_decomposed_fixed(

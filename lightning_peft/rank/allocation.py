@@ -56,27 +56,15 @@ def close_lowest(
     """
     if not scores:
         return {}
-    counts = [score.numel() for score in scores.values()]
-    # One transfer from the device for all layers.
-    flat = torch.cat([score.detach().reshape(-1) for score in scores.values()]).cpu().double()
-    if not bool(torch.isfinite(flat).all()):
-        broken = [
-            name for name, part in zip(scores, flat.split(counts), strict=True) if not bool(part.isfinite().all())
-        ]
+    flat, price, broken = _together(scores, sizes, minimum)
+    if broken:
         warnings.warn(
             f"importance is not finite in {', '.join(broken)}: training has diverged there, lower the learning rate. "
             "These components are closed first.",
             stacklevel=2,
         )
-        flat = torch.where(torch.isfinite(flat), flat, -torch.inf)
-    if minimum:
-        parts = []
-        for part in flat.split(counts):
-            best = part.argsort(descending=True, stable=True)[:minimum]
-            parts.append(part.index_fill(0, best, torch.inf))
-        flat = torch.cat(parts)
     order = flat.argsort(stable=True)
-    price = torch.repeat_interleave(torch.tensor([sizes[name] for name in scores]), torch.tensor(counts))[order]
+    price = price[order]
     closable = int(price[flat[order] != torch.inf].sum())
     if amount > closable:
         raise ValueError(
@@ -85,7 +73,7 @@ def close_lowest(
     closed_before = price.cumsum(0) - price
     mask = torch.ones(flat.numel(), dtype=torch.bool)
     mask[order[closed_before < amount]] = False
-    return dict(zip(scores, mask.split(counts), strict=True))
+    return _by_layer(scores, mask)
 
 
 def open_highest(
@@ -205,13 +193,7 @@ def open_best(
     """
     if not scores:
         return {}
-    counts = [score.numel() for score in scores.values()]
-    flat = torch.cat([score.detach().reshape(-1) for score in scores.values()]).cpu().double()
-    flat = torch.where(torch.isfinite(flat), flat, -torch.inf)
-    if minimum:
-        for part in flat.split(counts):  # views
-            part[part.argsort(descending=True, stable=True)[:minimum]] = torch.inf
-    price = torch.repeat_interleave(torch.tensor([sizes[name] for name in scores]), torch.tensor(counts))
+    flat, price, _ = _together(scores, sizes, minimum)
     floor = int(price[flat == torch.inf].sum())
     if amount < floor:
         raise ValueError(f"{amount:,} does not pay for {minimum} components in every layer, which cost {floor:,}.")
@@ -223,4 +205,26 @@ def open_best(
             break
         if cost <= left:
             mask[index], left = True, left - cost
-    return dict(zip(scores, mask.split(counts), strict=True))
+    return _by_layer(scores, mask)
+
+
+def _together(scores: Mapping[str, Tensor], sizes: Mapping[str, int], minimum: int) -> tuple[Tensor, Tensor, list[str]]:
+    """All components in one row, on the CPU: what they are worth and what they cost; and layers that are not finite.
+
+    What is not finite is worth -inf, and the `minimum` best of every layer inf.
+    """
+    counts = [score.numel() for score in scores.values()]
+    # One transfer from the device for all layers.
+    flat = torch.cat([score.detach().reshape(-1) for score in scores.values()]).cpu().double()
+    finite = flat.isfinite()
+    broken = [name for name, part in zip(scores, finite.split(counts), strict=True) if not bool(part.all())]
+    flat = torch.where(finite, flat, -torch.inf)
+    if minimum:
+        for part in flat.split(counts):  # views
+            part[part.argsort(descending=True, stable=True)[:minimum]] = torch.inf
+    price = torch.repeat_interleave(torch.tensor([sizes[name] for name in scores]), torch.tensor(counts))
+    return flat, price, broken
+
+
+def _by_layer(scores: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
+    return dict(zip(scores, mask.split([score.numel() for score in scores.values()]), strict=True))

@@ -160,7 +160,43 @@ def require_comparable(compare: Compare, final: Budget) -> None:
         )
 
 
-class RankPolicy(Policy):
+class BudgetPolicy(Policy):
+    """A policy that is told what may be spent at the end, and how components are compared.
+
+    Args:
+        schedule: the window of events, and how fast the budget moves in it.
+        importance: what a component is worth.
+        final: what may be spent at the end; its unit is the policy's.
+        interval: optimizer steps between two events; the last step of the window is always one.
+        compare: "worth" compares components as they are, "worth_per_cost" divides by their parameters first.
+
+    Raises:
+        TypeError: an argument is of another class.
+        ValueError: interval is below 1, or compare is unknown or of no effect.
+    """
+
+    def __init__(
+        self, schedule: Schedule, importance: Importance, final: Budget, interval: int, compare: Compare
+    ) -> None:
+        super().__init__(schedule, importance, interval)
+        require_instance("final", final, Budget, "Budget(rank=8)")
+        require_comparable(compare, final)
+        self.final = final
+        self.compare: Compare = compare
+
+    @property
+    def unit(self) -> Unit:
+        return self.final.unit
+
+    @property
+    def final_budget(self) -> Budget:
+        return self.final
+
+    def settings(self) -> dict[str, str]:
+        return {"budget": str(self.final), **super().settings()}
+
+
+class RankPolicy(BudgetPolicy):
     """Close components on schedule.
 
         budget(t) = capacity - schedule.cut(t, T, capacity - final)
@@ -198,19 +234,15 @@ class RankPolicy(Policy):
         compare: Compare = "worth",
         irreversible: bool = False,
     ) -> None:
-        super().__init__(schedule, importance, interval)
-        require_instance("final", final, Budget, "Budget(rank=8)")
+        super().__init__(schedule, importance, final, interval, compare)
         require_integer("minimum", minimum)
         if minimum < 0:
             raise ValueError(f"minimum is a number of components, at least 0. Got {minimum}.")
-        require_comparable(compare, final)
         if soft and irreversible:
             raise ValueError("soft=True lets components return, and irreversible=True does not: choose one of the two.")
-        self.final = final
         self.irreversible = irreversible
         self.soft = soft
         self.minimum = minimum
-        self.compare = compare
         self._sizes: dict[str, int] = {}
         self._capacity = 0
         self._final = 0
@@ -219,19 +251,8 @@ class RankPolicy(Policy):
         self._away = 0
 
     @property
-    def unit(self) -> Unit:
-        return self.final.unit
-
-    @property
-    def final_budget(self) -> Budget:
-        return self.final
-
-    @property
     def returning(self) -> str | None:
         return "this policy removes softly there" if self.soft else None
-
-    def settings(self) -> dict[str, str]:
-        return {"budget": str(self.final), **super().settings()}
 
     def track(self, budget: RankBudget) -> None:
         """Take on the adapters of `budget`; importance starts at zero.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from functools import partial
@@ -63,11 +64,15 @@ def injection(trained: bool = True, start: Start = "svd") -> AdapterInjection:
 class AtStart(L.Callback):
     """The factors and masks as the first step finds them."""
 
+    looks = True  # also at what the model gives
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, Net)
         budget = RankBudget.of(pl_module)
         self.ranks = budget.ranks()
         self.gains = {name: site.gate.value().detach().clone() for name, site in budget.items()}
+        if not self.looks:
+            return
         self.same = Net().eval().net(loader().dataset[:][0])
         self.given = pl_module.eval().net(loader().dataset[:][0]).detach()
         pl_module.train()
@@ -190,6 +195,49 @@ def test_a_run_that_was_stopped_while_it_calibrated_calibrates_again(filled: int
     for name, value in whole.state_dict().items():
         rounding = 0.0 if filled == 0 else 1e-4
         torch.testing.assert_close(again.state_dict()[name], value, rtol=rounding, atol=rounding)
+
+
+class LengthFirst(Net):
+    """Positions come before samples inside, as in nn.MultiheadAttention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Identity(), nn.Linear(5, 4), nn.Linear(4, 2))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x = batch[0].unflatten(1, (-1, 2)) if batch[0].dim() == 2 else batch[0]
+        return nn.functional.mse_loss(self.net(x.transpose(0, 1)).mean(0), batch[1])
+
+
+def test_of_a_square_batch_one_sample_is_left_out() -> None:
+    """As many positions as samples: without the last sample there is no question whose rows are whose."""
+    x, y = loader().dataset[:]
+    x = x.unflatten(1, (4, 2))
+    start, net = AtStart(), LengthFirst()
+    plain = copy.deepcopy(net)
+    start.looks = False
+    square = Calibration(WeightedSVD("fisher"), data=[(x[:4], y[:4]), (x[4:8], y[4:8])])
+    fit(net, injection(), square, start, max_steps=1)
+    total = torch.zeros(5)
+    for one, target in zip(x[[0, 1, 2, 4, 5, 6]], y[[0, 1, 2, 4, 5, 6]], strict=True):
+        plain.zero_grad()
+        plain.training_step((one[None], target[None]), 0).backward()
+        total += plain.net[3].weight.grad.square().sum(0)  # type: ignore[union-attr, operator]
+    _, s, _ = weighted_svd(plain.net[3].weight, scale(total / 6))  # type: ignore[arg-type]
+    torch.testing.assert_close(start.gains["net.3"], s, rtol=1e-4, atol=1e-6)
+
+
+class Detached(Net):
+    """Its layers are called, and its loss does not see them."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.mse_loss(self.net[4](self.net[:4](batch[0]).detach()), batch[1])
+
+
+@pytest.mark.parametrize("weighting", ["fisher", "taylor"])
+def test_a_loss_that_depends_on_no_layer_is_told_as_such(weighting: Any) -> None:
+    with pytest.raises(RuntimeError, match=r"calls adapted layers, and its loss depends on none of the 2, .*'net\.0'"):
+        fit(Detached(), injection(), Calibration(WeightedSVD(weighting), batches=2))
 
 
 @pytest.mark.parametrize("weighting", ["fisher", "taylor"])

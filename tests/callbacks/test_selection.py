@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from lightning_peft import (
     AdapterCheckpoint,
+    AdapterFileError,
     AdapterInjection,
     BudgetPenalty,
     Factorized,
@@ -291,6 +292,29 @@ def test_a_model_that_was_cut_is_validated_with_its_own_checkpoint(tmp_path: Pat
     assert net.state_dict().keys() == end.keys()
     for name, value in net.state_dict().items():
         assert torch.equal(value, end[name]), name
+
+
+@pytest.mark.parametrize("step", [3, 9])
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_model_object_that_was_cut_is_no_place_to_resume(step: int, tmp_path: Path) -> None:
+    """What draws was made for the sizes that are left; a model that is built anew goes on from either checkpoint."""
+
+    class Saves(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+            if trainer.global_step == step:
+                trainer.save_checkpoint(tmp_path / "stop.ckpt")
+
+    def callbacks() -> list[L.Callback]:
+        return [*method(tail=0.5, train=["head"], compact="final"), AdapterCheckpoint()]
+
+    net, again = Net(), Net()
+    trainer(*callbacks(), Saves()).fit(net, data())
+    with pytest.raises(
+        AdapterFileError, match=r"does not fit 'peft_masks\..*has cut\. Build the model anew, and resume"
+    ):
+        trainer(*callbacks()).fit(net, data(), ckpt_path=tmp_path / "stop.ckpt")
+    trainer(*callbacks()).fit(again, data(), ckpt_path=tmp_path / "stop.ckpt")
+    assert all(len(site.gate) == RankBudget.of(again).ranks()[name] for name, site in RankBudget.of(again).items())
 
 
 @pytest.mark.parametrize("before", [False, True])

@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_peft import Budget, DynamicDoRA, inject, plan, presets, small_parameters
+from lightning_peft import Budget, DynamicDoRA, Factorized, RankBudget, inject, plan, presets, small_parameters
+from lightning_peft.adapters.base import AdapterFactory
 from lightning_peft.planning.figures import Strategy
 from lightning_peft.testing.processes import run_processes
 
@@ -29,6 +30,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork"),
 ]
 WIDTH, RANK = 48, 6
+LOW_RANK = partial(DynamicDoRA, rank=RANK, dropout=0.0)
+FACTORS = partial(Factorized, trained=False)  # in the place of the base, and sharded as it would be
 Sent = dict[str, dict[str, list[int]]]
 
 
@@ -49,9 +52,9 @@ def build(norm: type[nn.Module]) -> nn.ModuleDict:
     return nn.ModuleDict({"net": nn.Sequential(Block(), Block(), norm(WIDTH), nn.Linear(WIDTH, 4))})
 
 
-def adapted(norm: type[nn.Module]) -> nn.ModuleDict:
+def adapted(norm: type[nn.Module], factory: AdapterFactory = LOW_RANK) -> nn.ModuleDict:
     holder = build(norm)
-    inject(holder, partial(DynamicDoRA, rank=RANK, dropout=0.0))
+    inject(holder, factory)
     return holder
 
 
@@ -130,11 +133,13 @@ def test_bytes_under_ddp(tmp_path: Path) -> None:
     assert found.start.all_reduce == found.start.gradients  # 2 (N - 1) / N of them, for N = 2
 
 
-def sharded(rank: int, kind: str, folder: Path) -> None:
+def sharded(rank: int, kind: str, factory: AdapterFactory, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:
-        net = adapted(nn.LayerNorm)["net"]
-        small = {p for p in net.parameters() if p.requires_grad}
+        net = adapted(nn.LayerNorm, factory)["net"]
+        small = set(small_parameters(net))
+        for site in RankBudget.of(net).values():
+            site.gate.mask.requires_grad_(factory is FACTORS)  # so that backward goes through them
         model: nn.Module = net
         if kind == "fsdp2":
             mesh = init_device_mesh("cpu", (2,))
@@ -157,11 +162,15 @@ def sharded(rank: int, kind: str, folder: Path) -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ["fsdp2", "fsdp1"])
-def test_bytes_under_sharding(kind: Strategy, tmp_path: Path) -> None:
-    multiprocessing.start_processes(sharded, (kind, tmp_path), nprocs=2, start_method="fork")
+@pytest.mark.parametrize(
+    ("kind", "factory"),
+    [("fsdp2", LOW_RANK), ("fsdp1", LOW_RANK), ("fsdp2", FACTORS)],
+    ids=["fsdp2", "fsdp1", "factors"],
+)
+def test_bytes_under_sharding(kind: Strategy, factory: AdapterFactory, tmp_path: Path) -> None:
+    multiprocessing.start_processes(sharded, (kind, factory, tmp_path), nprocs=2, start_method="fork")
     with torch.device("meta"):
-        shapes = adapted(nn.LayerNorm)
+        shapes = adapted(nn.LayerNorm, factory)
     found = plan(shapes, 2, strategy=kind, precision="bf16-mixed")
     for rank in range(2):
         sent: Sent = json.loads((tmp_path / f"{rank}.json").read_text())

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hosts import Host, Job, ShardedAroundAdapters, change, train_all
 from lightning.pytorch.strategies import DDPStrategy
-from presets.every import NAMES, injection_of, releases_base, small
+from presets.every import NAMES, has_posterior, injection_of, releases_base, small
 from torch import Tensor, nn
 
 from lightning_peft import RankPruning, adapter_state_dict
@@ -28,13 +28,13 @@ pytestmark = [
 def job(name: str) -> Job:
     """The preset without what tells processes apart by more than rounding: dropout, which draws anew for every batch,
     of which a process has half, and statistics of batches, by which rounding turns the vectors of a decomposition.
-    Masks are drawn without a network: Adam divides by its gradients, which are nearly 0 (see test_selection.py); and
-    more by the task's loss than by their penalty, which is the same whatever the batch.
+    Noise is the same on every process. Masks are drawn without a network: Adam divides by its gradients, which are
+    nearly 0 (see test_selection.py); and more by the task's loss than by their penalty, the same whatever the batch.
     """
     injection = injection_of(name)
     own = {"adapter": staticmethod(injection.adapter), "beside": injection.train}
     around = type("Around", (ShardedAroundAdapters,), own)
-    options = {"dropout": 0.0, "weighting": "none", "masks": "monotone", "budget_weight": 0.5}
+    options = {"dropout": 0.0, "weighting": "none", "masks": "monotone", "budget_weight": 0.5, "streams": "alike"}
     return Job(partial(small, name, **options), around=around)
 
 
@@ -48,8 +48,8 @@ def results(world: int, *kinds: str) -> list[dict[Any, Any]]:
 
 
 def sharded(kind: str, name: str) -> str:
-    """What takes a weight apart comes before what shards it."""
-    return f"{kind} around" if kind == "fsdp2" and releases_base(name) else kind
+    """What takes a weight apart comes before what shards it, and so does what has noise."""
+    return f"{kind} around" if kind == "fsdp2" and (releases_base(name) or has_posterior(name)) else kind
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])

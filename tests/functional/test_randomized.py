@@ -104,7 +104,7 @@ def test_pieces_make_no_difference(tokens: int, monkeypatch: pytest.MonkeyPatch)
     x = torch.randn(4, tokens, D_IN, dtype=torch.float64, requires_grad=True)
     for examples in (None, 4):
         update, found = an_update("io", examples), []
-        for size in (2**30, 50):
+        for size in (2**30, 3):
             monkeypatch.setattr(into, "piece", size)
             y = randomized_linear(x, None, None, into, out, update)
             found.append((y, *torch.autograd.grad(y.square().sum(), [x, *given(update)])))

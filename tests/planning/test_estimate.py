@@ -296,8 +296,16 @@ def test_a_layer_in_another_form_is_planned_like_any_other(tmp_path: Path) -> No
     budget.keep({name: torch.arange(len(site.gate)) < len(site.gate) // 2 for name, site in budget.items()})
     compact(job)
     agrees(planned.final, planned.base, *train(job, tmp_path, "32-true"))
-    with pytest.raises(TypeError, match="FSDP2 shards the factors of Factorized with the base, and such a run is not"):
+    with pytest.raises(TypeError, match="FSDP2 shards the factors of Factorized with the base, and a run that trains"):
         plan(shapes, 2, strategy="fsdp2")
+    with torch.device("meta"):
+        frozen = nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 3))
+    inject(frozen, partial(Factorized, trained=False), targets=["0"], train=["1"])
+    sharded = plan(frozen, 2, strategy="fsdp2")
+    assert sharded.base == 4 * (5 * 6 + 3 * 6 + 10 + 6)  # half of U's ten rows and Vh's six; bias and s stay whole
+    assert sharded.gather_forward == 4 * (5 * 6 + 3 * 6)
+    assert sharded.startup == 4 * (33 + 6 + 6)  # what is trained, s, and the mask
+    assert sharded.start.gradients == 4 * 33
     assert plan(shapes, 2, strategy="fsdp1").start.weights == planned.start.weights
 
 

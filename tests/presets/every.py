@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from lightning_peft import Adapter, AdapterInjection, presets
+from lightning_peft import Adapter, AdapterInjection, PACBayes, Regularization, presets
 
 NAMES = [name for name in presets.__all__ if name != "Preset"]
 
@@ -42,6 +42,12 @@ def releases_base(name: str) -> bool:
     factory = injection_of(name).adapter
     kind = getattr(factory, "func", factory)
     return isinstance(kind, type) and issubclass(kind, Adapter) and kind.releases_base
+
+
+def has_posterior(name: str) -> bool:
+    """Whether the preset trains a distribution: what that is over, the head too, is to be whole."""
+    terms = [term for each in small(name) if isinstance(each, Regularization) for term in each.terms.values()]
+    return any(isinstance(term, PACBayes) for term in terms)
 
 
 def injection_of(name: str) -> AdapterInjection:

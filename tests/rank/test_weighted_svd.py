@@ -136,7 +136,7 @@ WEIGHTINGS = ["none", "fisher", "taylor", "activation", "whiten"]
 @pytest.mark.parametrize(("trained", "start"), [(True, "svd"), (False, "svd"), (True, "exact")])
 def test_layers_are_filled_as_the_papers_say(weighting: Any, trained: bool, start: Start) -> None:
     """Statistics by autograd in batches of one, from two batches of different sizes, whether U and Vh are trained."""
-    model, budget = calibrated(WeightedSVD(weighting), (4, 2), trained=trained, start=start)
+    model, budget = calibrated(WeightedSVD(weighting), (5, 1), trained=trained, start=start)
     check(budget, weighting)
     x, _ = data()
     torch.testing.assert_close(model(x), net()(x), rtol=1e-4, atol=1e-6)
@@ -206,6 +206,25 @@ def test_calls_of_a_sample_add_up(length_first: bool) -> None:
     torch.testing.assert_close(budget["first"].gate.gain, s, rtol=1e-4, atol=0, check_dtype=False)
     torch.testing.assert_close(budget["first"].adapter.U, U, rtol=1e-3, atol=1e-4)
     assert probe._counts == {"first": COUNT}
+
+
+def test_a_square_of_samples_and_positions_is_refused() -> None:
+    """As many positions as samples: of (length, samples, d) the first dimension would be taken for samples."""
+    for length_first in (False, True):
+        model = net(Twice)
+        model.length_first = length_first
+        with pytest.raises(RuntimeError, match=r"\(4, 4, 6\) are of 4 samples and as many positions, in one order or"):
+            calibrated(WeightedSVD("fisher"), (LENGTH, 2), targets=["first"], model=model)
+
+
+def test_one_sample_is_no_question_and_what_was_called_is_known() -> None:
+    model, probe = net(Twice).float(), WeightedSVD("fisher")
+    inject(model, Factorized, ["first"], train=[])
+    probe.begin(RankBudget.of(model), Alone())
+    with heard(probe, RankBudget.of(model), samples=1) as called:
+        loss_of(model, torch.randn(1, 2, WIDTH), torch.randn(1, 3)).backward()
+    assert called == {"first"}
+    assert probe._counts == {"first": 1}
 
 
 class Convolutional(nn.Module):
@@ -390,7 +409,7 @@ def test_whitening_keeps_what_layers_give() -> None:
     """Of all weightings, on the data that were seen, at the same ranks."""
     errors = {}
     for weighting in WEIGHTINGS:
-        _, budget = calibrated(WeightedSVD(weighting, rank=2), (2, 4))  # type: ignore[arg-type]
+        _, budget = calibrated(WeightedSVD(weighting, rank=2), (1, 5))  # type: ignore[arg-type]
         errors[weighting] = {
             name: float((X @ (matrices()[name] - budget[name].adapter.effective_weight()).T).detach().norm())
             for name, X in layer_inputs().items()

@@ -16,7 +16,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 
-from lightning_peft import AdapterCheckpoint, AdapterInjection, LoRA, Orthogonality, Regularization
+from lightning_peft import (
+    AdapterCheckpoint,
+    AdapterInjection,
+    Budget,
+    Cubic,
+    LoRA,
+    Orthogonality,
+    RankBudget,
+    RankPolicy,
+    RankPruning,
+    Regularization,
+    Taylor,
+)
 from lightning_peft.functional import pac_bayes as paper
 from lightning_peft.functional.catoni import catoni, catoni_linear
 from lightning_peft.functional.dziugaite_roy import dziugaite_roy
@@ -411,6 +423,23 @@ def test_a_second_model_begins_anew() -> None:
     second = term.posterior
     fit(term, module=module)
     assert term.posterior is second
+
+
+def test_closed_components_stay_in_q_and_are_not_cut() -> None:
+    def pruned(compact: Any) -> Module:
+        pruning = RankPruning(RankPolicy(Cubic(0.1, 0.3), Taylor(), Budget(rank=1), interval=2), compact)
+        term = PACBayes("f_quad")
+        module = injected(Module())
+        trainer(pruning, Regularization({"pac": term}), max_epochs=2).fit(module, loader())
+        assert term.posterior is not None
+        assert term.posterior.names == Posterior(injected(Module())).names
+        return module
+
+    module = pruned("never")
+    closed = [~site.gate.open() for site in RankBudget.of(module).values()]
+    assert any(bool(each.any()) for each in closed)
+    with pytest.raises(MisconfigurationException, match="the term 'pac' has a posterior over all of them"):
+        pruned("final")
 
 
 @pytest.mark.parametrize("epochs", [-1, 1])
