@@ -74,7 +74,7 @@ REASONED = {
     ("testing/trial.py", "dynamic_dora"): "its import",
     ("testing/equations.py", "Taylor"): "a law about what the mask's gradient measures, which is this importance",
 }
-# Files that serve one thing only, and name it: methods of PEFT as PEFT has them, and PAC-Bayes.
+# Files that are about methods of PEFT as PEFT has them, by its names: they serve no method of ours.
 OF_PEFT = {
     "callbacks/allocation.py": "drives PEFT's own AdaLoRA, which has a schedule and a budget of its own",
     "callbacks/peft_losses.py": "adds to the loss what PEFT's own methods want added",
