@@ -23,6 +23,7 @@ from lightning_peft import (
     Growth,
     LoRA,
     Orthogonality,
+    PACBayes,
     RankPolicy,
     RankPruning,
     RankSelection,
@@ -41,6 +42,8 @@ from lightning_peft import (
     to_hf_peft,
 )
 from lightning_peft.adapters import adalora, dynamic_dora
+from lightning_peft.presets.pac_bayes import prior_split
+from lightning_peft.regularizers.objectives import FBBB
 
 
 class NoLinear(Encoder):
@@ -237,6 +240,22 @@ ROWS: Rows = {
     "no term": (lambda: Regularization({}), TypeError),
     "a term's class in place of a term": (lambda: Regularization({"dem": DEM}), TypeError),  # type: ignore[dict-item]
     "a term's name that no log can hold": (lambda: Regularization({"loss/dem": DEM()}), ValueError),
+    "a misspelt objective": (lambda: PACBayes("f_cubic"), ValueError),  # type: ignore[arg-type]
+    "an objective's class in place of an objective": (lambda: PACBayes(FBBB), TypeError),  # type: ignore[arg-type]
+    "a misspelt risk": (lambda: PACBayes(risk="accuracy"), ValueError),  # type: ignore[arg-type]
+    "noise that is wider than a weight may bear": (lambda: PACBayes(sigma=2.0), ValueError),
+    "a prior without a width": (lambda: PACBayes(prior_sigma=0.0), ValueError),
+    "a learnt prior that begins beyond its grid": (lambda: PACBayes(prior="learned", prior_sigma=1.0), ValueError),
+    "an objective that pays for a learnt prior, and a fixed one": (
+        lambda: fit(adapted(), Regularization({"pac": PACBayes("dziugaite_roy")})),
+        ValueError,
+    ),
+    "a posterior over what is not trained": (
+        lambda: fit(adapted(), Regularization({"pac": PACBayes(over=["norm"])})),
+        ValueError,
+    ),
+    "a bound for losses without a limit, and no constant": (lambda: PACBayes("unbounded"), ValueError),  # type: ignore[arg-type]
+    "a prior's part that leaves nothing to certify": (lambda: prior_split(range(10), 1.0), ValueError),
     "a ratio and a budget": (lambda: presets.rankdyna(0.5, budget=Budget(rank=4)), ValueError),
     "a ratio of 0": (lambda: presets.rankdyna(0.0), ValueError),
     "a ratio that is not reached with a group in every layer": (
