@@ -23,10 +23,12 @@ from lightning_peft import (
     Growth,
     LoRA,
     Orthogonality,
+    PACBayes,
     RankPolicy,
     RankPruning,
     RankSelection,
     Regularization,
+    RLoRA,
     SoftThreshold,
     Taylor,
     WeightDecomposed,
@@ -39,7 +41,9 @@ from lightning_peft import (
     small_parameters,
     to_hf_peft,
 )
-from lightning_peft.adapters import dynamic_dora
+from lightning_peft.adapters import adalora, dynamic_dora
+from lightning_peft.presets.pac_bayes import prior_split
+from lightning_peft.regularizers.objectives import FBBB
 
 
 class NoLinear(Encoder):
@@ -149,6 +153,20 @@ ROWS: Rows = {
         ValueError,
     ),
     "an adapter's class on a layer that it cannot adapt": (lambda: DynamicDoRA(nn.GRU(4, 4)), TypeError),
+    "RLoRA on a convolution": (
+        lambda: inject(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2)), RLoRA, ["0"]),
+        TypeError,
+    ),
+    "a mode of RLoRA that is misspelt": (lambda: fit(Encoder(), *presets.rlora(4, mode="diagonal")), ValueError),  # type: ignore[arg-type]
+    "a key for projections that are shared": (lambda: RLoRA(nn.Linear(8, 8), rank=4, key="query"), ValueError),
+    "Kronecker products on a width without small factors": (
+        lambda: RLoRA(nn.Linear(8, 8209), rank=4, path="kron"),
+        ValueError,
+    ),
+    "RLoRA's components by AdaLoRA's importance": (
+        lambda: fit(Encoder(), AdapterInjection(partial(RLoRA, rank=4)), RankPruning(adalora.policy(Budget(rank=2)))),
+        TypeError,
+    ),
     "a transposed convolution as a target": (
         lambda: inject(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 3, 3)), LORA, ["1"]),
         ValueError,
@@ -222,6 +240,22 @@ ROWS: Rows = {
     "no term": (lambda: Regularization({}), TypeError),
     "a term's class in place of a term": (lambda: Regularization({"dem": DEM}), TypeError),  # type: ignore[dict-item]
     "a term's name that no log can hold": (lambda: Regularization({"loss/dem": DEM()}), ValueError),
+    "a misspelt objective": (lambda: PACBayes("f_cubic"), ValueError),  # type: ignore[arg-type]
+    "an objective's class in place of an objective": (lambda: PACBayes(FBBB), TypeError),  # type: ignore[arg-type]
+    "a misspelt risk": (lambda: PACBayes(risk="accuracy"), ValueError),  # type: ignore[arg-type]
+    "noise that is wider than a weight may bear": (lambda: PACBayes(sigma=2.0), ValueError),
+    "a prior without a width": (lambda: PACBayes(prior_sigma=0.0), ValueError),
+    "a learnt prior that begins beyond its grid": (lambda: PACBayes(prior="learned", prior_sigma=1.0), ValueError),
+    "an objective that pays for a learnt prior, and a fixed one": (
+        lambda: fit(adapted(), Regularization({"pac": PACBayes("dziugaite_roy")})),
+        ValueError,
+    ),
+    "a posterior over what is not trained": (
+        lambda: fit(adapted(), Regularization({"pac": PACBayes(over=["norm"])})),
+        ValueError,
+    ),
+    "a bound for losses without a limit, and no constant": (lambda: PACBayes("unbounded"), ValueError),  # type: ignore[arg-type]
+    "a prior's part that leaves nothing to certify": (lambda: prior_split(range(10), 1.0), ValueError),
     "a ratio and a budget": (lambda: presets.rankdyna(0.5, budget=Budget(rank=4)), ValueError),
     "a ratio of 0": (lambda: presets.rankdyna(0.0), ValueError),
     "a ratio that is not reached with a group in every layer": (

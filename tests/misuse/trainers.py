@@ -27,6 +27,7 @@ from lightning_peft import (
     Calibration,
     Distillation,
     Factorized,
+    PACBayes,
     RankBudget,
     RankMonitor,
     RankSelection,
@@ -37,6 +38,8 @@ from lightning_peft import (
     presets,
 )
 from lightning_peft.adapters import ars
+from lightning_peft.callbacks.moments import MomentEstimation
+from lightning_peft.regularizers.pac_tuning import PACTuning
 
 
 class Manual(Encoder):
@@ -67,6 +70,17 @@ class BuiltTooEarly(Encoder):
 class NoLoss(Encoder):
     def training_step(self, batch: Tensor, batch_idx: int) -> Any:
         return {"logits": self.classifier(self.value(batch))}
+
+
+class WithLogits(Encoder):
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        logits = self.classifier(self.value(batch))
+        return {"loss": logits.square().mean(), "logits": logits}
+
+
+class Tokens(Encoder):
+    def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+        return super().training_step(batch[:, None], batch_idx)
 
 
 class Reentrant(Encoder):
@@ -401,6 +415,43 @@ ROWS: Rows = {
     "a run too short for masks to learn their budget": (
         lambda: fit(Encoder(), *presets.ars(0.5, weighting="none")),
         UserWarning,
+    ),
+    "a bounded risk, and a step that returns its loss alone": (
+        lambda: fit(Encoder(), *presets.pac_bayes(rank=4)),
+        RuntimeError,
+    ),
+    "a bounded risk, and a batch without labels": (lambda: fit(WithLogits(), *presets.pac_bayes(rank=4)), RuntimeError),
+    "a bound over data of unknown length": (
+        lambda: stream(*presets.pac_bayes(rank=4, risk="loss")),
+        MisconfigurationException,
+    ),
+    "a posterior, and nothing that is trained": (
+        lambda: fit(Encoder().requires_grad_(False), Regularization({"pac": PACBayes(risk="loss")})),
+        RuntimeError,
+    ),
+    "a posterior over the head alone that is to be complete": (
+        lambda: fit(adapted(), Regularization({"pac": PACBayes(risk="loss", over=["classifier"], complete=True)})),
+        RuntimeError,
+    ),
+    "a posterior whose components are to be cut": (
+        lambda: fit(
+            Encoder(),
+            *presets.dynamic_dora(final_rank=2, dem_weight=0, compact="final"),
+            Regularization({"pac": PACBayes(risk="loss")}),
+        ),
+        MisconfigurationException,
+    ),
+    "noise for every example of a head that sees tokens": (
+        lambda: fit(Tokens(), *presets.pac_bayes(rank=4, risk="loss", unit="example")),
+        RuntimeError,
+    ),
+    "`PACTuning` without `MomentEstimation`": (
+        lambda: fit(adapted(), Regularization({"pac": PACBayes(PACTuning(), risk="loss", prior="per_tensor")})),
+        RuntimeError,
+    ),
+    "`MomentEstimation` without `PACTuning`": (
+        lambda: fit(adapted(), Regularization({"dem": DEM()}), MomentEstimation()),
+        MisconfigurationException,
     ),
     "training diverges": (lambda: fit(Diverges(), *presets.dynamic_dora(final_rank=2)), UserWarning),
 }
