@@ -144,8 +144,8 @@ def _two(quad: Sequence[Row], classic: Sequence[Row]) -> str:
         )
     elif max(moved) < 1:
         line += (
-            f". Both leave Q where the prior is (KL {moved[0]:.2f} and {moved[1]:.2f}), all that these examples can pay for: "
-            "between their certificates there is nothing but the draws"
+            f". Both leave Q where the prior is (KL {moved[0]:.2f} and {moved[1]:.2f}), all that these examples can "
+            "pay for: between their certificates there is nothing but the draws"
         )
     return line + "."
 
