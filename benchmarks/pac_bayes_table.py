@@ -139,8 +139,8 @@ def _two(quad: Sequence[Row], classic: Sequence[Row]) -> str:
     )
     if max(limits) <= 0:
         line += (
-            f": for no risk at all. With so few examples `f_classic` is the tighter of the two, and weights move further "
-            f"under it (KL {moved[1]:.0f}, not {moved[0]:.0f}): their published order cannot be expected here"
+            ": for no risk at all. With so few examples `f_classic` is the tighter one, and weights move further under "
+            f"it (KL {moved[1]:.0f}, not {moved[0]:.0f}): their published order cannot be expected here"
         )
     return line + "."
 

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from lightning_peft.heat_map import Grid, HeatMap, rank_heat_map
+from lightning_peft.heat_map import Grid, HeatMap, kl_heat_map, rank_heat_map
 
 KINDS = ("attention.self.query", "attention.self.key", "output.dense")
 BERT = [f"model.bert.encoder.layer.{i}.{kind}" for i in range(3) for kind in KINDS]
@@ -131,3 +131,14 @@ def test_nothing_to_draw_is_an_error(ranks: dict[str, int], top: int) -> None:
         ValueError, match=f"at least one layer and a top rank of 1 or more. Got {len(ranks)}, top={top}"
     ):
         rank_heat_map(ranks, top)
+
+
+def test_a_divergence_is_drawn_in_few_letters() -> None:
+    kl = {"layer.0.query": 0.25, "layer.0.key": 9.96, "layer.1.query": 412.4, "layer.1.key": 1.26e6}
+    figure = kl_heat_map(kl, title="KL")
+    assert written(figure) == {(0, 0): "0.25", (0, 1): "10.0", (1, 0): "412", (1, 1): "1.3M"}
+    assert figure.axes[0].images[0].get_clim() == (0, 1.26e6)
+    assert pixels(kl_heat_map({"head": 0.0})).shape[2] == 3  # no divergence yet
+    assert written(kl_heat_map({"a": 14_000.0})) == {(0, 0): "14k"}
+    with pytest.raises(ValueError, match="needs at least one layer"):
+        kl_heat_map({})

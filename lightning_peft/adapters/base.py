@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from lightning_peft.adapters.deferred import Deferred
 from lightning_peft.adapters.layers import stored
 from lightning_peft.rank.gate import Gate
 
@@ -70,7 +72,17 @@ class Adapter(nn.Module, ABC):
 
     @property
     def weight(self) -> Tensor:
-        """The effective weight in the base's layout and dtype: what code that reads a layer's weight should get."""
+        """The effective weight in the base's layout and dtype: what code that reads a layer's weight should get.
+
+        Of an adapter that has it in another form it is computed where it is used, and not for its dtype alone.
+        """
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        # Compiled, what nobody uses is not computed anyway.
+        if self.releases_base and not torch.compiler.is_compiling():
+            return Deferred(weight, self._stored_weight)
+        return self._stored_weight()
+
+    def _stored_weight(self) -> Tensor:
         weight: Tensor = self.base.weight  # type: ignore[assignment]
         return stored(self.base, self.effective_weight()).to(weight.dtype)
 

@@ -8,6 +8,7 @@ weight-decomposed DoRA of Liu et al.
 from __future__ import annotations
 
 from math import ceil, sqrt
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,10 +92,18 @@ def component_shares(A: Tensor, B: Tensor, c: Tensor, eps: float = 1e-8) -> Tens
     Reference:
         Mao et al., DoRA, ACL 2024, eq. 7; eps from the authors' code.
     """
-    gram = (A @ A.mT) * (B.mT @ B)
-    norms = gram.diagonal(dim1=-2, dim2=-1).sqrt() * c.abs()
-    total = torch.einsum("...i,...ij,...j->...", c, gram, c).clamp_min(0).sqrt()
-    return norms / (total[..., None] + eps)
+    return _shares((A @ A.mT) * (B.mT @ B), c, eps)
+
+
+def _shares(products: Tensor, c: Tensor, eps: float) -> Tensor:
+    """Shares from the components' products, (..., R, R), or from their squared norms where they are orthogonal."""
+    if products.dim() == c.dim():
+        norms = products.sqrt() * c.abs()
+        total = norms.square().sum(-1)
+    else:
+        norms = products.diagonal(dim1=-2, dim2=-1).sqrt() * c.abs()
+        total = torch.einsum("...i,...ij,...j->...", c, products, c).clamp_min(0)
+    return norms / (total.sqrt()[..., None] + eps)
 
 
 class NormShare(Importance):
@@ -119,11 +128,9 @@ class NormShare(Importance):
         self.eps = eps
 
     def measure(self, group: list[Site]) -> Tensor:
-        adapters = [site.adapter for site in group]
-        A = torch.stack([adapter.A for adapter in adapters]).float()
-        B = torch.stack([adapter.B for adapter in adapters]).float()
+        adapters: list[Any] = [site.adapter for site in group]
         c = torch.stack([site.gate.value() for site in group]).float()
-        return component_shares(A, B, c, self.eps)
+        return _shares(type(adapters[0]).products(adapters).float(), c, self.eps)
 
 
 def initial_rank(final_rank: float) -> int:

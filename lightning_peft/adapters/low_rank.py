@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from operator import index
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,19 @@ class LowRankUpdate(Adapter):
     def effective_weight(self) -> Tensor:
         update = self.update()
         return matrix(self.base).to(update.dtype) + update
+
+    @classmethod
+    @torch.no_grad()
+    def products(cls, group: Sequence[LowRankUpdate]) -> Tensor:
+        """Products <b_i a_i^T, b_j a_j^T> of the components of L equally shaped adapters, in float32 or wider.
+
+        (A A^T) * (B^T B): (L, r, r);  or its diagonal alone, (L, r), where components are orthogonal
+        """
+        A = torch.stack([adapter.A for adapter in group])
+        B = torch.stack([adapter.B for adapter in group])
+        wide = torch.promote_types(A.dtype, torch.float32)
+        A, B = A.to(wide), B.to(wide)
+        return (A @ A.mT) * (B.mT @ B)
 
     @torch.no_grad()
     def factors(self) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import isfinite, sqrt
 from operator import index
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from lightning_peft.adapters.layers import is_convolution, is_transformers_conv1
 from lightning_peft.adapters.low_rank import LowRankUpdate
 from lightning_peft.arguments import require_integer, require_number
 from lightning_peft.functional import draws
+from lightning_peft.functional.hadamard import is_exact
 from lightning_peft.functional.randomized import Update, randomized_linear
 from lightning_peft.functional.srht import SRHT, Projection, faster_path, has_small_factors
 from lightning_peft.rank.gate import Gate
@@ -27,6 +28,14 @@ from lightning_peft.rank.gate import Gate
 Mode = Literal["diag", "io", "core", "half"]
 Scale = Literal["vera", "orthonormal"]
 How = Literal["auto", "rows", "kron"]
+
+
+class _Sources(NamedTuple):
+    """What the projections of layers that share them are drawn from, and its digest."""
+
+    into: SRHT
+    out: SRHT | None
+    digest: str
 
 
 class RLoRA(LowRankUpdate):
@@ -171,7 +180,7 @@ class RLoRA(LowRankUpdate):
         if self.gate.gain is not None:
             self.gate.gain.requires_grad_(mode == "diag")
         self.reset_parameters()
-        self._sources: tuple[SRHT, SRHT | None] | None = None
+        self._sources: _Sources | None = None
         self._derive()
 
     @torch.no_grad()
@@ -191,14 +200,14 @@ class RLoRA(LowRankUpdate):
         if own.is_meta:
             return
         with torch.device("cpu"):  # whatever the default device is: constants are drawn there
-            into, out = self._draws()
+            into, out, _ = self._draws()
             path = self.path
             if path == "auto":
                 path = faster_path(into.d, self._shape[0], self._drawn)
             self._into = into.at(own.device, own.dtype, path)
             self._out = None if out is None else out.at(own.device, own.dtype, path)
 
-    def _draws(self) -> tuple[SRHT, SRHT | None]:
+    def _draws(self) -> _Sources:
         """What the projections are, without their numbers; drawn once."""
         if self._sources is None:
             d_out, d_in = self._shape
@@ -209,7 +218,8 @@ class RLoRA(LowRankUpdate):
                 # In "core" a component is a column of R, whose rows are all there is of P_out.
                 kept = None if self.mode == "core" else self.components
                 out = SRHT(d_out, self._drawn, self.seed, key, "out", kept)
-            self._sources = into, out
+            drawn = (t for each in (into, out) if each is not None for t in (each.signs, each.index))
+            self._sources = _Sources(into, out, draws.digest(*drawn))
         return self._sources
 
     def placed(self, name: str, others: Mapping[str, Adapter]) -> None:
@@ -232,8 +242,7 @@ class RLoRA(LowRankUpdate):
 
     def digest(self) -> str:
         with torch.device("cpu"):
-            into, out = self._draws()
-            return draws.digest(*(t for s in (into, out) if s is not None for t in (s.signs, s.index)))
+            return self._draws().digest
 
     @property
     def _c_in(self) -> float:
@@ -275,6 +284,27 @@ class RLoRA(LowRankUpdate):
                 "the targets, or draw one for all examples."
             )
         return vector
+
+    @classmethod
+    @torch.no_grad()
+    def products(cls, group: Sequence[LowRankUpdate]) -> Tensor:
+        first = group[0]
+        assert isinstance(first, RLoRA)
+        d_out, d_in = first._shape
+        # Rows of P_in are orthonormal within a block, and a scales them apart.
+        orthogonal = first._drawn <= d_in and first.mode != "io"
+        if not orthogonal or first._drawn > d_out or not is_exact(d_out):
+            return super().products(group)
+        adapters: list[Any] = list(group)
+        if first.mode == "diag":  # entries of P_out are all of one size
+            b = torch.stack([adapter.b for adapter in adapters])
+            squares = b.square().mean(1, keepdim=True, dtype=torch.promote_types(b.dtype, torch.float32))
+            squares = squares.expand(-1, len(first.gate))
+        else:
+            matrices = torch.stack([adapter.R if adapter.U is None else adapter.U for adapter in adapters])
+            squares = matrices.square().sum(1, dtype=torch.promote_types(matrices.dtype, torch.float32))
+        scales = [a._c_in**2 * (a._c_out**2 if a.U is None else 1.0) for a in adapters]
+        return squares * squares.new_tensor(scales)[:, None]
 
     def value(self) -> Tensor:
         return self._of_all(self.gate.value()) * self.scaling

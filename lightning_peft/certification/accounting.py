@@ -15,7 +15,7 @@ from lightning_peft.certification.bound_set import BoundSet, example_hash, root
 from lightning_peft.distributed import fingerprint, is_shard, whole
 from lightning_peft.rank.budget import clean_name
 from lightning_peft.regularizers.posterior import Posterior
-from lightning_peft.surgery import adapters
+from lightning_peft.surgery.layers import adapters
 
 _VALIDATION = ("val", "valid", "validation", "test", "dev", "heldout", "held_out")
 """What the names of figures begin with that are not of the training set."""

@@ -31,7 +31,7 @@ from lightning_peft.checkpoint import check_entry, load, read
 from lightning_peft.fingerprint import fingerprint
 from lightning_peft.rank.budget import RankBudget, clean_name
 from lightning_peft.rebuild import rebuild
-from lightning_peft.surgery import trained
+from lightning_peft.surgery.layers import trained
 
 HELP = "how often networks drawn from a checkpoint's posterior can err, at most"
 _DESCRIPTION = (

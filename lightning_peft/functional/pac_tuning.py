@@ -56,31 +56,33 @@ def moment_constant(losses: Tensor, gammas: Sequence[float]) -> Tensor:
 def interpolated(x: Tensor, places: Tensor, values: Tensor) -> Tensor:
     """Piecewise linear between measured values, never falling; constant outside them.
 
-    K is to bound the moments of every narrower prior too: each value is first raised to the largest before it.
+    K is to bound the moments of every narrower prior too: each value is first raised to the largest of narrower ones.
+    Nothing waits for the device.
 
     Args:
         x: a scalar: the width of the prior, through which a gradient may run.
-        places: (m,), where it was measured, ascending.
+        places: (m,), where it was measured, no two of them equal.
         values: (m,), what was measured.
 
     Returns:
         A scalar.
 
     Raises:
-        ValueError: places and values are not two rows of one length, or places do not ascend.
+        ValueError: places and values are not two rows of one length.
     """
     if places.ndim != 1 or places.shape != values.shape or not places.numel():
         raise ValueError(
             f"places and values must be two rows of one length. Got {tuple(places.shape)} and {tuple(values.shape)}."
         )
-    if not bool((places.diff() > 0).all()):
-        raise ValueError(f"places must ascend. Got {places.tolist()}.")
-    values = values.cummax(0).values
+    places, order = places.sort()
+    values = values.gather(0, order).cummax(0).values
     if places.numel() == 1:
         return values[0] + 0 * x
-    right = torch.searchsorted(places, x.detach().to(places.dtype)).clamp(1, places.numel() - 1)
-    share = ((x - places[right - 1]) / (places[right] - places[right - 1])).clamp(0, 1)
-    return torch.lerp(values[right - 1], values[right], share.to(values.dtype))
+    right = torch.searchsorted(places, x.detach().to(places.dtype).view(1)).clamp(1, places.numel() - 1)
+    # By gather: an index that is a tensor would be read from the device.
+    below, above = places.gather(0, right - 1), places.gather(0, right)
+    share = ((x - below) / (above - below)).clamp(0, 1).to(values.dtype)
+    return torch.lerp(values.gather(0, right - 1), values.gather(0, right), share).view(())
 
 
 def best_gamma(

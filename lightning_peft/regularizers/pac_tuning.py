@@ -95,9 +95,8 @@ class PACTuning(Objective):
             )
         scales = posterior.prior_scales()
         K = interpolated(scales.log().mean().exp(), self.widths, self.constants)
-        least, largest = self.gamma
         union = 3.0 * scales.numel() if posterior.prior_offset is not None else 0.0
-        gamma = best_gamma(kl, n, K, union=union).detach().clamp(least, largest)
+        gamma = best_gamma(kl, n, K, union=union, limits=self.gamma).detach()
         return unbounded(risk, kl, n, K=K, gamma=gamma, union=union)
 
     def resting(self, posterior: Posterior) -> Iterable[nn.Parameter]:

@@ -107,6 +107,19 @@ def test_an_exact_start_has_the_weight_itself(kind: str, dtype: torch.dtype) -> 
     assert bool(dense.weight.any())  # a copy: the layer may go on living elsewhere
 
 
+def test_who_asks_for_the_weights_dtype_does_not_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As T5 does at every forward."""
+    dense, _ = layer("conv1d", torch.bfloat16)
+    factorized = Factorized(dense)
+    product = factorized.weight.detach()
+    monkeypatch.setattr(Factorized, "effective_weight", None)
+    assert isinstance(factorized.weight, Tensor)
+    assert factorized.weight.dtype == torch.bfloat16 != torch.int8
+    assert factorized.weight.shape == dense.weight.shape == product.shape  # type: ignore[union-attr]
+    with pytest.raises(TypeError):
+        factorized.weight + 1
+
+
 def test_an_exact_start_decomposes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.linalg, "svd")
     Factorized(nn.Linear(24, 16), start="exact")
@@ -378,7 +391,7 @@ def test_it_answers_for_the_layer() -> None:
     factorized = Factorized(dense)
     assert (factorized.in_features, factorized.out_features) == (24, 16)
     assert factorized.bias is dense.bias
-    torch.testing.assert_close(factorized.weight, dense.weight)
+    torch.testing.assert_close(factorized.weight.detach(), dense.weight)
     assert factorized.to(torch.bfloat16).weight.dtype == torch.bfloat16
     assert factorized.base.weight.isnan().all()  # not a number that could be taken for the weight
 

@@ -29,8 +29,10 @@ from lightning_peft import (
     plan,
     to_hf_peft,
 )
-from lightning_peft.adapters.rlora import Mode
+from lightning_peft.adapters import LowRankUpdate, NormShare, component_shares
+from lightning_peft.adapters.rlora import Mode, Scale
 from lightning_peft.checkpoint import ENTRY, AdapterFileError, adapter_state_dict, describe, digest
+from lightning_peft.rank.budget import Site
 
 MODES = get_args(Mode)
 
@@ -393,6 +395,24 @@ def test_cut_twice_it_is_what_the_mask_had_left(mode: Mode) -> None:
     if mode == "io":
         whole.first.a = net.first.a
     assert torch.equal(net.first.A, whole.first.A[[2, 3]])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("d_in", "d_out"), [(24, 40), (24, 86), (40, 8)])
+def test_components_are_scored_without_their_matrices(mode: Mode, d_in: int, d_out: int) -> None:
+    """Where projections are orthogonal the products are a diagonal, which comes from the vectors alone."""
+    base = nn.Linear(d_in, d_out).double()
+    group = [moved(RLoRA(base, rank=12, mode=mode, scale=scale), i) for i, scale in enumerate(get_args(Scale))]
+    found, whole = RLoRA.products(group), LowRankUpdate.products.__func__(RLoRA, group)  # type: ignore[attr-defined]
+    assert found.dim() == (2 if d_out == 40 and mode != "io" else 3)
+    torch.testing.assert_close(found if found.dim() == 3 else found.diag_embed(), whole)
+    c = torch.stack([1 + torch.arange(12.0) for _ in group])
+    sites = [Site(str(i), each.gate, each) for i, each in enumerate(group)]
+    for site, row in zip(sites, c, strict=True):
+        site.gate.mask.copy_(row)
+    A, B = (torch.stack([getattr(each, name) for each in group]) for name in "AB")
+    values = torch.stack([site.gate.value() for site in sites]).to(A)
+    torch.testing.assert_close(NormShare().measure(sites), component_shares(A, B, values).float())
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -23,8 +23,10 @@ from lightning_peft import (
     AdapterInjection,
     Certificate,
     LoRA,
+    PACBayes,
     Regularization,
     RiskCertificate,
+    RLoRA,
     inject,
 )
 from lightning_peft.certification.bound_set import BoundSet
@@ -346,6 +348,31 @@ def test_what_does_hold_is_not() -> None:
 def test_arguments(arguments: dict[str, Any], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         RiskCertificate(**arguments)
+
+
+def test_a_draw_for_every_example() -> None:
+    """Vectors that multiply elementwise have noise of their own in every example, and so has a linear head."""
+    made = {unit: RiskCertificate(passes=2, unit=unit) for unit in ("example", "batch")}
+    for certificate in made.values():
+        module = Net()
+        callbacks = [
+            AdapterInjection(partial(RLoRA, rank=4)),
+            Regularization({"pac": PACBayes(sigma=0.05)}),
+            certificate,
+        ]
+        torch.manual_seed(3)
+        trainer = L.Trainer(
+            accelerator="cpu", enable_progress_bar=False, enable_model_summary=False, logger=False, max_epochs=2,
+            enable_checkpointing=False, callbacks=callbacks,
+        )  # fmt: skip
+        trainer.fit(module, DataLoader(examples(), BATCH, shuffle=True))
+    each, batch = made["example"].certificate, made["batch"].certificate
+    assert each is not None
+    assert batch is not None
+    assert each.units == 2 * N > batch.units
+    assert (each.kl, each.hashes) == (batch.kl, batch.hashes)
+    assert each.monte_carlo - each.risk < batch.monte_carlo - batch.risk
+    assert abs(each.risk - batch.risk) < 0.2  # two estimates of one risk
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")

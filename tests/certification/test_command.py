@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from test_cli import make_bert
 
 from lightning_peft import Certificate, PACBayes, Regularization, RiskCertificate, cli, presets
+from lightning_peft.checkpoint import ENTRY, digest
 from lightning_peft.modules import TextClassifier, TextData
 
 TEXTS = {"plant": "the green tree", "street": "the red car"}
@@ -130,3 +131,63 @@ def test_learnt_priors_are_paid_for(prior: Any, trained: SimpleNamespace, tmp_pa
     found = Certificate.load(checkpoint.with_suffix(".certificate.json"))
     assert found == made.certificate
     assert dataclasses.asdict(found)["prior"] == {"scale": prior, "chosen by": "no data"}
+
+
+def forged(trained: SimpleNamespace, path: Path, change: Any) -> str:
+    """A checkpoint that somebody has written, digest and all."""
+    checkpoint = torch.load(trained.checkpoint, weights_only=True)
+    entry = checkpoint[ENTRY]
+    change(entry["recipe"]["beside"], checkpoint)
+    entry["digest"] = digest(checkpoint["state_dict"], entry)
+    torch.save(checkpoint, path)
+    return str(path)
+
+
+Q = "peft_terms.pac.posterior"
+
+
+def shorter(beside: Any, checkpoint: Any) -> None:
+    checkpoint["state_dict"][f"{Q}.prior_mean"] = checkpoint["state_dict"][f"{Q}.prior_mean"][:5].clone()
+
+
+def closed(beside: Any, checkpoint: Any) -> None:
+    name = next(name for name in checkpoint["state_dict"] if name.endswith("gate.mask"))
+    checkpoint["state_dict"][name][0] = 0
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda beside, _: beside[0].update(path=3), "its path is 3; it must be text that can be printed"),
+        (lambda beside, _: beside[0].update(arguments=[]), "its arguments is []; it must be a dictionary"),
+        (lambda beside, _: beside.append(beside[0]), "has 2 posteriors, and a certificate is of one"),
+        (
+            lambda beside, _: beside[0]["arguments"].pop("speed"),
+            "has a posterior that does not fit this model: 'speed'",
+        ),
+        (lambda beside, _: beside[0]["arguments"].update(prior="free"), "prior='free': choose 'fixed'"),
+        (lambda beside, _: beside[0]["arguments"]["names"].pop(), "'offset' has shape (162,)"),
+        (lambda beside, _: beside[0]["arguments"]["names"].append("(.*"), "matches no trained parameter"),
+        (shorter, "'prior_mean' has shape (5,)"),
+        (closed, "were closed by what training saw, and masks are not in Q"),
+        (
+            lambda _, checkpoint: checkpoint["state_dict"].pop(f"{Q}.start"),
+            "has a posterior that does not fit this model: it is over other parameters than the model trains",
+        ),
+        (
+            lambda _, checkpoint: checkpoint["callbacks"]["RiskCertificate"].update(prior_data={"dataset": "aa"}),
+            "does not say which examples chose the prior as we write it",
+        ),
+        (
+            lambda _, checkpoint: checkpoint["state_dict"][f"{Q}.prior_mean"].add_(1.0),
+            "had learned something before the prior was taken from it",
+        ),
+    ],
+)
+def test_a_forged_checkpoint_is_told(
+    change: Any, says: str, trained: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = forged(trained, tmp_path / "forged.ckpt", change)
+    assert cli.main(["certify", path, "--data", trained.texts, "--quiet"]) == 2
+    assert says in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.json"))

@@ -28,6 +28,7 @@ from lightning_peft import (
     RankPruning,
     RankSelection,
     Regularization,
+    RLoRA,
     SoftThreshold,
     Taylor,
     WeightDecomposed,
@@ -40,7 +41,7 @@ from lightning_peft import (
     small_parameters,
     to_hf_peft,
 )
-from lightning_peft.adapters import dynamic_dora
+from lightning_peft.adapters import adalora, dynamic_dora
 from lightning_peft.presets.pac_bayes import prior_split
 from lightning_peft.regularizers.objectives import FBBB
 
@@ -152,6 +153,20 @@ ROWS: Rows = {
         ValueError,
     ),
     "an adapter's class on a layer that it cannot adapt": (lambda: DynamicDoRA(nn.GRU(4, 4)), TypeError),
+    "RLoRA on a convolution": (
+        lambda: inject(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 2)), RLoRA, ["0"]),
+        TypeError,
+    ),
+    "a mode of RLoRA that is misspelt": (lambda: fit(Encoder(), *presets.rlora(4, mode="diagonal")), ValueError),  # type: ignore[arg-type]
+    "a key for projections that are shared": (lambda: RLoRA(nn.Linear(8, 8), rank=4, key="query"), ValueError),
+    "Kronecker products on a width without small factors": (
+        lambda: RLoRA(nn.Linear(8, 8209), rank=4, path="kron"),
+        ValueError,
+    ),
+    "RLoRA's components by AdaLoRA's importance": (
+        lambda: fit(Encoder(), AdapterInjection(partial(RLoRA, rank=4)), RankPruning(adalora.policy(Budget(rank=2)))),
+        TypeError,
+    ),
     "a transposed convolution as a target": (
         lambda: inject(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 3, 3)), LORA, ["1"]),
         ValueError,

@@ -27,6 +27,7 @@ from lightning_peft import (
     RankPolicy,
     RankPruning,
     Regularization,
+    RLoRA,
     Taylor,
     inject,
     small_parameters,
@@ -138,6 +139,13 @@ class Unlike(Net):
     def configure_model(self) -> None:
         inject(self, LORA, [str(self.trainer.global_rank)])
         fully_shard(self.net, mesh=self.device_mesh["data_parallel"], ignored_params=set(small_parameters(self)))
+
+
+class DrawsApart(Net):
+    """Projections are drawn from another seed on each process."""
+
+    def configure_model(self) -> None:
+        inject(self, partial(RLoRA, rank=4, seed=self.trainer.global_rank))
 
 
 class StartsApart(Net):
@@ -276,6 +284,11 @@ ROWS: dict[str, tuple[Callable[[], None], str]] = {
         lambda: fit(Unlike, fsdp2, injection),
         "'net.0.A' is not trained in the same way on all processes: they have other adapters, or froze other "
         "parameters. Call inject and requires_grad_ on every process alike, whatever its rank.",
+    ),
+    "constants are drawn from another seed on each process": (
+        lambda: fit(DrawsApart, DDPStrategy, injection),
+        "the adapter at 'net.0' derives other constants on some processes than on others, as its digest tells: give "
+        "all of them the same seed and key, and run the same version everywhere.",
     ),
     "FSDP2: a mask is changed on one process only": (
         lambda: fit(ShardsItself, fsdp2, injection, pruning, lambda: AtStep(2, close_one)),

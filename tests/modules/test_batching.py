@@ -101,3 +101,13 @@ def test_loader_refuses_another_plan_inside_an_epoch_only() -> None:
     other.load_state_dict(stopped.state_dict())  # at an epoch's end there is nothing left to be exact about
     other.sampler.set_epoch(1)
     assert len(list(other)) == 13
+
+
+def test_every_row_once_from_short_to_long() -> None:
+    rows = [torch.ones(n) for n in (5, 1, 4, 2, 3)]
+    plan = LengthGrouped([5, 1, 4, 2, 3], batch_size=2, rank=1, world_size=2)
+    loader = PlannedLoader(rows, plan, collate=lambda items: [*map(len, items)])
+    state = torch.get_rng_state()
+    assert list(loader.once()) == [[1, 2], [3, 4], [5]]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert loader.state_dict()["done"] == 0  # where it stands has not moved
