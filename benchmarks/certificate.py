@@ -84,10 +84,9 @@ class Run:
     seed: int = 0
     method: str = "rlora-diag"
     targets: str = "all"
-    # Adam's steps of lr cost about k lr^2 / (2 lambda^2) nats, so rates are small beside lambda.
-    lr: float = 5e-4
-    head_lr: float = 5e-4
-    speed: float = 20.0
+    lr: float = 2e-3
+    head_lr: float = 2e-3
+    speed: float = 5.0
     prior_sigma: float = 0.01
     head_sigma: float = 0.01
     shrink: float = 1.0
@@ -102,9 +101,9 @@ class Run:
 
 SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     ("r8", "split"): {},
-    ("r8", "none"): {"prior_sigma": 0.1, "head_sigma": 0.1, "lr": 1e-2, "head_lr": 5e-3, "speed": 2.0, "epochs": 2},
+    ("r8", "none"): {"prior_sigma": 0.1, "head_sigma": 0.1, "lr": 1e-2, "head_lr": 5e-3, "epochs": 2},
     ("r52", "split"): {"prior_epochs": 4},
-    ("r52", "none"): {"prior_sigma": 0.1, "head_sigma": 0.1, "lr": 1e-2, "head_lr": 5e-3, "speed": 2.0, "epochs": 2},
+    ("r52", "none"): {"prior_sigma": 0.1, "head_sigma": 0.1, "lr": 1e-2, "head_lr": 5e-3, "epochs": 2},
 }
 
 
@@ -176,8 +175,8 @@ def execute(run: Run, steps: int = -1, most: int = -1) -> dict[str, Any]:
         return share * (run.head_sigma if "classifier" in name else run.prior_sigma)
 
     term = PACBayes(
-        run.objective, unit=run.unit, prior_sigma=partial(scale, 1.0), sigma=partial(scale, run.shrink), speed=run.speed,
-        complete=True, seed=run.seed,
+        run.objective, unit=run.unit, prior_sigma=partial(scale, 1.0), sigma=partial(scale, run.shrink),
+        speed=run.speed, complete=True, seed=run.seed,
     )  # fmt: skip
     bound_set = None
     if most > 0:
