@@ -31,7 +31,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{row['prior_sigma']:g}, {row['head_sigma']:g}",
             str(row["seed"]),
             f"**{row['certificate']:.4f}** at {row['confidence']:.3f}",
-            f"{row['kl']:,.0f}",
+            f"{row['kl']:,.3g}",
             f"{row['gibbs']:.4f}",
             f"{row['examples']:,}",
             f"{row['test_gibbs']:.4f}",
