@@ -176,8 +176,8 @@ def execute(run: Run, steps: int = -1, most: int = -1) -> dict[str, Any]:
         return share * (run.head_sigma if "classifier" in name else run.prior_sigma)
 
     term = PACBayes(
-        run.objective, unit=run.unit, prior_sigma=partial(scale, 1.0), sigma=partial(scale, run.shrink), speed=run.speed,
-        complete=True, seed=run.seed,
+        run.objective, unit=run.unit, prior_sigma=partial(scale, 1.0), sigma=partial(scale, run.shrink),
+        speed=run.speed, complete=True, seed=run.seed,
     )  # fmt: skip
     bound_set = None
     if most > 0:
