@@ -48,7 +48,7 @@ def table(rows: Sequence[Row], planned: Mapping[str, Sequence[Row]]) -> str:
         f"probability at most {some['delta'] + some['delta_prime']:g}, over the choice of the bound set and the draws, "
         f"for all rows of this page at once (paid for as the best of {some['tried']}, settings that were tried before "
         "included). Test error: of networks drawn from Q, on examples that nothing was trained on. KL in nats. Mean ± "
-        "standard deviation over seeds.",
+        "standard deviation over seeds of initialisation and noise.",
     ]
     for (data, prior), title in _TITLES.items():
         section = [row for row in rows if (row["data"], row["prior"]) == (data, prior)]
@@ -141,6 +141,11 @@ def _two(quad: Sequence[Row], classic: Sequence[Row]) -> str:
         line += (
             ": for no risk at all. With so few examples `f_classic` is the tighter one, and weights move further under "
             f"it (KL {moved[1]:.0f}, not {moved[0]:.0f}): their published order cannot be expected here"
+        )
+    elif max(moved) < 1:
+        line += (
+            f". Both leave Q where the prior is (KL {moved[0]:.2f} and {moved[1]:.2f}), all that these examples can "
+            "pay for: between their certificates there is nothing but the draws"
         )
     return line + "."
 
