@@ -65,7 +65,8 @@ class Run:
         method: a name in METHODS.
         targets: a name in TARGETS.
         lr: peak learning rate of adapters in Q; of the head, see `head_lr`.
-        head_lr: peak learning rate of the head, and of log sigma (a fifth as fast again, see SPEED).
+        head_lr: peak learning rate of the head.
+        speed: of log sigma, in units of the head's rate.
         prior_sigma: lambda of adapters.
         head_sigma: lambda of the head.
         shrink: sigma starts at this share of lambda.
@@ -85,6 +86,7 @@ class Run:
     targets: str = "all"
     lr: float = 2e-3
     head_lr: float = 2e-3
+    speed: float = 5.0
     prior_sigma: float = 0.01
     head_sigma: float = 0.01
     shrink: float = 1.0
@@ -97,8 +99,6 @@ class Run:
     tried: int = 1
 
 
-SPEED = 5.0
-"""How much faster than the head's learning rate log sigma moves."""
 SETTINGS: dict[tuple[str, str], dict[str, Any]] = {
     ("r8", "split"): {},
     ("r8", "none"): {"prior_sigma": 0.1, "head_sigma": 0.1, "lr": 1e-2, "head_lr": 5e-3, "epochs": 2},
@@ -175,8 +175,8 @@ def execute(run: Run, steps: int = -1, most: int = -1) -> dict[str, Any]:
         return share * (run.head_sigma if "classifier" in name else run.prior_sigma)
 
     term = PACBayes(
-        run.objective, unit=run.unit, prior_sigma=partial(scale, 1.0), sigma=partial(scale, run.shrink), speed=SPEED,
-        complete=True, seed=run.seed,
+        run.objective, unit=run.unit, prior_sigma=partial(scale, 1.0), sigma=partial(scale, run.shrink),
+        speed=run.speed, complete=True, seed=run.seed,
     )  # fmt: skip
     bound_set = None
     if most > 0:
@@ -207,7 +207,7 @@ def execute(run: Run, steps: int = -1, most: int = -1) -> dict[str, Any]:
     ).test(classifier, tests, verbose=False)  # fmt: skip
     return {
         **asdict(run),
-        "settings": PROTOCOL | {"speed": SPEED} | DELTAS,
+        "settings": PROTOCOL | DELTAS,
         "versions": runs.versions("torch", "lightning", "transformers", "torchmetrics"),
         "certificate": found.bound,
         "confidence": found.confidence,

@@ -31,6 +31,7 @@ READS = "it reads files of PEFT's, and which of our classes stands for which of 
 JOB = "a job's table of methods, by the names on the command line: nothing else in the job knows them"
 # Shared code that names a method: file, name -> why it is no special case.
 REASONED = {
+    ("callbacks/examples.py", "PACBayes"): EXAMPLE,
     ("callbacks/pruning.py", "Taylor"): EXAMPLE,
     ("callbacks/regularization.py", "DEM"): EXAMPLE,
     ("callbacks/selection.py", "LearnedRanks"): EXAMPLE,
@@ -54,6 +55,7 @@ REASONED = {
     ("compression/job.py", "Distillation"): "the term of fine-tuning that the job offers, whatever the method was",
     ("convert.py", "LoRA"): "what it makes of any low-rank adapter: the plain sum of components",
     ("convert.py", "lora"): "its import",
+    ("functional/draws.py", "rlora"): "a word of the text that is hashed; other words would be other constants",
     ("interop/hf_peft.py", "LoRA"): PEFT,
     ("interop/hf_peft.py", "adalora"): PEFT,
     ("interop/layout.py", "LoRA"): PEFT,
@@ -78,6 +80,15 @@ OF_PEFT = {
     "callbacks/peft_losses.py": "adds to the loss what PEFT's own methods want added",
     "interop/adoption.py": "tells the layers apart that PEFT has injected",
     "interop/adopted_export.py": "writes them in the formats that PEFT has for them",
+}
+
+
+# Files that are about PAC-Bayes: what the term is made of, and the certificate of what it has trained.
+OF_PAC_BAYES = {
+    *(f"functional/{name}.py" for name in ("catoni", "dziugaite_roy", "pac_tuning", "risk_bounds")),
+    *(f"regularizers/{name}.py" for name in ("blob", "objectives", "pac_tuning", "posterior")),
+    *(f"certification/{name}.py" for name in ("accounting", "command", "counting", "restore")),
+    "callbacks/moments.py",
 }
 
 
@@ -121,7 +132,7 @@ def shared() -> list[Path]:
         if path not in own
         and path.name != "__init__.py"
         and path.parent.name != "presets"
-        and path.relative_to(PACKAGE).as_posix() not in OF_PEFT
+        and path.relative_to(PACKAGE).as_posix() not in {*OF_PEFT, *OF_PAC_BAYES}
     ]
 
 
@@ -174,7 +185,7 @@ def test_shared_code_names_no_method() -> None:
     wanted += ("rank/budget.py", "rank/policy.py", "callbacks/monitor.py", "callbacks/checkpoint.py")
     wanted += ("interop/layout.py", "planning/estimate.py", "planning/command.py", "rebuild.py", "validation.py")
     assert set(wanted) <= set(files)
-    assert all((PACKAGE / file).is_file() for file in OF_PEFT)
+    assert all((PACKAGE / file).is_file() for file in (*OF_PEFT, *OF_PAC_BAYES))
     names = set(methods())
     found = {(file, name) for file in files for name in named((PACKAGE / file).read_text(encoding="utf-8"), names)}
     assert found == set(REASONED)

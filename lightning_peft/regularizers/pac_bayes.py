@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -113,6 +114,7 @@ class PACBayes(Regularizer):
             if not kl_weight >= 0:
                 raise ValueError(f"kl_weight multiplies a divergence and is not negative. Got {kl_weight!r}.")
         self.objective = _objective(objective)
+        self._unused = (copy.deepcopy(self.objective),)  # in a tuple: no child
         self.risk, self.p_min, self.examples = risk, float(p_min), examples
         self.counts_examples = examples is None
         self.complete, self.unit, self.kl_weight, self.streams = complete, unit, kl_weight, streams
@@ -132,12 +134,15 @@ class PACBayes(Regularizer):
         mine = any(child is self for child in module.modules())
         if mine and self.posterior is not None and self.posterior.bind(module):
             return
+        if self.posterior is not None:
+            self.objective = copy.deepcopy(self._unused[0])  # what was learnt with another model is not this one's
         self.posterior = Posterior(module, **self._settings)
         self.objective.require(self.posterior)
 
     def begin(self, module: nn.Module) -> None:
         """Check what is in Q."""
         self._estimates = None
+        self._posterior().restored()
         missing = self._posterior().missing(module)
         if missing and self.complete:
             raise RuntimeError(

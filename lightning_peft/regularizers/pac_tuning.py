@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +28,7 @@ class PACTuning(Objective):
         gamma: (least, largest) that gamma may be; between, it is the best one. The paper's script has 10 and 10.
 
     Attributes:
-        constants: (8,) K at each of the widths.
-        is_measured: whether they have been measured, in this run or before its checkpoint.
+        constants: (8,) K at each of the widths; NaN until it is measured.
 
     Raises:
         TypeError: an argument is no number.
@@ -61,7 +59,14 @@ class PACTuning(Objective):
         self.register_buffer("widths", torch.tensor(PRIOR_SIGMAS), persistent=False)
         self.register_buffer("constants", torch.full((len(PRIOR_SIGMAS),), torch.nan))
         self._second = False
-        self.is_measured = False
+        self._known = False
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether K has been measured, in this run or before its checkpoint."""
+        if not self._known:
+            self._known = bool(self.constants.isfinite().all())
+        return self._known
 
     @property
     def gammas(self) -> tuple[float, ...]:
@@ -74,7 +79,7 @@ class PACTuning(Objective):
         """Take K from losses at each of the widths: (8, draws, examples)."""
         found = [moment_constant(each, self.gammas) for each in losses]
         self.constants.copy_(torch.stack(found))
-        self.is_measured = True
+        self._known = True
 
     def prepare(self, step: int, total: int) -> None:
         self._second = step > total - share_of(self.stage2, total) > 0
@@ -93,10 +98,6 @@ class PACTuning(Objective):
         union = 3.0 * scales.numel() if posterior.prior_offset is not None else 0.0
         gamma = best_gamma(kl, n, K, union=union, limits=self.gamma).detach()
         return unbounded(risk, kl, n, K=K, gamma=gamma, union=union)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.is_measured = bool(self.constants.isfinite().all())
 
     def resting(self, posterior: Posterior) -> Iterable[nn.Parameter]:
         return posterior.parameters() if self._second else ()

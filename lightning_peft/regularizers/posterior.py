@@ -96,7 +96,7 @@ class Posterior(nn.Module):
         self._module = weakref.ref(module)
         self._draw: Draw | None = None
         self._inside = False
-        self._count = 0
+        self._count: int | None = 0  # how many draws there were; None to look into the buffer
         device = self._parts[0].value.device
         self.offset = nn.Parameter(torch.zeros(sum(self._sizes), device=device))
         self.register_buffer("start", self._log(sigma, "sigma").clamp(LOWEST, HIGHEST))
@@ -246,8 +246,9 @@ class Posterior(nn.Module):
         """
         place = f"step {step}"
         if step is None:
-            place = f"{self._count}"
-            self._count += 1
+            count = int(self.draws) if self._count is None else self._count
+            place = f"{count}"
+            self._count = count + 1
             self.draws.fill_(self._count)
         text = f"lightning_peft/posterior/v1|{self.seed}|{stream}|{place}"
         number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
@@ -339,13 +340,23 @@ class Posterior(nn.Module):
         """Let go of the last draw, and of the graph behind it."""
         self._draw = None
 
+    def restored(self) -> None:
+        """Go on from the number of draws in the buffer: a strategy that shards copies into it, and calls nobody."""
+        self._put_down()
+        self._count = None
+
+    def _put_down(self) -> None:
+        # Buffers may have been put back after steps that were only looked at.
+        if self._count is not None:
+            self.draws.fill_(self._count)
+
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.draws.fill_(self._count)  # buffers may have been put back after steps that were only looked at
+        self._put_down()
         super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._count = int(self.draws)
+        self._count = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Posterior:
         # `module.to(bfloat16)` casts all: steps of sigma would be lost. The prior's mean is rounded as the means are.

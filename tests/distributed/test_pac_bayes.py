@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
@@ -12,7 +13,15 @@ from hosts import STRATEGIES, Host, Sharded, ShardedAroundAdapters
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lightning_peft import AdapterCheckpoint, AdapterInjection, LoRA, PACBayes, Regularization, inject
+from lightning_peft import (
+    AdapterCheckpoint,
+    AdapterInjection,
+    LoRA,
+    PACBayes,
+    Regularization,
+    adapter_state_dict,
+    inject,
+)
 from lightning_peft.testing.processes import run_processes
 
 pytestmark = [pytest.mark.dist, pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork")]
@@ -127,3 +136,43 @@ def test_what_is_in_q_is_whole(results: list[dict[str, Any]]) -> None:
 def test_reentrant_checkpointing_is_refused_under_ddp(results: list[dict[str, Any]]) -> None:
     for each in results:
         assert "the term 'pac' has parameters in every layer that is computed again" in each["ddp reentrant"]
+
+
+class Saves(L.Callback):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.fit_loop.total_batch_idx + 1 == 3:  # between the micro-batches of a step
+            trainer.save_checkpoint(self.path)
+
+
+def stop_and_go_on(kind: str, path: Path) -> list[str]:
+    """What differs between a run and the rest of it, on this process."""
+    torch.set_num_threads(1)
+
+    def go(seed: int, *extra: L.Callback, ckpt_path: Path | None = None) -> dict[str, Tensor]:
+        torch.manual_seed(seed)
+        model = NotedAround() if kind == "fsdp2 around" else Noted()
+        model.seen = []  # type: ignore[assignment]
+        term = PACBayes("f_lambda", risk="loss", sigma=0.05, prior="per_tensor")
+        trainer = L.Trainer(
+            accelerator="cpu", devices=2, strategy=STRATEGIES[kind](2), use_distributed_sampler=False, logger=False,
+            enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, max_epochs=1,
+            accumulate_grad_batches=2,
+            callbacks=[AdapterInjection(LORA), Regularization({"pac": term}), AdapterCheckpoint(), *extra],
+        )  # fmt: skip
+        trainer.fit(model, ckpt_path=ckpt_path)
+        noise = {f"noise {i}": torch.tensor(value) for i, value in enumerate(reversed(model.seen)) if i < 9}
+        return noise | {name: value.clone() for name, value in adapter_state_dict(model).items()}
+
+    whole, rest = go(5, Saves(path)), go(9, ckpt_path=path)
+    assert whole.keys() == rest.keys()
+    assert len([name for name in whole if name.startswith("noise")]) == 9
+    return [name for name, value in whole.items() if not torch.equal(value, rest[name])]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2 around"])
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_interrupted_is_uninterrupted(kind: str, tmp_path: Path) -> None:
+    assert run_processes(2, stop_and_go_on, kind, tmp_path / "stop.ckpt") == [[], []]

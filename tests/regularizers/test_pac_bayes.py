@@ -413,12 +413,15 @@ def test_interrupted_is_uninterrupted(stop: int, unit: Any, tmp_path: Path) -> N
 
 
 def test_a_second_model_begins_anew() -> None:
-    term = PACBayes()
+    term = PACBayes(FLambda("learned"))
     fit(term)
     first = term.posterior
+    once = [p.detach().clone() for p in term.parameters()]
     module = injected(Module())
     fit(term, module=module)
     assert term.posterior is not first
+    for one, again in zip(once, term.parameters(), strict=True):  # draws begin anew, too
+        assert torch.equal(one, again)
     # again on the same module: what was learnt stays
     second = term.posterior
     fit(term, module=module)

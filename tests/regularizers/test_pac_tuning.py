@@ -107,7 +107,8 @@ def test_to_measure_leaves_no_trace() -> None:
         def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
             objective = pl_module.peft_terms["term"].objective  # type: ignore[index,union-attr]
             before = objective.constants.clone()  # type: ignore[union-attr,operator]
-            objective.is_measured = False  # type: ignore[union-attr]
+            objective.constants.fill_(torch.nan)  # type: ignore[union-attr,operator]
+            objective._known = False  # type: ignore[union-attr]
             super().on_train_start(trainer, pl_module)
             assert not torch.equal(objective.constants, before)  # type: ignore[union-attr,arg-type]
             objective.constants.copy_(before)  # type: ignore[union-attr,operator]
