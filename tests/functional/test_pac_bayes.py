@@ -158,7 +158,7 @@ def test_gradients_are_finite_at_the_ends(name: str, risk: float) -> None:
     assert all(bool(gradient.isfinite()) for gradient in gradients)
 
 
-@pytest.mark.parametrize("name", set(BOUNDS) - {"bbb"})
+@pytest.mark.parametrize("name", [name for name in BOUNDS if name != "bbb"])
 def test_every_bound_is_above_the_risk_and_grows_with_the_divergence(name: str) -> None:
     for risk in (0.0, 0.01, 0.2, 0.9):
         values = [BOUNDS[name](double(risk), double(kl), 5000, 0.025).item() for kl in (0.0, 10.0, 300.0)]
