@@ -77,7 +77,8 @@ def randomized_linear(
     tensors = [t for t in (x, weight, bias, *update) if t is not None]
     frozen = weight is None or not (weight.requires_grad and torch.is_grad_enabled())
     if frozen and not _is_watched() and {type(t) for t in tensors} <= _PLAIN:
-        y: Tensor = _RandomizedLinear.apply(x, weight, bias, into, out, *update)  # type: ignore[no-untyped-call]
+        differentiated = torch.is_grad_enabled()
+        y: Tensor = _RandomizedLinear.apply(x, weight, bias, into, out, *update, differentiated)  # type: ignore[no-untyped-call]
         return y
     return randomized_linear_reference(x, weight, bias, into, out, update)
 
@@ -169,6 +170,7 @@ class _RandomizedLinear(torch.autograd.Function):
         b: Tensor | None,
         R: Tensor | None,
         U: Tensor | None,
+        differentiated: bool,
     ) -> Tensor:
         ctx.into, ctx.out, ctx.x_shape, ctx.x_dtype = into, out, x.shape, x.dtype
         needs = ctx.needs_input_grad
@@ -194,7 +196,7 @@ class _RandomizedLinear(torch.autograd.Function):
             ctx.pieces = list(_pieces(ctx.rows, size, x.device))
             for piece in ctx.pieces:
                 u = into.down(_cast(piece.of(inner), dtype), None if a is None else piece.beside(a, dtype))
-                if any(needs[5:]):
+                if differentiated and any(needs[5:10]):
                     kept.append(u)
                 h = piece.times(u, value)
                 if R is not None:
@@ -217,7 +219,7 @@ class _RandomizedLinear(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x_grad, _, bias_grad, _, _, value_grad, a_grad, b_grad, R_grad, U_grad = ctx.needs_input_grad
+        x_grad, _, bias_grad, _, _, value_grad, a_grad, b_grad, R_grad, U_grad, _ = ctx.needs_input_grad
         x, weight, value, a, b, R, U, *kept = ctx.saved_tensors
         into, out, dtype = ctx.into, ctx.out, ctx.dtype
         outer = grad.contiguous().view(*ctx.rows, grad.shape[-1])
@@ -233,30 +235,35 @@ class _RandomizedLinear(torch.autograd.Function):
         for i, piece in enumerate(ctx.pieces):
             g = _cast(piece.of(outer), dtype)
             a_here, b_here = (None if t is None else piece.beside(t, dtype) for t in (a, b))
-            q = _cast(U, dtype).t() @ g.flatten(0, 1).t() if U is not None else out.down(g, b_here)
-            p = q if R is None else _cast(R, dtype).t() @ q
-            if kept:
+            # Nothing outlives its use: one more tensor of a piece is felt beside what is kept of all tokens.
+            if dU is not None or db is not None:
                 h = piece.times(kept[i], value)
-                if dR is not None:
-                    dR.addmm_(q, h.t())
                 if dU is not None:
                     dU.addmm_(g.flatten(0, 1).t(), h.t())
                 if db is not None:
                     db.add_products(piece, g, out.spread(h if R is None else _cast(R, dtype) @ h), out.signs)
-                if dvalue is not None:
-                    dvalue.add_components(piece, kept[i] * p)
+                del h
+            q = _cast(U, dtype).t() @ g.flatten(0, 1).t() if U is not None else out.down(g, b_here)
+            p = q if R is None else _cast(R, dtype).t() @ q
+            if dR is not None:
+                dR.addmm_(q, piece.times(kept[i], value).t())
+            if dvalue is not None:
+                dvalue.add_components(piece, kept[i] * p)
             if x_grad or a_grad:
-                back = into.spread(piece.times(p, value))
+                v = piece.times(p, value)
+                del p, q
+                back = into.spread(v)
                 if da is not None:
                     assert inner is not None
                     da.add_products(piece, _cast(piece.of(inner), dtype), back, into.signs)
                 if dx is not None:
                     _add(piece.of(dx), back, into.signs, a_here)
+                del v, back
         if dx is not None:
             dx = _cast(dx.view(ctx.x_shape), ctx.x_dtype)
         found = [None if each is None else each.total() for each in (dvalue, da, db)]
         dR, dU = (None if t is None else _cast(t, like.dtype) for t, like in ((dR, R), (dU, U)))
-        return dx, None, dbias, None, None, *found, dR, dU
+        return dx, None, dbias, None, None, *found, dR, dU, None
 
 
 def _add(y: Tensor, z: Tensor, signs: Tensor | None, scale: Tensor | None) -> None:

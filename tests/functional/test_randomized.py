@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -81,6 +82,24 @@ def test_property_11_gradients_are_right(mode: str, path: Path, examples: int | 
     assert torch.autograd.gradcheck(call, (x, bias, *given(update)))
 
 
+@pytest.mark.parametrize("path", ["rows", "kron"])
+@pytest.mark.parametrize("apart", [(True, False, False), (False, True, False), (True, False, True)])
+def test_property_11_with_one_draw_per_example_of_some_vectors(path: Path, apart: tuple[bool, ...]) -> None:
+    """In blocks, so that their signs have to be found beside the examples."""
+    into, out = projections(path, "io", 50)
+    draw = torch.Generator().manual_seed(0)
+    value, a, b = (
+        torch.randn(*((3,) if each else ()), n, generator=draw, dtype=torch.float64).requires_grad_()
+        for each, n in zip(apart, (50, D_IN, D_OUT), strict=True)
+    )
+
+    def call(x: Tensor, *vectors: Tensor) -> Tensor:
+        return randomized_linear(x, None, None, into, out, Update(*vectors))
+
+    assert torch.autograd.gradcheck(call, (inputs(), value, a, b))
+    torch.testing.assert_close(call(inputs(), value, a, b), dense(inputs(), into, out, Update(value, a, b)))
+
+
 @pytest.mark.parametrize("rank", [RANK, 50])
 @pytest.mark.parametrize("path", ["rows", "kron"])
 @pytest.mark.parametrize("mode", MODES)
@@ -133,6 +152,27 @@ def test_what_is_kept_per_token(mode: str, numbers: int) -> None:
     weight = D_IN * D_OUT / 100  # which needs no gradient, so that x needs none, and it is not kept
     assert kept(randomized_linear) in (numbers, numbers + weight)
     assert kept(randomized_linear_reference) > numbers + (D_OUT if mode in ("diag", "io") else RANK) - 1
+
+
+def test_nothing_is_kept_where_no_backward_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    into, out = projections("kron", "diag")
+    monkeypatch.setattr(into, "piece", 2)
+    real, made, alive = into.down, [], []
+
+    def down(x: Tensor, scale: Tensor | None = None) -> Tensor:
+        alive.append(sum(each() is not None for each in made))
+        found = real(x, scale)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(into, "down", down)
+    update, x = an_update("diag"), torch.randn(10, D_IN, dtype=torch.float64)
+    with torch.no_grad():
+        randomized_linear(x, *layer(), into, out, update)
+    assert len(alive) == 5
+    assert max(alive) <= 1  # the one before, until the next has its name
+    randomized_linear(x, *layer(), into, out, update)
+    assert max(alive) >= 4
 
 
 @pytest.mark.parametrize("function", [randomized_linear, randomized_linear_reference])
