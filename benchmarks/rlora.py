@@ -87,7 +87,7 @@ def paths(rounds: int) -> list[dict[str, Any]]:
                 # Short calls are disturbed more, and cost less.
                 times = timed(calls, rounds * max(1, min(16, 2**20 // (tokens * d))))
                 least = {path: round(1e3 * min(values), 3) for path, values in times.items()}
-                taken = faster_path(d, d, rank)
+                taken = faster_path(d, rank)
                 ratio = round(least[taken] / min(least.values()), 3)
                 found.append({"d": d, "tokens": tokens, "rank": rank, "ms": least, "taken": taken, "auto": ratio})
                 print(found[-1], flush=True)

@@ -22,7 +22,7 @@ from lightning_peft.arguments import require_integer, require_number
 from lightning_peft.functional import draws
 from lightning_peft.functional.hadamard import is_exact
 from lightning_peft.functional.randomized import Update, randomized_linear
-from lightning_peft.functional.srht import SRHT, Projection, faster_path, has_small_factors
+from lightning_peft.functional.srht import SRHT, Projection, has_small_factors
 from lightning_peft.rank.gate import Gate
 
 Mode = Literal["diag", "io", "core", "half"]
@@ -72,7 +72,7 @@ class RLoRA(LowRankUpdate):
         seed: what projections are drawn from, with a key.
         share_projection: whether layers of one shape have the same projections; else each has its own, from `key`.
         path: "rows" has projections as matrices of r d numbers, "kron" goes through small factors in d (A + B) steps
-            whatever r is. "auto" is what was measured to be faster on a CPU.
+            whatever r is. "auto" is what was measured to be faster on a CPU, for the components that there are.
         key: names the projections that are not shared. Left empty, it is the layer's name when the adapter is put in;
             it stays, whatever the layer is called later.
         components: which of the r drawn components the adapter has, ascending; ``None`` for all. What compaction sets.
@@ -146,7 +146,8 @@ class RLoRA(LowRankUpdate):
                 f"key={key!r} names projections of a layer's own, and share_projection=True gives it those of its "
                 "shape: give share_projection=False, or no key."
             )
-        if path == "kron" and not (has_small_factors(d_in) and has_small_factors(d_out)):
+        widths = (d_in,) if mode == "half" else (d_in, d_out)
+        if path == "kron" and not all(map(has_small_factors, widths)):
             raise ValueError(
                 f"path='kron' is not possible on a layer of {d_in} inputs and {d_out} outputs: one of them has no "
                 "small factors. Give path='rows', or 'auto', which takes it there."
@@ -201,11 +202,8 @@ class RLoRA(LowRankUpdate):
             return
         with torch.device("cpu"):  # whatever the default device is: constants are drawn there
             into, out, _ = self._draws()
-            path = self.path
-            if path == "auto":
-                path = faster_path(into.d, self._shape[0], self._drawn)
-            self._into = into.at(own.device, own.dtype, path)
-            self._out = None if out is None else out.at(own.device, own.dtype, path)
+            self._into = into.at(own.device, own.dtype, self.path)
+            self._out = None if out is None else out.at(own.device, own.dtype, self.path)
 
     def _draws(self) -> _Sources:
         """What the projections are, without their numbers; drawn once."""
@@ -229,8 +227,9 @@ class RLoRA(LowRankUpdate):
             self._derive()
             return
         for other in others.values():
-            if isinstance(other, RLoRA) and other._sources is not None and other._identity() == self._identity():
-                self._sources = other._sources  # and with them the projections' memory
+            if isinstance(other, RLoRA) and other._identity() == self._identity():
+                with torch.device("cpu"):  # on the meta device they are not drawn yet
+                    self._sources = other._draws()  # and with them the projections' memory
                 self._derive()
                 return
 
@@ -288,14 +287,17 @@ class RLoRA(LowRankUpdate):
     @classmethod
     @torch.no_grad()
     def products(cls, group: Sequence[LowRankUpdate]) -> Tensor:
-        first = group[0]
-        assert isinstance(first, RLoRA)
-        d_out, d_in = first._shape
-        # Rows of P_in are orthonormal within a block, and a scales them apart.
-        orthogonal = first._drawn <= d_in and first.mode != "io"
-        if not orthogonal or first._drawn > d_out or not is_exact(d_out):
-            return super().products(group)
         adapters: list[Any] = list(group)
+        first = adapters[0]
+        if not all(adapter._has_orthogonal_components() for adapter in adapters):
+            # Their parameters are of equal shapes, and their widths need not be.
+            found: list[Any] = [None] * len(adapters)
+            for shape in {adapter._shape: None for adapter in adapters}:
+                places = [i for i, adapter in enumerate(adapters) if adapter._shape == shape]
+                whole = super().products([adapters[i] for i in places])
+                for i, each in zip(places, whole, strict=True):
+                    found[i] = each
+            return torch.stack(found)
         if first.mode == "diag":  # entries of P_out are all of one size
             b = torch.stack([adapter.b for adapter in adapters])
             squares = b.square().mean(1, keepdim=True, dtype=torch.promote_types(b.dtype, torch.float32))
@@ -305,6 +307,12 @@ class RLoRA(LowRankUpdate):
             squares = matrices.square().sum(1, dtype=torch.promote_types(matrices.dtype, torch.float32))
         scales = [a._c_in**2 * (a._c_out**2 if a.U is None else 1.0) for a in adapters]
         return squares * squares.new_tensor(scales)[:, None]
+
+    def _has_orthogonal_components(self) -> bool:
+        """Whether products of its components are zero, and their norms those of the vectors alone."""
+        d_out, d_in = self._shape
+        # Rows of a projection are orthonormal within a block, and a scales those of P_in apart.
+        return self._drawn <= min(d_in, d_out) and self.mode != "io" and is_exact(d_out)
 
     def value(self) -> Tensor:
         return self._of_all(self.gate.value()) * self.scaling
@@ -354,6 +362,11 @@ class RLoRA(LowRankUpdate):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._derive()
         return self
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        # With `assign=True` parameters come into memory, or into another dtype, and nothing is applied to them.
+        super()._load_from_state_dict(*arguments)  # type: ignore[no-untyped-call]
+        self._derive()
 
     def extra_repr(self) -> str:
         shared = "shared" if self.share_projection else repr(self.key)

@@ -168,8 +168,10 @@ class SRHT:
         self.signs = draws.signs(seed, key, f"sign_{side}", (before + 1) * d).view(before + 1, d)
         self._made: WeakValueDictionary[tuple[torch.device, torch.dtype, Path], Rows | Kron] = WeakValueDictionary()
 
-    def at(self, device: torch.device, dtype: torch.dtype, path: Path) -> Projection:
+    def at(self, device: torch.device, dtype: torch.dtype, path: Path | Literal["auto"]) -> Projection:
         """The projection, ready to be applied: made once for all who hold this draw, as long as one of them has it."""
+        if path == "auto":
+            path = faster_path(self.d, len(self.index), len(self.signs))
         key = (device, dtype, path)
         found = self._made.get(key)
         if found is None:
@@ -189,13 +191,19 @@ def has_small_factors(d: int) -> bool:
     return max(hadamard.sizes(d)) <= LARGEST
 
 
-def faster_path(d_in: int, d_out: int, n: int) -> Path:
-    """Which way is faster for a layer of these widths with n components, forward and backward, on a CPU.
+def faster_path(d: int, n: int, blocks: int | None = None) -> Path:
+    """Which way is faster for a projection of n rows on this width, forward and backward, on a CPU.
 
     Rows take n multiplications for each number of a token, and Kronecker products what 100 + 0.7 (left + right) rows
     take, in each block: measured by `benchmarks/rlora.py`, all points of which it gets right within 10 %.
+
+    Args:
+        d: width.
+        n: how many rows.
+        blocks: from how many blocks these are, all of which a Kronecker product goes through; ``None`` for as few as
+            have so many.
     """
-    if not (has_small_factors(d_in) and has_small_factors(d_out)):
+    if not has_small_factors(d):
         return "rows"
-    through = sum(-(-n // d) * d * (100 + 0.7 * sum(hadamard.sizes(d))) for d in (d_in, d_out))
-    return "rows" if n * (d_in + d_out) <= through else "kron"
+    through = 100 + 0.7 * sum(hadamard.sizes(d))
+    return "rows" if n <= (-(-n // d) if blocks is None else blocks) * through else "kron"

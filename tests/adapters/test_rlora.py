@@ -32,7 +32,9 @@ from lightning_peft import (
 from lightning_peft.adapters import LowRankUpdate, NormShare, component_shares
 from lightning_peft.adapters.rlora import Mode, Scale
 from lightning_peft.checkpoint import ENTRY, AdapterFileError, adapter_state_dict, describe, digest
+from lightning_peft.functional.srht import Kron, Rows
 from lightning_peft.rank.budget import Site
+from lightning_peft.rank.importance import by_shape
 
 MODES = get_args(Mode)
 
@@ -269,6 +271,11 @@ def test_layers_of_a_shape_share_their_projections() -> None:
     assert torch.equal(net.first.A, net.second.A)
     for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net)), copy.deepcopy(net).double()):
         assert twin.first._into is twin.second._into
+    empty: Any = Net().to("meta")
+    inject(empty, partial(RLoRA, rank=6), targets=["first", "second", "third"], train=[])
+    empty.to_empty(device="cpu")
+    assert empty.first._into is empty.second._into
+    assert empty.third._into is not empty.first._into
 
 
 def test_projections_of_its_own_come_from_a_layers_name() -> None:
@@ -348,6 +355,30 @@ def test_what_was_built_without_memory_gets_its_projections_with_it() -> None:
     assert net.first.digest() == here.first.digest()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_built_without_memory_may_take_a_files_tensors(dtype: torch.dtype) -> None:
+    """`load_state_dict(assign=True)` puts parameters in place and moves nothing."""
+    net: Any = adapted().to(dtype)
+    moved(net.first)
+    empty: Any = Net().to("meta")
+    inject(empty, partial(RLoRA, rank=6), targets=["first", "second", "third"], train=[])
+    empty.load_state_dict(net.state_dict(), assign=True)
+    x = torch.randn(3, 24, dtype=dtype)
+    assert torch.equal(empty(x), net(x))
+    assert empty.first.A.dtype is dtype
+    assert empty.first._into is empty.second._into
+
+
+def test_a_default_device_is_not_where_constants_are() -> None:
+    base, x = nn.Linear(24, 16), torch.randn(3, 24)
+    with torch.device("meta"):
+        adapter = RLoRA(base, rank=6)
+        found = adapter.digest()
+    here = RLoRA(base, rank=6)
+    assert found == here.digest()
+    assert torch.equal(moved(adapter)(x), moved(here)(x))
+
+
 def test_nothing_frozen_is_a_buffer() -> None:
     adapter = RLoRA(nn.Linear(24, 16), rank=6)
     assert [name for name, _ in adapter.named_buffers()] == ["gate.mask"]
@@ -374,7 +405,56 @@ def test_narrow_models_compute_in_their_own_dtype(dtype: torch.dtype, path: Any)
     assert narrow.b.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("dtype", "near"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("path", ["rows", "kron"])
+def test_autocast_computes_in_its_dtype(mode: Mode, dtype: torch.dtype, near: float, path: Any) -> None:
+    """Output and gradients are those of float32 up to its rounding; gradients have the dtype of what they belong to."""
+    adapter = moved(RLoRA(nn.Linear(80, 48), rank=100, mode=mode, path=path))
+    draw = torch.Generator().manual_seed(1)
+    x, grad = torch.randn(3, 2, 80, generator=draw).requires_grad_(), torch.randn(3, 2, 48, generator=draw)
+    wanted = [x, *(p for _, p in adapter.own_parameters() if p.requires_grad)]
+    exact = adapter(x)
+    with torch.autocast("cpu", dtype):
+        y = adapter(x)
+    assert y.dtype is dtype
+    found = [y.float(), *torch.autograd.grad(y, wanted, grad.to(dtype))]
+    for one, other in zip(found, [exact, *torch.autograd.grad(exact, wanted, grad)], strict=True):
+        assert one.dtype is other.dtype
+        assert (one - other).norm() < near * other.norm()
+
+
 # rank
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("d_out", [12, 16])
+def test_layers_of_several_widths_are_scored_together(mode: Mode, d_out: int) -> None:
+    """Parameters say nothing of d_in: 14 components are orthogonal on 24 inputs, and blocks on 12."""
+    net = nn.Sequential(*[nn.Linear(d_in, d_out).double() for d_in in (24, 12, 24, 12)])
+    inject(net, partial(RLoRA, rank=14, mode=mode), targets=[r"\d"], train=[])
+    for i, layer in enumerate(net):
+        moved(layer, i)  # type: ignore[arg-type]
+    budget = RankBudget.of(net)
+    for group in by_shape(budget.values()):
+        for site, found in zip(group, NormShare().measure(group), strict=True):
+            A, B, value = site.adapter.A[None], site.adapter.B[None], site.gate.value()[None]
+            torch.testing.assert_close(found, component_shares(A, B, value.to(A))[0].float())
+
+
+def test_auto_takes_what_is_faster_for_what_is_left() -> None:
+    """Kron's way is as long for four components as for a thousand."""
+    net = nn.Sequential(nn.Linear(768, 768))
+    inject(net, RLoRA, targets=["0"], train=[])
+    adapter: Any = net[0]
+    assert {type(adapter._into), type(adapter._out)} == {Kron}
+    adapter.gate.keep(torch.arange(1024) % 256 == 0)
+    compact(net)
+    adapter = net[0]
+    assert adapter.components == [0, 256, 512, 768]
+    assert {type(adapter._into), type(adapter._out)} == {Rows}
+    given: Any = RLoRA(nn.Linear(768, 768), rank=1024, path="kron", components=[0, 256])
+    assert {type(given._into), type(given._out)} == {Kron}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -493,7 +573,10 @@ def test_a_width_without_small_factors_takes_rows() -> None:
     layer = nn.Linear(4, 8209, bias=False)  # a prime
     with pytest.raises(ValueError, match=r"path='kron' is not possible on a layer of 4 inputs and 8209 outputs"):
         RLoRA(layer, rank=3, path="kron")
-    assert type(RLoRA(layer, rank=3)._into).__name__ == "Rows"
+    adapter = RLoRA(layer, rank=3)
+    assert {type(adapter._into), type(adapter._out)} == {Rows}
+    # Without a projection on that side it is no obstacle.
+    assert type(RLoRA(layer, rank=3, mode="half", path="kron")._into) is Kron
 
 
 def test_default_ranks_are_those_of_the_width() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_peft.functional import hadamard
-from lightning_peft.functional.srht import SRHT, Path, Projection, has_small_factors, up
+from lightning_peft.functional.srht import SRHT, Path, Projection, faster_path, has_small_factors, up
 
 CPU = torch.device("cpu")
 PATHS: tuple[Path, ...] = ("rows", "kron")
@@ -106,13 +106,21 @@ def test_a_subset_has_the_same_rows() -> None:
         assert torch.equal(some.whole(), whole.whole()[[1, 5, 11]])
 
 
-def test_a_default_dtype_or_device_changes_nothing() -> None:
+def test_a_default_dtype_changes_nothing() -> None:
     first = made(86, 20, "kron").whole()
     torch.set_default_dtype(torch.float64)
     try:
         assert torch.equal(made(86, 20, "kron").whole(), first)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(("d", "last"), [(384, 130), (768, 139), (1024, 144), (4096, 189)])
+def test_rows_are_faster_up_to_a_rank(d: int, last: int) -> None:
+    """About 2 sqrt d multiplications, and the passes beside them; in two blocks twice as many."""
+    assert [faster_path(d, n) for n in (1, last, last + 1, d)] == ["rows", "rows", "kron", "kron"]
+    assert [faster_path(d, n, 2) for n in (2 * last, 2 * last + 2)] == ["rows", "kron"]
+    assert faster_path(50257, 50257) == "rows"
 
 
 def test_widths_without_small_factors_are_known() -> None:
