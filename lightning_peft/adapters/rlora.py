@@ -365,7 +365,7 @@ class RLoRA(LowRankUpdate):
 
     def _load_from_state_dict(self, *arguments: Any) -> None:
         # With `assign=True` parameters come into memory, or into another dtype, and nothing is applied to them.
-        super()._load_from_state_dict(*arguments)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*arguments)
         self._derive()
 
     def extra_repr(self) -> str:
