@@ -117,8 +117,8 @@ class Draw:
         # is the same input.
         if layer in self._here and torch._C._current_graph_task_id() == -1:
             raise RuntimeError(
-                f"the linear layer of {mine[0].name!r} was called twice, and noise for every example, which is added to "
-                "its output, is that of one call. Use unit='batch'."
+                f"the linear layer of {mine[0].name!r} was called twice, and noise for every example, which is added "
+                "to its output, is that of one call. Use unit='batch'."
             )
         self._heard.add(layer)
         self._here.add(layer)
