@@ -142,8 +142,8 @@ def require_apart_in_batches(module: nn.Module) -> None:
         if isinstance(layer, _BatchNorm) and layer.running_mean is None:
             raise MisconfigurationException(
                 f"{clean_name(name)!r} normalizes by the statistics of a batch, also in eval mode, so that an "
-                "example's error depends on others, and a certificate needs them independent. Use track_running_stats=True, or "
-                "LayerNorm."
+                "example's error depends on others, and a certificate needs them independent. Use "
+                "track_running_stats=True, or LayerNorm."
             )
 
 

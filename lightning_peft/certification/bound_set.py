@@ -165,7 +165,8 @@ def _add(value: Any, update: Callable[[bytes], object]) -> None:
     elif hasattr(value, "__array__"):
         _add(torch.as_tensor(value), update)
     else:
-        if type(value).__repr__ is object.__repr__:
+        says: object = type(value).__repr__
+        if says is object.__repr__:
             raise TypeError(
                 f"an example holds a {type(value).__name__}, whose contents cannot be told, and a certificate says "
                 "which examples it counted. Give examples of tensors, arrays, numbers and text, or give that class a "

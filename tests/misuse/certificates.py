@@ -22,8 +22,8 @@ from lightning_peft import (
     RankBudget,
     Regularization,
     RiskCertificate,
-    adapters,
 )
+from lightning_peft.surgery.layers import adapters
 
 LORA = partial(LoRA, rank=2)
 INJECTION = AdapterInjection(LORA)
