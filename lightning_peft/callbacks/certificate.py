@@ -15,18 +15,21 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_peft.callbacks.board import KLPictures, boards
+from lightning_peft.callbacks.calibration import Calibration
 from lightning_peft.callbacks.order import callbacks_of, require_before
-from lightning_peft.callbacks.placement import AdapterPlacement
+from lightning_peft.callbacks.placement import COPIERS, AdapterPlacement
 from lightning_peft.callbacks.preflight import Preflight, optimized
 from lightning_peft.callbacks.pruning import RankPruning
 from lightning_peft.callbacks.regularization import Regularization
 from lightning_peft.callbacks.undisturbed import undisturbed
 from lightning_peft.certification.accounting import (
     PriorData,
+    buffers,
     first_trained_prior,
     outside,
     posterior_of,
     require_apart,
+    require_apart_in_batches,
     require_drawn,
     require_in_q,
     require_not_selected,
@@ -118,21 +121,27 @@ class RiskCertificate(Preflight):
     ) -> None:
         self.settings = Settings(passes, unit, delta, delta_prime, tried, seed, p_min)
         self.data, self.batch_size, self.read, self.path = data, batch_size, read or read_logits, path
-        self.prior_data = None if prior_data is None else PriorData.of(prior_data)
+        self._given = None if prior_data is None else PriorData.of(prior_data)
+        self.prior_data = self._given
         self.certificate: Certificate | None = None
         self._base: Mapping[str, Tensor] = {}
         self._start: dict[str, int] = {}
         self._restored: dict[str, int] = {}
+        self._built: dict[str, int] = {}
+        self._continues: bool | None = None  # whether that run's prior came after training; None if there was none
+        self._after_training = False
         self._pictures: KLPictures | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        require_before(trainer, self, AdapterPlacement, Regularization)
+        require_before(trainer, self, AdapterPlacement, Regularization, *COPIERS)
         if stage == "fit":
             self._restored, self.certificate = {}, None
+            self._continues, self.prior_data = None, self._given
             when_built(pl_module, self._print_base)
 
     def _print_base(self, module: LightningModule) -> None:
+        self._built = {} if any(buffer.is_meta for buffer in module.buffers()) else buffers(module)
         if not any(map(is_flattened, module.parameters())):
             self._base = fingerprint(module)  # FSDP1 keeps no process's values in a shape where they could be found
 
@@ -151,24 +160,55 @@ class RiskCertificate(Preflight):
         terms = {id(p) for p in module.get_submodule("peft_terms").parameters()} if _has_terms(module) else set()
         named = {clean_name(n): p for n, p in module.named_parameters()}
         require_in_q(module, posterior, [n for n, p in named.items() if p.requires_grad and id(p) in held - terms])
-        if any(isinstance(callback, RankPruning) for callback in callbacks_of(trainer)):
-            raise MisconfigurationException(
-                "RankPruning closes components by what it sees of the training data, and masks are not in Q, so the "
-                "certificate would not account for the choice. Train without RankPruning."
-            )
+        for callback in callbacks_of(trainer):
+            if isinstance(callback, RankPruning):
+                raise MisconfigurationException(
+                    "RankPruning closes components by what it sees of the training data, and masks are not in Q, so "
+                    "the certificate would not account for the choice. Train without RankPruning."
+                )
+            if isinstance(callback, Calibration):
+                raise MisconfigurationException(
+                    "Calibration chooses ranks by what it sees of the training data, and masks are not in Q, so the "
+                    "certificate would not account for the choice. Train without Calibration, or calibrate in a fit "
+                    "before this one, on examples that are then given as prior_data."
+                )
+        require_apart_in_batches(module)
         require_drawn(posterior, self.settings.unit)
         kept = [getattr(c, "monitor", None) for c in callbacks_of(trainer) if isinstance(c, Checkpoint)]
         require_not_selected([monitor for monitor in kept if monitor], self.settings.tried)
+        self._bound_set(trainer)
+
+    def _require_known_prior(self, trainer: Trainer, module: LightningModule) -> None:
+        """Check that what the prior has learned from is known, of this run or of the one that it continues.
+
+        Raises:
+            MisconfigurationException: it is not, or that run had chosen something that is not in Q.
+        """
+        posterior = posterior_of(module)
+        self._after_training = posterior.after_training if self._continues is None else self._continues
+        if self._continues is None and trainer.ckpt_path is not None:
+            # Nobody noted what was outside Q when that run began: this module, as it was built, has to say so.
+            now = buffers(module)
+            require_unchanged(self._built, {name: value for name, value in now.items() if name in self._built})
+        if self.prior_data is not None:
+            return
+        advice = "must not certify. Say what it was: RiskCertificate(prior_data=<a Dataset>)."
         taught = first_trained_prior(module, posterior)
-        if taught is not None and self.prior_data is None:
+        if taught is not None:
             raise MisconfigurationException(
                 f"the adapter at {taught!r} had learned something before the prior was taken from it, and what it had "
-                "learned from must not certify. Say what it was: RiskCertificate(prior_data=<a Dataset>)."
+                f"learned from {advice}"
             )
-        self._bound_set(trainer)
+        if self._after_training:
+            raise MisconfigurationException(
+                f"{type(module).__name__} had been trained before the prior was taken from it, and what it had learned "
+                f"from {advice}"
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        # Here, because a strategy that shards restores after our on_fit_start.
+        together(lambda: self._require_known_prior(trainer, pl_module))
         self._start |= self._restored  # of the run that this one continues
         self._restored = {}
         if trainer.is_global_zero and boards(trainer):
@@ -259,10 +299,22 @@ class RiskCertificate(Preflight):
         facts = None if self.prior_data is None else self.prior_data.facts()
         # Of the base each process may have a part of its own, and nothing of it is in the checkpoint.
         start = {name: value for name, value in self._start.items() if name not in self._base}
-        return {"start": start, "prior_data": facts}
+        return {"start": start, "prior_data": facts, "after_training": self._after_training}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = dict(state_dict.get("start", {}))
+        self._continues = bool(state_dict.get("after_training", False))
+        facts = state_dict.get("prior_data")
+        if facts is None:
+            return
+        noted = PriorData.read(facts)
+        if self._given is not None and self._given != noted:
+            raise MisconfigurationException(
+                f"{len(noted.places)} of {noted.size} examples had chosen the prior of the run that this one "
+                f"continues, and prior_data names {len(self._given.places)} of {self._given.size}. Leave prior_data "
+                "out, or give the same examples."
+            )
+        self.prior_data = noted
 
 
 def _training_loader(trainer: Trainer) -> Any:

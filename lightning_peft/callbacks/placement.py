@@ -17,6 +17,7 @@ from lightning_peft.callbacks.order import callbacks_of, require_before
 from lightning_peft.callbacks.preflight import Preflight
 from lightning_peft.distributed import average_gradients, broadcast
 from lightning_peft.rank.budget import RankBudget
+from lightning_peft.regularizers.posterior import TRAINED
 from lightning_peft.seams import when_built, wrap_method
 from lightning_peft.strategies import (
     averaged,
@@ -136,6 +137,12 @@ class AdapterPlacement(Preflight, ABC):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._release()
+        if trainer.state.fn == "fit" and trainer.global_step > 0:
+            setattr(pl_module, TRAINED, True)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not when training starts: what a learning-rate finder has trained is put back.
+        setattr(pl_module, TRAINED, True)
 
     def _release(self) -> None:
         self._averaged = []

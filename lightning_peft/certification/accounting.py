@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_peft.certification.bound_set import BoundSet, example_hash, root
+from lightning_peft.certification.bound_set import BoundSet, example_hash, form, root
 from lightning_peft.distributed import fingerprint, is_shard, whole
 from lightning_peft.rank.budget import clean_name
 from lightning_peft.regularizers.posterior import Posterior
@@ -131,6 +132,21 @@ def require_drawn(posterior: Posterior, unit: str) -> None:
         )
 
 
+def require_apart_in_batches(module: nn.Module) -> None:
+    """Check that what is predicted of an example is a matter of that example.
+
+    Raises:
+        MisconfigurationException: a layer normalizes by other examples too.
+    """
+    for name, layer in module.named_modules():
+        if isinstance(layer, _BatchNorm) and layer.running_mean is None:
+            raise MisconfigurationException(
+                f"{clean_name(name)!r} normalizes by the statistics of a batch, also in eval mode, so that an "
+                "example's error depends on others, and a certificate needs them independent. Use "
+                "track_running_stats=True, or LayerNorm."
+            )
+
+
 def require_not_selected(monitors: Sequence[str], tried: int) -> None:
     """Check that nothing was chosen by looking at the bound set, or that it is said among how many.
 
@@ -191,19 +207,33 @@ class PriorData:
         size: examples of that data set.
         places: where they stand in it.
         hashes: a number for each of them, by its content.
+        form: how its first example is built, see :func:`~lightning_peft.certification.bound_set.form`.
     """
 
     dataset: str
     size: int
     places: tuple[int, ...]
     hashes: tuple[int, ...]
+    form: str
 
     @classmethod
     def of(cls, data: Any) -> PriorData:
         """Of a data set, a part of one (`torch.utils.data.Subset`), or a loader of either."""
         dataset, places = root(BoundSet(data).dataset)
         every = [example_hash(dataset[i]) for i in range(len(dataset))]
-        return cls(_joint(every), len(every), tuple(places), tuple(_number(every[i]) for i in places))
+        hashes = tuple(_number(every[i]) for i in places)
+        return cls(_joint(every), len(every), tuple(places), hashes, form(dataset[places[0]]))
+
+    @classmethod
+    def read(cls, facts: Any) -> PriorData:
+        """Of what :meth:`facts` has given.
+
+        Raises:
+            ValueError: it was not.
+        """
+        if not isinstance(facts, dict) or facts.keys() != {each.name for each in fields(cls)}:
+            raise ValueError("does not say which examples chose the prior as we write it")
+        return cls(**facts | {"places": tuple(facts["places"]), "hashes": tuple(facts["hashes"])})
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint holds: text and numbers."""
@@ -213,13 +243,21 @@ class PriorData:
         """Places in the bound set that are none of these examples, where the data set is the same one.
 
         Raises:
-            MisconfigurationException: it is another data set and holds examples of the same content.
+            MisconfigurationException: it is another data set and holds examples of the same content, or of a form in
+                which that cannot be told.
         """
         dataset, places = root(data.dataset)
         every = [example_hash(dataset[i]) for i in range(len(dataset))]
         if (_joint(every), len(every)) == (self.dataset, self.size):
             taken = set(self.places)
             return [i for i, place in enumerate(places) if place not in taken]
+        here = form(dataset[places[0]])
+        if here != self.form:
+            raise MisconfigurationException(
+                f"prior_data has other forms of examples than the bound set, {self.form} and {here}, so there is no "
+                "telling whether they are the same ones. Give it as the bound set's loader reads it: "
+                "Subset(loader.dataset, places)."
+            )
         known = set(self.hashes)
         equal = sum(_number(every[place]) in known for place in places)
         if equal:

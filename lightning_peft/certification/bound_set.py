@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from torch.utils.data.dataloader import default_collate
 
 _BATCH = 32
 """Examples per batch where nobody says."""
+_READ_TWICE = 8
+"""Examples that are read twice, to see whether something is drawn in them."""
 
 
 class BoundSet:
@@ -37,7 +39,7 @@ class BoundSet:
     Raises:
         ValueError: the data are a stream or empty, the loader drops, repeats or chooses examples, or an example is
             another each time that it is read.
-        TypeError: data are of another kind.
+        TypeError: data, or what an example holds, are of another kind.
     """
 
     def __init__(self, data: Any, batch_size: int | None = None) -> None:
@@ -57,11 +59,20 @@ class BoundSet:
         if not len(self.dataset):
             raise ValueError("the bound set has no example, and a certificate needs some: give other data.")
         self.batch_size = int(batch_size or _BATCH)
-        if example_hash(self.dataset[0]) != example_hash(self.dataset[0]):
+        size = len(self.dataset)
+        again = size - len(set(root(self.dataset)[1]))
+        if again:
             raise ValueError(
-                "the bound set's first example is another one each time that it is read: something is drawn in it "
-                "(augmentation, dropout). Give the data without that: RiskCertificate(data=...)."
+                f"the bound set has {again} example{'s' if again > 1 else ''} more than once, of {size}, and a "
+                "certificate counts each as one that was drawn by itself. Give the set without repetitions: "
+                "RiskCertificate(data=...)."
             )
+        for i in sorted({i * (size - 1) // (_READ_TWICE - 1) for i in range(_READ_TWICE)}):
+            if example_hash(self.dataset[i]) != example_hash(self.dataset[i]):
+                raise ValueError(
+                    f"example {i} of the bound set is another one each time that it is read: something is drawn in it "
+                    "(augmentation, dropout). Give the data without that: RiskCertificate(data=...)."
+                )
 
     def __len__(self) -> int:
         """Number of examples, n."""
@@ -114,10 +125,28 @@ def root(dataset: Any) -> tuple[Any, list[int]]:
 
 
 def example_hash(example: Any) -> bytes:
-    """SHA-256 of an example: tensors, arrays, numbers, text and bytes, in lists, tuples and dictionaries."""
+    """SHA-256 of an example: tensors, arrays, numbers, text and bytes, in lists, tuples and mappings.
+
+    Raises:
+        TypeError: it holds something else, which prints as nothing but a place in memory.
+    """
     total = hashlib.sha256()
     _add(example, total.update)
     return total.digest()
+
+
+def form(example: Any) -> str:
+    """How an example is built: types, keys and dimensions. Where that differs, contents cannot be compared."""
+    if hasattr(example, "__array__") and not isinstance(example, Tensor):
+        example = torch.as_tensor(example)
+    if isinstance(example, Tensor):
+        return f"{example.dtype}[{example.dim()}]"
+    if isinstance(example, Mapping):
+        return f"{{{', '.join(f'{key!r}: {form(example[key])}' for key in sorted(example, key=repr))}}}"
+    if isinstance(example, list | tuple):
+        inside = [form(item) for item in example]
+        return f"[{', '.join(inside[:1] if len(set(inside)) == 1 else inside)}]"
+    return type(example).__name__
 
 
 def _add(value: Any, update: Callable[[bytes], object]) -> None:
@@ -125,7 +154,7 @@ def _add(value: Any, update: Callable[[bytes], object]) -> None:
         value = value.detach().cpu().contiguous()
         update(f"{value.dtype}|{tuple(value.shape)}|".encode())
         update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):
         for key, item in value.items():
             update(f"{key!r}:".encode())
             _add(item, update)
@@ -136,6 +165,13 @@ def _add(value: Any, update: Callable[[bytes], object]) -> None:
     elif hasattr(value, "__array__"):
         _add(torch.as_tensor(value), update)
     else:
+        says: object = type(value).__repr__
+        if says is object.__repr__:
+            raise TypeError(
+                f"an example holds a {type(value).__name__}, whose contents cannot be told, and a certificate says "
+                "which examples it counted. Give examples of tensors, arrays, numbers and text, or give that class a "
+                "__repr__ that says all."
+            )
         update(f"{type(value).__name__}|{value!r}|".encode())
 
 

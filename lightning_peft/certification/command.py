@@ -17,6 +17,7 @@ from lightning_peft.certification.accounting import (
     buffers,
     first_trained_prior,
     require_apart,
+    require_apart_in_batches,
     require_drawn,
     require_in_q,
     require_not_selected,
@@ -101,6 +102,7 @@ def run(options: argparse.Namespace) -> str:
             "would not account for the choice. Train without RankPruning."
         )
     require_drawn(posterior, settings.unit)
+    require_apart_in_batches(module)
     require_not_selected(monitors_of(checkpoint), settings.tried)
     prior_data = prior_data_from(checkpoint, str(path))
     taught = first_trained_prior(module, posterior)

@@ -70,9 +70,10 @@ def prior_data_from(checkpoint: Mapping[str, Any], source: str) -> PriorData | N
         facts = state.get("prior_data") if str(name).startswith("RiskCertificate") and isinstance(state, dict) else None
         if facts is not None:
             check_plain(facts, source)
-            if not isinstance(facts, dict) or facts.keys() != {"dataset", "size", "places", "hashes"}:
-                raise AdapterFileError(f"{source} does not say which examples chose the prior as we write it.")
-            return PriorData(facts["dataset"], facts["size"], tuple(facts["places"]), tuple(facts["hashes"]))
+            try:
+                return PriorData.read(facts)
+            except (TypeError, ValueError) as error:
+                raise AdapterFileError(f"{source} {error}.") from error
     return None
 
 

@@ -68,6 +68,7 @@ class Draw:
             layer: eps.view(rows, -1) for layer, eps in zip(layers, outputs, strict=True)
         }
         self._heard: set[nn.Module] = set()
+        self._here: set[nn.Module] = set()  # heard since the last time that the noise was put in its places
 
     def _some(self, flat: Tensor, kept: Sequence[bool]) -> Tensor:
         if not flat.dim() or all(kept):
@@ -79,8 +80,10 @@ class Draw:
         """Inside, the noise is in its places; to be entered again where something is computed again.
 
         Raises:
-            RuntimeError: a linear layer that was to have noise at its output was not called, or not with (rows, d_in).
+            RuntimeError: a linear layer that was to have noise at its output was not called, or called twice, or not
+                with (rows, d_in).
         """
+        self._here.clear()
         before = [(owner, name, owner._parameters[name]) for owner, name, _ in self._swaps]
         hooks = [layer.register_forward_hook(partial(self._add, eps)) for layer, eps in self._eps.items()]
         try:
@@ -110,7 +113,15 @@ class Draw:
                 f"the linear layer of {mine[0].name!r} got {shape} for an input, and noise for every one of "
                 f"{len(eps)} examples needs ({len(eps)}, {layer.in_features}). Use unit='batch'."
             )
+        # Two inputs with one eps have not the distribution of two inputs with one weight. What backward computes again
+        # is the same input.
+        if layer in self._here and torch._C._current_graph_task_id() == -1:
+            raise RuntimeError(
+                f"the linear layer of {mine[0].name!r} was called twice, and noise for every example, which is added "
+                "to its output, is that of one call. Use unit='batch'."
+            )
         self._heard.add(layer)
+        self._here.add(layer)
         flat = log_sigma(self._offset, self._start, self._speed).exp()
         sigmas = dict(zip(self._parts, flat.split(self._sizes), strict=True))
         of = {part.places[0][1]: sigmas[part].view(part.shape) for part in mine}

@@ -19,6 +19,8 @@ from lightning_peft.functional.perturbation import HIGHEST, LOWEST, log_sigma
 from lightning_peft.regularizers.noise import Draw
 from lightning_peft.regularizers.places import chosen, parts, require_whole, trained
 
+TRAINED = "_lightning_peft_trained"
+"""What a module has among its attributes, as true, once something has trained it."""
 Scale = float | Callable[[str, Tensor], Tensor | float]
 """A standard deviation: a number, or a function of a parameter's name and values that gives one, or one per entry."""
 Prior = Literal["fixed", "learned", "per_tensor"]
@@ -39,6 +41,9 @@ class Posterior(nn.Module):
 
     Every draw has random numbers of its own, told by the seed, the process and how many draws were before it; that
     number is in the state dict, so that a run that is resumed draws on as it would have.
+
+    `after_training` says whether the module had been trained, as far as is known, before w_0 were taken from it: then
+    they owe something to data.
 
     A component that a mask has closed stays in Q: the divergence still counts it, and draws it back to the prior.
 
@@ -84,6 +89,7 @@ class Posterior(nn.Module):
         super().__init__()
         require_settings(prior_sigma, sigma, speed, prior, prior_mean, over, seed)
         self.speed, self.prior, self.seed = float(speed), prior, int(seed)
+        self.after_training = bool(getattr(module, TRAINED, False))
         self._parts = parts(module, chosen(module, over))
         if not self._parts:
             raise RuntimeError(

@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_peft import (
+    EVA,
     AdapterCheckpoint,
     AdapterInjection,
+    Calibration,
     Certificate,
     LoRA,
     PACBayes,
@@ -49,11 +51,13 @@ def examples(seed: int = 0, count: int = N) -> TensorDataset:
 class Net(L.LightningModule):
     """Two layers, dropout and a metric's worth of state; it knows nothing of posteriors."""
 
-    def __init__(self, batch_norm: bool = False) -> None:
+    def __init__(self, batch_norm: bool | None = False) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
-            middle: nn.Module = nn.BatchNorm1d(8) if batch_norm else nn.Tanh()
+            middle: nn.Module = nn.Tanh()
+            if batch_norm is not False:
+                middle = nn.BatchNorm1d(8, track_running_stats=bool(batch_norm))
             self.body = nn.Sequential(nn.Linear(4, 8), middle, nn.Dropout(0.5))
             self.head = nn.Linear(8, 2)
 
@@ -230,6 +234,28 @@ def test_a_prior_from_half_of_the_examples() -> None:
     assert fresh.certificate.examples == N
 
 
+def only_its_head_taught() -> Net:
+    """A module whose head has learned from every other example, and whose adapters are new."""
+    module = taught()
+    with torch.no_grad():
+        module.body[0].B.zero_()  # type: ignore[union-attr, operator]
+    return module
+
+
+class Named(torch.utils.data.Dataset[Any]):
+    """The same examples, in another form than the loader of the fit has them."""
+
+    def __init__(self, data: Any) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Any:
+        x, y = self.data[index]
+        return {"x": x.tolist(), "y": int(y)}
+
+
 class Masks(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         pl_module.body[0].gate.mask[0] = 0
@@ -294,6 +320,26 @@ def copied() -> TensorDataset:
         (
             lambda: fitted(adapted(), RiskCertificate(unit="example")),
             "unit='example' counts every example as a draw of its own, and 'body.0.A' has one draw",
+        ),
+        (
+            lambda: fitted(only_its_head_taught(), RiskCertificate()),
+            "Net had been trained before the prior was taken from it, .* RiskCertificate\\(prior_data=<a Dataset>\\)",
+        ),
+        (
+            lambda: fitted(taught(), RiskCertificate(prior_data=Named(split()[0]))),
+            "prior_data has other forms of examples than the bound set, .* Give it as the bound set's loader reads it",
+        ),
+        (
+            lambda: fitted(adapted(), RiskCertificate(), StochasticWeightAveraging(swa_lrs=0.01)),
+            "put StochasticWeightAveraging first",
+        ),
+        (
+            lambda: fitted(adapted(), RiskCertificate(), before=[Calibration(EVA(rank=2))]),
+            "Calibration chooses ranks by what it sees of the training data, .* Train without Calibration",
+        ),
+        (
+            lambda: fitted(adapted(batch_norm=None), RiskCertificate()),
+            "'body.1' normalizes by the statistics of a batch, also in eval mode",
         ),
         (
             lambda: L.Trainer(
@@ -390,6 +436,42 @@ def test_a_resumed_run_certifies_what_an_uninterrupted_one_does(tmp_path: Path) 
     trainer.fit(module, DataLoader(examples(), BATCH, shuffle=True), ckpt_path=tmp_path / "epoch=0.ckpt")
     assert again.certificate == whole.certificate
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
+def resumed(module: Any, made: RiskCertificate, path: Path) -> None:
+    q = Posterior(module, prior_sigma=0.1, sigma=0.05)
+    trainer = L.Trainer(
+        accelerator="cpu", enable_progress_bar=False, enable_model_summary=False, logger=False, max_epochs=2,
+        enable_checkpointing=False,
+        callbacks=[AdapterInjection(LORA), Regularization({"pac": Gaussian(q)}), AdapterCheckpoint(), made],
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(examples(), BATCH, shuffle=True), ckpt_path=path)
+
+
+def saving(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:.*callback states in the checkpoint")
+def test_what_the_resumed_run_chose_without_a_certificate_is_seen(tmp_path: Path) -> None:
+    fitted(adapted(), Masks(), AdapterCheckpoint(), saving(tmp_path), max_epochs=1, enable_checkpointing=True)
+    with pytest.raises(MisconfigurationException, match=r"'body.0.gate.mask' was changed while training"):
+        resumed(adapted(), RiskCertificate(), tmp_path / "epoch=0.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_resumed_run_knows_what_chose_the_prior(tmp_path: Path) -> None:
+    half, rest = split()
+    whole = RiskCertificate(passes=1, prior_data=half, path=tmp_path / "whole.json")
+    fitted(taught(), AdapterCheckpoint(), saving(tmp_path), whole, max_epochs=2, enable_checkpointing=True)
+    again = RiskCertificate(passes=1, path=tmp_path / "again.json")  # does not say it once more
+    resumed(adapted(), again, tmp_path / "epoch=0.ckpt")
+    assert again.certificate == whole.certificate
+    assert again.certificate is not None
+    assert again.certificate.examples == len(rest)
+    other = RiskCertificate(prior_data=Subset(examples(), [1, 3]))
+    with pytest.raises(MisconfigurationException, match="45 of 90 examples had chosen the prior .* names 2 of 90"):
+        resumed(adapted(), other, tmp_path / "epoch=0.ckpt")
 
 
 def test_csv_loggers_get_the_figures(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -78,6 +79,13 @@ def test_hashes_tell_examples_apart() -> None:
     ]
     assert len({example_hash(example) for example in examples}) == len(examples)
     assert example_hash(torch.ones(2)) == example_hash(torch.ones(4)[::2])
+    # A tokenizer's mapping is no dictionary, and prints large tensors with dots.
+    ids = torch.arange(4000)
+    other = ids.clone()
+    other[2000] = 0
+    one, two = (UserDict(ids=each) for each in (ids, other))
+    assert example_hash(one) != example_hash(two)
+    assert example_hash(one) == example_hash({"ids": ids})
 
 
 class Stream(IterableDataset[Any]):
@@ -91,6 +99,17 @@ class Augmented(Dataset[Any]):
 
     def __getitem__(self, index: int) -> Any:
         return torch.rand(2), 0
+
+
+class SometimesAugmented(Augmented):
+    """The first example is left as it is, the others are not."""
+
+    def __getitem__(self, index: int) -> Any:
+        return (torch.rand(2) if index else torch.zeros(2)), 0
+
+
+class Opaque:
+    """An example of which nothing is known but where it lies in memory."""
 
 
 @pytest.mark.parametrize(
@@ -112,6 +131,10 @@ class Augmented(Dataset[Any]):
         (3, TypeError, "int is a stream or no data"),
         (Subset(DATA, []), ValueError, "the bound set has no example"),
         (Augmented(), ValueError, "is another one each time that it is read"),
+        (SometimesAugmented(), ValueError, "is another one each time that it is read"),
+        (Subset(DATA, [0, 1, 1, 2]), ValueError, "has 1 example more than once, of 4"),
+        (Subset(Subset(DATA, [3, 4, 3]), [0, 1, 2]), ValueError, "has 1 example more than once, of 3"),
+        ([Opaque(), Opaque()], TypeError, "an example holds a Opaque, whose contents cannot be told"),
     ],
 )
 def test_what_cannot_be_counted_is_told(data: Any, error: type[Exception], says: str) -> None:

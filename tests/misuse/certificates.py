@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset, TensorDataset
 
 from lightning_peft import (
+    EVA,
     AdapterInjection,
+    Calibration,
     LoRA,
     PACBayes,
     PosteriorSampling,
@@ -21,6 +23,7 @@ from lightning_peft import (
     Regularization,
     RiskCertificate,
 )
+from lightning_peft.surgery.layers import adapters
 
 LORA = partial(LoRA, rank=2)
 INJECTION = AdapterInjection(LORA)
@@ -64,6 +67,14 @@ def taught() -> Classifier:
     return module
 
 
+def renewed() -> Classifier:
+    """Its head has learned; its adapters are as good as new."""
+    module = taught()
+    for adapter in adapters(module).values():
+        torch.nn.init.zeros_(adapter.B)  # type: ignore[arg-type]
+    return module
+
+
 def close(trainer: Any, module: Any) -> None:
     next(iter(RankBudget.of(module).values())).gate.mask[0] = 0
 
@@ -99,6 +110,14 @@ ROWS: Rows = {
         lambda: certify(module=taught(), certificate=RiskCertificate(DATA, prior_data=Subset(DATA, range(6)))),
         MisconfigurationException,
     ),
+    "a certificate where the prior's examples have another form": (
+        lambda: certify(module=taught(), certificate=RiskCertificate(DATA, prior_data=[0, 1])),
+        MisconfigurationException,
+    ),
+    "a certificate of a head that was trained before": (
+        lambda: certify(module=renewed()),
+        MisconfigurationException,
+    ),
     "a certificate by examples of the same content": (
         lambda: certify(
             module=taught(),
@@ -114,6 +133,20 @@ ROWS: Rows = {
         lambda: certify(pruning(rank=1)),
         MisconfigurationException,
     ),
+    "a certificate beside `Calibration`": (
+        lambda: certify(Calibration(EVA(rank=2))),
+        MisconfigurationException,
+    ),
+    "a certificate before weights are averaged": (
+        lambda: train(
+            Classifier(),
+            INJECTION,
+            Regularization({"pac": PACBayes()}),
+            RiskCertificate(DATA),
+            callbacks.StochasticWeightAveraging(swa_lrs=0.01),
+        ),
+        MisconfigurationException,
+    ),
     "a certificate where something else closes components": (
         lambda: certify(Once("on_train_batch_end", close)),
         MisconfigurationException,
@@ -124,6 +157,10 @@ ROWS: Rows = {
     ),
     "a certificate from a loader that repeats examples": (
         lambda: certify(certificate=RiskCertificate(DataLoader(DATA, sampler=RandomSampler(DATA, replacement=True)))),
+        MisconfigurationException,
+    ),
+    "a certificate from a part that has examples twice": (
+        lambda: certify(certificate=RiskCertificate(Subset(DATA, [0, 1, 1]))),
         MisconfigurationException,
     ),
     "a certificate from data that are augmented": (

@@ -392,6 +392,22 @@ def test_a_head_that_is_not_called_or_sees_tokens_is_told() -> None:
         module(torch.ones(3, 4, 6))
 
 
+def test_a_head_that_is_called_twice_is_told() -> None:
+    """Noise at the output is that of one weight for each row at one input, and not at two."""
+    module = scaled()
+    posterior = Posterior(module)
+    with (
+        pytest.raises(RuntimeError, match=r"'2.weight' was called twice, .* Use unit='batch'"),
+        posterior.sampled(module, unit="example", examples=3),
+    ):
+        module(x(3))
+        module(2 * x(3))
+    module(x(3)).sum().backward()
+    for _ in range(2):  # another draw, another call
+        with posterior.sampled(module, unit="example", examples=3):
+            module(x(3))
+
+
 def test_a_tied_parameter_is_one_and_has_one_noise() -> None:
     module = nn.Module()
     module.one, module.other = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
