@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -530,3 +530,17 @@ def test_a_second_inject_is_refused_and_leaves_the_first_alone(targets: list[str
 def test_eject_of_nothing() -> None:
     with pytest.raises(ValueError, match="eject found no adapter in Sequential; inject puts them in."):
         eject(mlp())
+
+
+def test_an_adapter_that_refuses_its_place_leaves_all_as_it_was() -> None:
+    class Choosy(LoRA):
+        def placed(self, name: str, others: Mapping[str, Adapter]) -> None:
+            if others:
+                raise ValueError(f"no room at {name!r}")
+
+    module = attention()
+    before = {name: (p, p.requires_grad) for name, p in module.named_parameters()}
+    with pytest.raises(ValueError, match=r"no room at 'out_proj'"):
+        inject(module, partial(Choosy, rank=2))
+    assert type(module) is nn.MultiheadAttention
+    assert {name: (p, p.requires_grad) for name, p in module.named_parameters()} == before

@@ -160,6 +160,12 @@ class Calibration(Preflight):
         unseen = self.probe.unseen()
         if len(unseen) == len(budget):
             if any(gather_objects(called)):
+                if self.probe.reads == "inputs":
+                    raise RuntimeError(
+                        f"training_step of {type(pl_module).__name__} calls the {len(unseen)} adapted layers, the "
+                        f"first of them {unseen[0]!r}, with nothing that {type(self.probe).__name__} can look at, such "
+                        "as an embedding's indices. Adapt layers whose inputs are vectors."
+                    )
                 raise RuntimeError(
                     f"training_step of {type(pl_module).__name__} calls adapted layers, and its loss depends on none "
                     f"of the {len(unseen)}, the first of them {unseen[0]!r}, so there is nothing to calibrate by. Is "

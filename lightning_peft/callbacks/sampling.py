@@ -16,7 +16,7 @@ from lightning_peft.callbacks.preflight import Preflight
 from lightning_peft.callbacks.regularization import Regularization
 from lightning_peft.certification.accounting import posterior_of
 from lightning_peft.prediction import posterior_predict
-from lightning_peft.regularizers.calls import path_of
+from lightning_peft.regularizers.calls import with_logits
 from lightning_peft.seams import wrap_method
 
 
@@ -79,23 +79,7 @@ class PosteriorSampling(Preflight):
         def sampled(call: Callable[..., Any], owner: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return posterior_predict(lambda: call(*args, **kwargs), module, posterior, self.samples, generator)
 
-        self._remove = wrap_method(self._target(module), "forward", sampled)
-
-    def _target(self, module: LightningModule) -> nn.Module:
-        if self.of is not None:
-            return module.get_submodule(path_of(module, self.of))
-        children = {
-            name: child
-            for name, child in module.named_children()
-            if name not in ("peft_terms", "peft_masks") and next(child.parameters(), None) is not None
-        }
-        if len(children) != 1:
-            raise ValueError(
-                f"{type(module).__name__} has {len(children)} children with parameters"
-                f"{', ' + ', '.join(children) if children else ''}, so there is no telling whose output has the "
-                "logits. Name it, PosteriorSampling(of='model'), or of='' for the module itself."
-            )
-        return next(iter(children.values()))
+        self._remove = wrap_method(with_logits(module, self.of, "PosteriorSampling"), "forward", sampled)
 
     def _end(self) -> None:
         if self._remove is not None:

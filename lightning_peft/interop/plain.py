@@ -20,6 +20,7 @@ from lightning_peft.interop.fresh import Fresh
 from lightning_peft.interop.host import below, plain_copy
 from lightning_peft.interop.transformers_loader import AutoClasses, auto_classes, auto_map, loader_source
 from lightning_peft.interop.verify import compare_outputs, made_up_inputs
+from lightning_peft.regularizers.base import BESIDE_MODEL
 from lightning_peft.surgery.layers import adapters, is_read
 from lightning_peft.surgery.removal import refuse_hosted, replace, take_out
 
@@ -28,8 +29,6 @@ MODELING = "modeling_compressed.py"
 RANKS = "thin_layers"
 """Entry of a config: layer -> rank, for the layers that are two thin ones."""
 _WEIGHTS = "model.safetensors"
-_OF_TRAINING = ("peft_masks", "peft_terms")
-"""Children that callbacks have given a LightningModule for a training that is over: what drew masks, and terms."""
 
 
 def to_plain(module: nn.Module) -> dict[str, int]:
@@ -61,7 +60,7 @@ def to_plain(module: nn.Module) -> dict[str, int]:
         if not is_read(module, adapter) and (layer := adapter.thin()) is not None
     }
     replace(module, thin)
-    for child in _OF_TRAINING:
+    for child in BESIDE_MODEL:
         module._modules.pop(child, None)
     if len(thin) < len(found):
         merge(module)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from lightning_peft.adapters.low_rank import LowRank
 from lightning_peft.rank.schedule import share_of
 
+BESIDE_MODEL = ("peft_terms", "peft_masks")
+"""Children that our callbacks add to a LightningModule: what is trained beside the model, and is no part of it."""
 Weight = float | Callable[[int, int], float]
 """A term's weight: a number, or a function of (step, total), optimizer steps counted from 1."""
 

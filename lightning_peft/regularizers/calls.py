@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_peft.rank.budget import clean_name
+from lightning_peft.regularizers.base import BESIDE_MODEL
 
 
 @dataclass
@@ -127,3 +128,30 @@ def first_tensor(output: Any) -> Tensor | None:
         output = [output.get("last_hidden_state"), *output.values()]
     parts = output if isinstance(output, list | tuple) else ()
     return next((part for part in parts if isinstance(part, Tensor)), None)
+
+
+def with_logits(root: nn.Module, of: str | None, asks: str) -> nn.Module:
+    """The module inside `root` whose output has the logits.
+
+    Args:
+        root: a LightningModule.
+        of: its name, "" for `root` itself; ``None`` for the only child that has parameters.
+        asks: who asks, for the error's advice.
+
+    Raises:
+        ValueError: there is none of that name; or none is named, and there is not one child alone.
+    """
+    if of is not None:
+        return root.get_submodule(path_of(root, of))
+    children = {
+        name: child
+        for name, child in root.named_children()
+        if name not in BESIDE_MODEL and next(child.parameters(), None) is not None
+    }
+    if len(children) != 1:
+        raise ValueError(
+            f"{type(root).__name__} has {len(children)} children with parameters"
+            f"{', ' + ', '.join(children) if children else ''}, so there is no telling whose output has the logits. "
+            f"Name it, {asks}(of='model'), or of='' for the module itself."
+        )
+    return next(iter(children.values()))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_peft.arguments import require_number
 from lightning_peft.functional.distillation import mean_square, softened_kl
 from lightning_peft.regularizers.base import Regularizer, Weight
-from lightning_peft.regularizers.calls import Call, Calls, path_of
+from lightning_peft.regularizers.calls import Call, Calls, with_logits
 from lightning_peft.regularizers.teacher import dense_copy, fingerprint
 
 Loss = Literal["kl", "mse"]
@@ -121,7 +121,7 @@ class Distillation(Regularizer):
         """Copy the student, if it is to be its own teacher and this is a module that was not seen before."""
         if self.__dict__["_given"] is not None or any(child is self for child in module.modules()):
             return
-        student = self._student(module)
+        student = with_logits(module, self.of, "Distillation")
         teacher = dense_copy(student)
         if teacher is not None:  # else there is no dense model any more, as `begin` will say
             self._take(teacher)
@@ -129,14 +129,14 @@ class Distillation(Regularizer):
 
     def begin(self, module: nn.Module) -> None:
         """Have the teacher ready, and the hooks in place."""
-        student, given = self._student(module), self.__dict__["_given"]
+        student, given = with_logits(module, self.of, "Distillation"), self.__dict__["_given"]
         if given is not None and self.teacher is None:
             teacher = given if isinstance(given, nn.Module) else given()
             if not isinstance(teacher, nn.Module):
                 raise TypeError(f"teacher must build a module. Got a {type(teacher).__name__}.")
             alike = isinstance(teacher, type(module)) or isinstance(module, type(teacher))
             if student is not module and alike:
-                teacher = self._student(teacher)
+                teacher = with_logits(teacher, self.of, "Distillation")
             shared = {id(p) for p in teacher.parameters()} & {id(p) for p in module.parameters()}
             if shared:
                 name = next(name for name, p in module.named_parameters() if id(p) in shared)
@@ -254,22 +254,6 @@ class Distillation(Regularizer):
                 "them: Distillation(read=lambda output: output[0])."
             )
         return found
-
-    def _student(self, module: nn.Module) -> nn.Module:
-        if self.of is not None:
-            return module.get_submodule(path_of(module, self.of))
-        children = {
-            name: child
-            for name, child in module.named_children()
-            if name not in ("peft_terms", "peft_masks") and next(child.parameters(), None) is not None
-        }
-        if len(children) != 1:
-            raise ValueError(
-                f"{type(module).__name__} has {len(children)} children with parameters"
-                f"{', ' + ', '.join(children) if children else ''}, so there is no telling which one is distilled. "
-                "Name the one whose output has the logits, Distillation(of='model'), or of='' for the module itself."
-            )
-        return next(iter(children.values()))
 
     def _called(self) -> str:
         return "the module itself" if self.of == "" else f"{self.of or 'its only child'!r}"

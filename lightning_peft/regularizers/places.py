@@ -10,8 +10,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from lightning_peft.rank.budget import clean_name
-
-_NOT_THE_MODEL = ("peft_terms", "peft_masks")  # children that our callbacks add to the LightningModule
+from lightning_peft.regularizers.base import BESIDE_MODEL
 
 Kind = Literal["elementwise", "linear", "shared"]
 
@@ -130,7 +129,7 @@ def require_whole(part: Part) -> None:
 def _held(module: nn.Module, every: bool = False) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
     seen: set[int] = set()
     for path, owner in module.named_modules():
-        if clean_name(path).partition(".")[0] in _NOT_THE_MODEL:
+        if clean_name(path).partition(".")[0] in BESIDE_MODEL:
             continue
         for attribute, parameter in owner._parameters.items():
             if parameter is None or (id(parameter) in seen and not every):

@@ -189,6 +189,10 @@ def install(
     try:
         built = {name: _build(plan[name][1], name, layer) for name, layer in layers.items()}
         names = {clean_name(name) for name in kept({n for n, adapter in built.items() if adapter.releases_base})}
+        told: dict[str, Adapter] = {}
+        for name, adapter in built.items():
+            adapter.placed(name, told)
+            told[name] = adapter
     except Exception:
         # Nothing half done: a layer was refused, so all is put back as it was.
         for attention in inputs.values():
@@ -196,10 +200,6 @@ def install(
         for parameter, wanted in before:
             parameter.requires_grad_(wanted)
         raise
-    told: dict[str, Adapter] = {}
-    for name, adapter in built.items():
-        adapter.placed(name, told)
-        told[name] = adapter
     read = tuple(name for name, layer in layers.items() if is_read(module, layer))
     released = {name: layers[name].weight for name, adapter in built.items() if adapter.releases_base}
     replace(module, {id(layers[name]): adapter for name, adapter in built.items()})

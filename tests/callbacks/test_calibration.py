@@ -401,6 +401,20 @@ def test_layers_that_nobody_calls_are_told() -> None:
         fit(Idle(), LOADERS["shuffled"](), injection(), Calibration(EVA(2)))
 
 
+def test_layers_that_are_called_with_indices_alone_are_told() -> None:
+    class Words(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.head = nn.Embedding(4, 6), nn.Linear(6, 2)
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self.head(self.words((batch > 0).long())).square().mean()
+
+    words = AdapterInjection(partial(LoRA, rank=CAP), ["words"], ["head"], verbose=False)
+    with pytest.raises(RuntimeError, match=r"calls the 1 adapted layers, the first of them 'words', with nothing that"):
+        fit(Words(), LOADERS["shuffled"](), words, Calibration(EVA(2)))
+
+
 def test_an_attentions_projections_keep_their_start() -> None:
     class Attends(L.LightningModule):
         def __init__(self) -> None:
