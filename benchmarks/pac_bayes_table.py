@@ -134,6 +134,12 @@ def _notes(
                 f"{_divergence(error, certificate):.4f}, their test error taken for the risk on the bound set: the "
                 "certificate is the inverse of that divergence."
             )
+    if published and there.keys() >= {"f_quad", "f_lambda"}:
+        moved = [statistics.mean(row["kl"] for row in there[name]) for name in ("f_quad", "f_lambda")]
+        notes.append(
+            "- At the best t, `f_lambda` is `f_quad`: what differs between them is how t is learnt, here by Adam with "
+            f"everything else (KL {moved[0]:.1f} under `f_quad`, {moved[1]:.1f} under `f_lambda`)."
+        )
     if missing := len(wanted) - len(rows):
         notes.append(f"- {missing} of {len(wanted)} runs are missing.")
     return notes
