@@ -8,12 +8,15 @@ import json
 from collections.abc import Callable
 from typing import Any, get_args
 
+from torch import nn
+
 from lightning_peft import presets
-from lightning_peft.callbacks import AdapterInjection, RankPruning
+from lightning_peft.callbacks import AdapterInjection, RankPruning, Regularization
 from lightning_peft.planning.estimate import plan
 from lightning_peft.planning.figures import Optimizer, Precision, Strategy
 from lightning_peft.planning.skeleton import DTYPES, skeleton
 from lightning_peft.rank.policy import Policy
+from lightning_peft.regularizers import Regularizer
 from lightning_peft.surgery.injection import inject
 
 HELP = "memory, files and network traffic of a job, before it runs"
@@ -69,9 +72,13 @@ def run(options: argparse.Namespace) -> str:
     Raises:
         FileNotFoundError, ValueError, TypeError: what is wrong with the model's config or an option.
     """
-    injection, policy = _method(options)
+    injection, policy, terms = _method(options)
     module = skeleton(options.model, options.architecture, options.dtype)
     inject(module, injection.adapter, options.targets, injection.train if options.train is None else options.train)
+    for term in terms.values():
+        term.attach(module)
+    if terms:
+        module.add_module("peft_terms", nn.ModuleDict(terms))  # as the callback does: what they own is trained, too
     found = plan(
         module,
         options.world_size,
@@ -92,8 +99,8 @@ def _methods() -> dict[str, Callable[..., presets.Preset]]:
     return {name: make for name, make in found.items() if all(p.default is not p.empty for p in _parameters(make))}
 
 
-def _method(options: argparse.Namespace) -> tuple[AdapterInjection, Policy | None]:
-    """What the chosen preset injects, and what drives its ranks while it trains, if anything does."""
+def _method(options: argparse.Namespace) -> tuple[AdapterInjection, Policy | None, dict[str, Regularizer]]:
+    """What the chosen preset injects, what drives its ranks while it trains, if anything does, and its terms."""
     methods = _methods()
     names = {name: {p.name for p in _parameters(make)} for name, make in methods.items()}
     takes, given = names[options.method], dict[str, Any]()
@@ -108,7 +115,9 @@ def _method(options: argparse.Namespace) -> tuple[AdapterInjection, Policy | Non
         given["final_rank"] = options.final_rank
     callbacks = methods[options.method](**given)
     (injection,) = (each for each in callbacks if isinstance(each, AdapterInjection))
-    return injection, next((each.policy for each in callbacks if isinstance(each, RankPruning)), None)
+    policy = next((each.policy for each in callbacks if isinstance(each, RankPruning)), None)
+    terms = (dict(each.terms.items()) for each in callbacks if isinstance(each, Regularization))
+    return injection, policy, next(terms, {})  # type: ignore[arg-type]  # a ModuleDict's values are modules
 
 
 def _parameters(make: Callable[..., object]) -> list[inspect.Parameter]:

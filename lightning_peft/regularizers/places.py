@@ -112,18 +112,13 @@ def require_whole(part: Part) -> None:
     """Check that noise can stand in a parameter's place.
 
     Raises:
-        RuntimeError: it is split over processes or has no values, or its layer keeps a second reference to it.
+        RuntimeError: it is split over processes, or its layer keeps a second reference to it.
     """
     value = part.value
     if hasattr(value, "full_tensor") or getattr(value, "_fsdp_flattened", False):
         raise RuntimeError(
             f"{part.name!r} is split over processes, and a posterior is over whole parameters. Pass "
             "ignored_params=set(small_parameters(self)) to every call of fully_shard, or leave it out of Q: over=[...]."
-        )
-    if value.is_meta:
-        raise RuntimeError(
-            f"{part.name!r} has no values yet (it is on the meta device), and the prior's mean is what it begins with. "
-            "Build the module with its values."
         )
     if isinstance(part.owner, nn.RNNBase):
         raise RuntimeError(

@@ -57,8 +57,8 @@ class Posterior(nn.Module):
     Raises:
         ValueError: a value is out of range, or a pattern matches nothing.
         TypeError: an argument is of another type.
-        RuntimeError: nothing is trained; or a parameter is split over processes, without values, or held by a recurrent
-            layer, which computes with references of its own.
+        RuntimeError: nothing is trained; or a parameter is split over processes, or held by a recurrent layer, which
+            computes with references of its own.
 
     Reference:
         Perez-Ortiz et al., Tighter risk certificates for neural networks, JMLR 2021. Departures: log sigma within
@@ -92,6 +92,7 @@ class Posterior(nn.Module):
             )
         for part in self._parts:
             require_whole(part)
+        self._unknown = next((part.name for part in self._parts if part.value.is_meta), None)
         self._sizes = [part.value.numel() for part in self._parts]
         self._module = weakref.ref(module)
         self._draw: Draw | None = None
@@ -121,7 +122,7 @@ class Posterior(nn.Module):
                 raise ValueError(
                     f"{called} gave {value.numel()} numbers for {part.name!r}, and prior='per_tensor' has one for each."
                 )
-            if not bool((value >= 0).all()):  # NaN as well
+            if not value.is_meta and not bool((value >= 0).all()):  # NaN as well
                 raise ValueError(f"{called} gave {part.name!r} a standard deviation that is negative or no number.")
             found.append(value.reshape(1) if per_tensor else value.expand(part.shape).reshape(-1))
         return torch.cat(found).log().clamp(min=LOWEST)
@@ -134,6 +135,18 @@ class Posterior(nn.Module):
     def arguments(self) -> dict[str, Any]:
         """What it takes, beside its tensors, to build it again: plain values, for a checkpoint."""
         return {"names": list(self.names), "speed": self.speed, "prior": self.prior, "seed": self.seed}
+
+    def require_values(self) -> None:
+        """Check that the prior's mean has values: of a module on the meta device a posterior has shapes alone.
+
+        Raises:
+            RuntimeError: it has none, wherever the module may be by now.
+        """
+        if self._unknown is not None:
+            raise RuntimeError(
+                f"{self._unknown!r} had no values (it was on the meta device), and the prior's mean is what it begins "
+                "with. Build the module with its values."
+            )
 
     def missing(self, module: nn.Module) -> tuple[str, ...]:
         """The module's parameters that require a gradient and are not in Q."""
@@ -316,6 +329,7 @@ class Posterior(nn.Module):
         self._draw = Draw(self._parts, self.offset, self.start, self.speed, generator or self.generator(), rows)
 
     def _require_bound(self, module: nn.Module) -> None:
+        self.require_values()
         if self._inside:
             raise RuntimeError("this posterior is being sampled already: leave one block before you enter another.")
         if self._module() is not module and not self.bind(module):

@@ -178,3 +178,10 @@ def test_what_a_method_trains_beside_its_adapters_is_planned(llama: Path, capsys
     factors = figures(capsys, llama, "--method", "rankdyna", "--train")
     assert everything["start"]["trained_parameters"] > 0
     assert factors["start"]["trained_parameters"] == 0
+
+
+def test_what_a_term_trains_is_planned(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = figures(capsys, llama, "--method", "lora")["start"]
+    bayes = figures(capsys, llama, "--method", "blob")["start"]
+    down = 8 * (4 * 64 + 3 * 64 - 64 + 96)  # a number for every entry of A, of seven layers, one of which has 96 inputs
+    assert bayes["trained_parameters"] - plain["trained_parameters"] == 2 * down

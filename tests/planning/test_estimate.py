@@ -26,6 +26,7 @@ from lightning_peft import (
     LoRA,
     RankBudget,
     RankPruning,
+    Regularization,
     SamplingPolicy,
     compact,
     inject,
@@ -376,6 +377,10 @@ def test_a_plan_of_every_preset_is_what_it_takes(name: str, tmp_path: Path) -> N
     inject(shapes, injection.adapter, train=injection.train)
     if isinstance(policy, SamplingPolicy):  # what draws masks is trained, too, and a plan counts what is in the module
         shapes.add_module("peft_masks", policy.build(RankBudget.of(shapes)))
+    for terms in (each.terms for each in preset() if isinstance(each, Regularization)):
+        for term in terms.values():
+            term.attach(shapes)  # type: ignore[operator]
+        shapes.add_module("peft_terms", terms)
     planned = plan(
         shapes, final=policy.final_budget if policy else None, importance=policy.importance if policy else None
     )
