@@ -122,14 +122,14 @@ def _notes(
         line = f"- By {title}, smallest first: {_order(means)}."
         if known:
             figures = ", ".join(f"`{name}` {known[name]:g}" for name in sorted(known, key=known.__getitem__))
-            line += f" Published (MNIST, 60,000 examples, as a secondary source quotes them): {figures}."
+            line += f" Published (MNIST, 60,000 examples, four layers of 600, from a secondary source): {figures}."
         notes.append(line)
         notes += _held(there, sorted(known, key=known.__getitem__), key)
     if published and there.keys() >= {"f_quad", "f_classic"}:
         notes.append(_two(there["f_quad"], there["f_classic"]))
         both = (*there["f_quad"], *there["f_classic"])
         if all("bounded_risk" in row and row["bound_set"] == row["settings"]["train"] for row in both):
-            notes.append(_asked(there["f_quad"], there["f_classic"]))
+            notes.append(_asked(there["f_quad"], there["f_classic"], there.get("f_bbb", ())))
         certificate, error = published["f_quad"]
         here = statistics.mean(row["kl_per_example"] for row in there["f_quad"])
         if error is not None and all("bounded_risk" in row for row in rows):
@@ -205,7 +205,7 @@ def _two(quad: Sequence[Row], classic: Sequence[Row]) -> str:
     return line + "."
 
 
-def _asked(quad: Sequence[Row], classic: Sequence[Row]) -> str:
+def _asked(quad: Sequence[Row], classic: Sequence[Row], bbb: Sequence[Row]) -> str:
     """Whether each of the two has found what it asks for: its value at the Q of both, risks from one draw for each."""
 
     def at(of: Sequence[Row]) -> tuple[float, float]:
@@ -223,13 +223,20 @@ def _asked(quad: Sequence[Row], classic: Sequence[Row]) -> str:
 
     (quad_own, classic_other), (quad_other, classic_own) = at(quad), at(classic)
     p_min = quad[0]["settings"]["p_min"]
-    return (
+    line = (
         f"- At the Q of `f_quad`'s runs and of `f_classic`'s, `f_quad` is {quad_own:.4f} and {quad_other:.4f}: it "
         f"{prefers(quad_own, quad_other)}. `f_classic` is {classic_other:.4f} and {classic_own:.4f}: it "
         f"{prefers(classic_own, classic_other)}. With p_min {p_min:g}, to guess among ten "
         f"classes is a bounded cross-entropy of {math.log(10) / -math.log(p_min):.2f}, which is all that there is to "
         "gain; the certificate is one of errors, which the objectives do not see."
     )
+    certificates = [statistics.mean(row["certificate"] for row in of) for of in (quad, bbb) if of]
+    if bbb and certificates[1] < certificates[0] and at(bbb)[0] > quad_own:
+        line += (
+            f" So `f_bbb`'s Q has the lower certificate, {certificates[1]:.4f}, though `f_quad` is {at(bbb)[0]:.4f} "
+            "there: training on `f_quad` leads away from it."
+        )
+    return line
 
 
 def _order(means: Mapping[str, float]) -> str:
