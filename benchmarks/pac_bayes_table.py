@@ -114,7 +114,12 @@ def _notes(
     notes = [
         f"- The certificate is above the test error in {above} of {len(rows)} runs; the least distance is {least:.3f}."
     ]
-    there = {name: of for name, of in found.items() if of}
+    # Objectives are compared on the seeds that all of them have.
+    shared = set.intersection(*({row["seed"] for row in of} for of in found.values() if of))
+    there = {name: [row for row in of if row["seed"] in shared] for name, of in found.items() if of}
+    if any(row["seed"] not in shared for row in rows):
+        seeds = ", ".join(str(seed) for seed in sorted(shared))
+        notes.append(f"- What follows is of the seeds that every objective has: {seeds}.")
     for key, title in (("certificate", "certificate"), ("test_error", "test error")):
         means = {name: statistics.mean(row[key] for row in of) for name, of in there.items()}
         quoted = {name: values[key == "test_error"] for name, values in published.items()}
