@@ -50,6 +50,10 @@ METHODS = {
     "sora": Method("SoRA from 12", lambda: presets.sora(rank=12, targets=ENCODER)),
     "eva": Method("EVA of 8", lambda: presets.eva(rank=8, targets=ENCODER)),
     "gora": Method("GoRA of 8", lambda: presets.gora(rank=8, targets=ENCODER)),
+    "rlora": Method("RLoRA r=256", lambda: presets.rlora(rank=256, targets=ENCODER)),
+    "pac-bayes": Method("LoRA r=8, PAC-Bayes", lambda: presets.pac_bayes(rank=8, targets=ENCODER)),
+    "pac-tuning": Method("LoRA r=8, PAC-tuning", lambda: presets.pac_tuning(rank=8, targets=ENCODER)),
+    "blob": Method("BLoB r=8", lambda: presets.blob(rank=8, batch_size=32, targets=ENCODER)),
 }
 
 
