@@ -133,6 +133,11 @@ class RLoRA(LowRankUpdate):
             require_integer("rank", rank)
             if rank < 1:
                 raise ValueError(f"rank is the number of components, at least 1. Got {rank}.")
+            # Drawn before any is chosen: a file that asks for a trillion and keeps one would take all memory.
+            if rank > (most := max(1024, d_in * d_out)):
+                raise ValueError(
+                    f"rank={rank} is more than a layer of {d_in} inputs and {d_out} outputs can use: at most {most}."
+                )
         for name, value, kind in (("mode", mode, Mode), ("scale", scale, Scale), ("path", path, How)):
             if value not in get_args(kind):
                 raise ValueError(f"{name}={value!r}: choose {', '.join(map(repr, get_args(kind)))}.")

@@ -541,6 +541,7 @@ def test_a_budget_in_megabytes_counts_what_is_exported(tmp_path: Path) -> None:
     ("settings", "error", "sentence"),
     [
         ({"rank": 0}, ValueError, r"rank is the number of components, at least 1\. Got 0\."),
+        ({"rank": 10**12, "components": [0]}, ValueError, "rank=1000000000000 is more than a layer of "),
         ({"rank": 4.0}, TypeError, r"rank must be an integer\. Got 4\.0\."),
         ({"mode": "full"}, ValueError, r"mode='full': choose 'diag', 'io', 'core', 'half'\."),
         ({"scale": "kaiming"}, ValueError, r"scale='kaiming': choose 'vera', 'orthonormal'\."),
