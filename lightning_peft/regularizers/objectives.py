@@ -114,6 +114,8 @@ class FLambda(Objective):
                 raise ValueError(f"t={t!r}: choose 'learned', 'best', or a number between 0 and 2.")
         elif not 0 < t < 2:
             raise ValueError(f"t={t!r}: it lies strictly between 0 and 2.")
+        if not self.speed >= 0:
+            raise ValueError(f"speed multiplies the learning rate of t, and is not negative. Got {speed!r}.")
         # As an offset from where the reference code begins, so that weight decay pulls it back there.
         self.offset = nn.Parameter(torch.zeros(())) if t == "learned" else None
 

@@ -495,6 +495,7 @@ class OnlyLoss(Module):
         (lambda: PACBayes(sigma=0.0), ValueError, "sigma is a standard deviation, a positive number"),
         (lambda: FBBB(2.0), ValueError, r"eta must lie in \(0, 1\]. Got 2.0."),
         (lambda: FLambda(2.0), ValueError, "t=2.0: it lies strictly between 0 and 2."),
+        (lambda: FLambda(speed=-1.0), ValueError, "speed multiplies the learning rate of t, and is not"),
         (lambda: Unbounded(0.0), ValueError, "K must be a positive number. Got 0.0."),
         (lambda: Catoni(-1.0), ValueError, "a must be a positive number or several. Got -1.0."),
         (lambda: CatoniLinear(0.0), ValueError, "t must be a positive number. Got 0.0."),
