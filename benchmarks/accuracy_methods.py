@@ -197,11 +197,24 @@ def elalora(classifier: TextClassifier, steps: int, rank: int) -> Prepared:
     return _ours(classifier, presets.elalora(rank, alpha=2 * ALPHA[rank], targets=[ENCODER_LINEARS]))
 
 
-def eva(classifier: TextClassifier, steps: int, rank: int) -> Prepared:
-    """LoRA whose ranks and first directions come from the layers' inputs."""
-    from lightning_peft import presets
+def _eva_of(alpha: Callable[[int], float]) -> Callable[[TextClassifier, int, int], Prepared]:
+    """LoRA whose ranks and first directions come from the layers' inputs, with an alpha of the rank."""
 
-    return _ours(classifier, presets.eva(rank, alpha=ALPHA[rank], compact="at_once", targets=[ENCODER_LINEARS]))
+    def build(classifier: TextClassifier, steps: int, rank: int) -> Prepared:
+        from lightning_peft import presets
+
+        return _ours(classifier, presets.eva(rank, alpha=alpha(rank), compact="at_once", targets=[ENCODER_LINEARS]))
+
+    return build
+
+
+def _sixteenth(rank: int) -> float:
+    """alpha of EVA's released example, 1 at rank 16.
+
+    EVA's directions have length 1 and lie where the inputs are largest; LoRA's random ones have length 0.58 and meet
+    an input of d dimensions by about 1 / sqrt(d) of it. At LoRA's alpha a step moves EVA's output many times as far.
+    """
+    return rank / 16
 
 
 def _ours(classifier: TextClassifier, callbacks: list[Callback]) -> Prepared:
@@ -257,6 +270,7 @@ def _settings(**own: Any) -> Callable[[int], Mapping[str, Any]]:
     return settings
 
 
+_EVA = {"dropout": 0.0, "rho": 2, "tau": 0.99, "batches": 64}
 METHODS: dict[str, Method] = {
     "frozen": Method("frozen encoder, head only", frozen, lambda rank: {}, searched=False, seeds=(0,)),
     "hf-lora": Method("LoRA (HF PEFT)", hf_lora, _settings(alpha=ALPHA.get, dropout=0.0)),
@@ -283,7 +297,13 @@ METHODS: dict[str, Method] = {
     "weight-decomposed": Method(
         "weight-decomposed, dynamic rank", weight_decomposed, _settings(init=start_rank, preset="default")
     ),
-    "eva": Method("EVA ranks", eva, _settings(alpha=ALPHA.get, dropout=0.0, rho=2, tau=0.99, batches=64), seeds=(0,)),
+    "eva": Method(
+        "EVA ranks, alpha = r / 16",
+        _eva_of(_sixteenth),
+        _settings(alpha=_sixteenth, **_EVA),
+        seeds=(0,),
+        rates=(2e-3, 4e-3, 8e-3),
+    ),
     "sora": Method(
         "SoRA",
         sora,
@@ -342,5 +362,8 @@ METHODS |= {
     # Searched only: what one setting is worth on the held-out tenth.
     "dynamic-dora-dry": _dora_of(dropout=0.0),
     "dynamic-dora-dry-scale-2": _dora_of(dropout=0.0, alpha=2.0),
+    "eva-alpha-of-lora": Method(
+        "EVA ranks, alpha of LoRA", _eva_of(ALPHA.__getitem__), _settings(alpha=ALPHA.get, **_EVA), seeds=()
+    ),
     "lora-alpha-2": Method("LoRA, alpha 2", _lora_of(2.0), _settings(alpha=2.0, dropout=0.0), seeds=()),
 }
