@@ -44,6 +44,7 @@ from lightning_peft.certification import Certificate
 from lightning_peft.checkpoint import AdapterFileError, adapter_state_dict, load
 from lightning_peft.convert import Conversion, convert
 from lightning_peft.export import Merged, compact, merge
+from lightning_peft.head_modules import fold_heads
 from lightning_peft.heat_map import rank_heat_map
 from lightning_peft.interop.adoption import adopt, release
 from lightning_peft.interop.folder import Export
@@ -74,6 +75,7 @@ from lightning_peft.rank import (
 )
 from lightning_peft.regularizers import (
     DEM,
+    VIB,
     BudgetPenalty,
     Distillation,
     MaskAlignment,
@@ -82,6 +84,7 @@ from lightning_peft.regularizers import (
     Posterior,
     Regularizer,
     UntilTail,
+    Warmup,
     regularized,
 )
 from lightning_peft.surgery import Injection, eject, inject, small_parameters
@@ -91,6 +94,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DEM",
     "EVA",
+    "VIB",
     "AdaLoRA",
     "Adapter",
     "AdapterCheckpoint",
@@ -155,6 +159,7 @@ __all__ = [
     "Taylor",
     "TripletImportance",
     "UntilTail",
+    "Warmup",
     "WeightDecomposed",
     "WeightedSVD",
     "adapter_state_dict",
@@ -162,6 +167,7 @@ __all__ = [
     "compact",
     "convert",
     "eject",
+    "fold_heads",
     "from_hf_peft",
     "inject",
     "load",
