@@ -356,7 +356,8 @@ def _heads_put_in(module: nn.Module, checkpoint: Mapping[str, Any], source: str)
     wanted = checkpoint[ENTRY]["recipe"].get("heads", [])
     plan: dict[str, Callable[[nn.Linear], HeadModule]] = {}
     for each in wanted if not head_modules(module) else ():
-        name, kind = each["path"], imported_class(each["class"], HeadModule, "head", source)
+        name = each["path"]
+        kind = imported_class(each["class"], HeadModule, "head", source)  # type: ignore[type-abstract]
         if name not in linear:
             raise AdapterFileError(f"{source} has a head in the place of {name!r}, no linear layer of this model.")
         check_arguments(kind, each["arguments"], source)

@@ -171,7 +171,7 @@ def adapter_class(path: str, source: str) -> type[Adapter]:
     Raises:
         AdapterFileError: there is no such class, or it is no adapter.
     """
-    return imported_class(path, Adapter, "adapter", source)
+    return imported_class(path, Adapter, "adapter", source)  # type: ignore[type-abstract]
 
 
 def imported_class(path: str, kind: type[M], what: str, source: str) -> type[M]:

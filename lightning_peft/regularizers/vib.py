@@ -134,7 +134,7 @@ class BottleneckHead(HeadModule):
             self.heard.append(Passed(mean, std, logits))
         return logits[0]
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def noise(self, like: Tensor) -> Tensor:
         """eps of the next call: (S, N, K), for N rows of K numbers."""
         count = int(self.draws) if self._count is None else self._count

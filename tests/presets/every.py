@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from lightning_peft import Adapter, AdapterInjection, PACBayes, Regularization, presets
+from lightning_peft import VIB, Adapter, AdapterInjection, PACBayes, Regularization, presets
 
 NAMES = [name for name in presets.__all__ if name != "Preset"]
 
@@ -21,6 +21,7 @@ _SMALL: dict[str, Any] = {
     "risk": "loss",
     "draws": 2,
     "measured": 8,
+    "features": 8,
 }
 
 
@@ -48,6 +49,12 @@ def has_posterior(name: str) -> bool:
     """Whether the preset trains a distribution: what that is over, the head too, is to be whole."""
     terms = [term for each in small(name) if isinstance(each, Regularization) for term in each.terms.values()]
     return any(isinstance(term, PACBayes) for term in terms)
+
+
+def has_head_module(name: str) -> bool:
+    """Whether the preset puts several layers in the place of the head's one: PEFT builds the model with one."""
+    terms = [term for each in small(name) if isinstance(each, Regularization) for term in each.terms.values()]
+    return any(isinstance(term, VIB) for term in terms)
 
 
 def injection_of(name: str) -> AdapterInjection:
