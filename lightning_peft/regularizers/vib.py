@@ -277,6 +277,7 @@ class VIB(Regularizer):
                 f"beside adapters where nobody says otherwise; with a list of patterns, name it: train=[{name!r}]."
             )
         head.restored()
+        head.rank, head.world = self.everyone.rank, self.everyone.world
         self._checked = False
 
     def end(self) -> None:
