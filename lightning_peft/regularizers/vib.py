@@ -87,16 +87,17 @@ class BottleneckHead(HeadModule):
             raise TypeError(f"a bottleneck stands in the place of an nn.Linear. Got a {type(base).__name__}.")
         self.features, self.hidden, self.activation = features, hidden, activation
         self.samples, self.seed = samples, seed
-        d, as_base = base.in_features, {"device": base.weight.device, "dtype": base.weight.dtype}
+        d = base.in_features
+        as_base: dict[str, Any] = {"device": base.weight.device, "dtype": base.weight.dtype}
         width = hidden or (d + features) // 2
         between = (d + width) // 2
         kind = _ACTIVATIONS[activation]
-        self.mlp = nn.Sequential(nn.Linear(d, between, **as_base), kind(), nn.Linear(between, width, **as_base), kind())  # type: ignore[arg-type]
-        self.mean = nn.Linear(width, features, **as_base)  # type: ignore[arg-type]
-        self.std = nn.Linear(width, features, **as_base)  # type: ignore[arg-type]
-        self.prior_mean = nn.Parameter(torch.empty(features, **as_base))  # type: ignore[arg-type]
-        self.prior_std = nn.Parameter(torch.empty(features, **as_base))  # type: ignore[arg-type]
-        self.classifier = nn.Linear(features, base.out_features, **as_base)  # type: ignore[arg-type]
+        self.mlp = nn.Sequential(nn.Linear(d, between, **as_base), kind(), nn.Linear(between, width, **as_base), kind())
+        self.mean = nn.Linear(width, features, **as_base)
+        self.std = nn.Linear(width, features, **as_base)
+        self.prior_mean = nn.Parameter(torch.empty(features, **as_base))
+        self.prior_std = nn.Parameter(torch.empty(features, **as_base))
+        self.classifier = nn.Linear(features, base.out_features, **as_base)
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64, device=base.weight.device))
         self.reset_parameters()
         self.rank, self.world = 0, 1

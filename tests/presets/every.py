@@ -25,6 +25,11 @@ _SMALL: dict[str, Any] = {
 }
 
 
+_SMALL_OF: dict[str, dict[str, Any]] = {
+    "vib": {"beta": 1.0},  # with less, Adam divides gradients of the prior that are nearly 0
+}
+
+
 def small(name: str, **also: Any) -> presets.Preset:
     """The preset with few components and frequent events.
 
@@ -34,7 +39,8 @@ def small(name: str, **also: Any) -> presets.Preset:
     """
     function = getattr(presets, name)
     known = inspect.signature(function).parameters
-    preset: presets.Preset = function(**{key: value for key, value in (_SMALL | also).items() if key in known})
+    options = _SMALL | _SMALL_OF.get(name, {}) | also
+    preset: presets.Preset = function(**{key: value for key, value in options.items() if key in known})
     return preset
 
 

@@ -40,7 +40,7 @@ def test_a_weight_until_the_tail(total: int) -> None:
 
 @pytest.mark.parametrize(("share", "total"), [(0.1, 100), (0.29, 100), (1.0, 7), (0.1, 5), (0.0, 5)])
 def test_a_weight_that_warms_up(share: float, total: int) -> None:
-    length = int(round(share * 100)) * total // 100
+    length = round(share * 100) * total // 100
     found = [Warmup(0.5, share)(step, total) for step in range(1, total + 1)]
     assert found == [0.5 * min(1.0, step / length) if length else 0.5 for step in range(1, total + 1)]
 
