@@ -73,9 +73,12 @@ from lightning_peft.rank import (
     WeightedSVD,
 )
 from lightning_peft.regularizers import (
+    CLUB,
     DEM,
+    Auxiliary,
     BilinearCritic,
     BudgetPenalty,
+    CategoricalCLUB,
     ConcatCritic,
     Critic,
     CriticFactory,
@@ -95,6 +98,7 @@ from lightning_peft.surgery import Injection, eject, inject, small_parameters
 __version__ = "0.1.0"
 
 __all__ = [
+    "CLUB",
     "DEM",
     "EVA",
     "AdaLoRA",
@@ -104,10 +108,12 @@ __all__ = [
     "AdapterFileError",
     "AdapterInjection",
     "Adoption",
+    "Auxiliary",
     "BilinearCritic",
     "Budget",
     "BudgetPenalty",
     "Calibration",
+    "CategoricalCLUB",
     "Certificate",
     "ConcatCritic",
     "Conversion",

@@ -1,6 +1,8 @@
 """Terms of the loss."""
 
+from lightning_peft.regularizers.auxiliary import Auxiliary
 from lightning_peft.regularizers.base import Regularizer, UntilTail, regularized
+from lightning_peft.regularizers.club import CLUB, CategoricalCLUB
 from lightning_peft.regularizers.critics import BilinearCritic, ConcatCritic, Critic, CriticFactory, SeparableCritic
 from lightning_peft.regularizers.dem import DEM
 from lightning_peft.regularizers.distillation import Distillation
@@ -11,9 +13,12 @@ from lightning_peft.regularizers.posterior import Posterior
 from lightning_peft.regularizers.rank_masks import BudgetPenalty, MaskAlignment
 
 __all__ = [
+    "CLUB",
     "DEM",
+    "Auxiliary",
     "BilinearCritic",
     "BudgetPenalty",
+    "CategoricalCLUB",
     "ConcatCritic",
     "Critic",
     "CriticFactory",
