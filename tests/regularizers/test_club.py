@@ -143,8 +143,8 @@ def test_a_model_is_made_invariant_to_a_nuisance_label() -> None:
             found[name] = float(((guess[:, 0] > 0) == domain.bool()).float().mean())
             right = float((module.head(z).argmax(1) == y).float().mean())
         assert right > 0.9
-    assert found["without"] > 0.8  # the best there is: 0.93
-    assert found["with"] < 0.65, found  # and 0.5 is a coin's
+    assert found["without"] > 0.75  # of x the best guess is right in 0.93
+    assert found["with"] < 0.62  # and a coin in 0.5
 
 
 def test_widths_are_read_from_the_layers_or_said() -> None:
