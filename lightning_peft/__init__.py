@@ -74,10 +74,13 @@ from lightning_peft.rank import (
     WeightedSVD,
 )
 from lightning_peft.regularizers import (
+    CLUB,
     DEM,
     VIB,
+    Auxiliary,
     BilinearCritic,
     BudgetPenalty,
+    CategoricalCLUB,
     ConcatCritic,
     Critic,
     CriticFactory,
@@ -98,6 +101,7 @@ from lightning_peft.surgery import Injection, eject, inject, small_parameters
 __version__ = "0.1.0"
 
 __all__ = [
+    "CLUB",
     "DEM",
     "EVA",
     "VIB",
@@ -108,10 +112,12 @@ __all__ = [
     "AdapterFileError",
     "AdapterInjection",
     "Adoption",
+    "Auxiliary",
     "BilinearCritic",
     "Budget",
     "BudgetPenalty",
     "Calibration",
+    "CategoricalCLUB",
     "Certificate",
     "ConcatCritic",
     "Conversion",

@@ -1,6 +1,8 @@
 """Terms of the loss."""
 
+from lightning_peft.regularizers.auxiliary import Auxiliary
 from lightning_peft.regularizers.base import Regularizer, UntilTail, Warmup, regularized
+from lightning_peft.regularizers.club import CLUB, CategoricalCLUB
 from lightning_peft.regularizers.critics import BilinearCritic, ConcatCritic, Critic, CriticFactory, SeparableCritic
 from lightning_peft.regularizers.dem import DEM
 from lightning_peft.regularizers.distillation import Distillation
@@ -12,10 +14,13 @@ from lightning_peft.regularizers.rank_masks import BudgetPenalty, MaskAlignment
 from lightning_peft.regularizers.vib import VIB
 
 __all__ = [
+    "CLUB",
     "DEM",
     "VIB",
+    "Auxiliary",
     "BilinearCritic",
     "BudgetPenalty",
+    "CategoricalCLUB",
     "ConcatCritic",
     "Critic",
     "CriticFactory",

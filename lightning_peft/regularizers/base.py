@@ -129,6 +129,13 @@ class Regularizer(nn.Module, ABC):
     def end(self) -> None:
         """A fit has ended: leave the module alone."""
 
+    def apart(self) -> Iterable[nn.Parameter]:
+        """Own parameters that the term trains itself: they are frozen for the module's optimizer, and in checkpoints.
+
+        See :class:`lightning_peft.Auxiliary`.
+        """
+        return ()
+
     def companions(self) -> Iterable[nn.Module]:
         """Modules that the term runs beside the model and does not train; the callback moves and casts them alike.
 
