@@ -32,7 +32,7 @@ from lightning_peft import (
 )
 from lightning_peft.head_modules import head_modules, replace_head
 from lightning_peft.heads import find_head
-from lightning_peft.regularizers.vib import BottleneckHead
+from lightning_peft.regularizers.bottleneck import BottleneckHead
 
 ADAPTER = partial(LoRA, rank=2)
 
