@@ -135,7 +135,7 @@ class BottleneckHead(HeadModule):
         count = int(self.draws) if self._count is None else self._count
         self._count = count + 1
         self.draws.fill_(self._count)
-        text = f"lightning_peft/vib/v1|{self.seed}|{count}"
+        text = f"lightning_peft/bottleneck/v1|{self.seed}|{count}"
         number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
         generator = torch.Generator(like.device).manual_seed(number)
         n, k = like.shape

@@ -87,7 +87,7 @@ class ByHand(Module):
         mean, raw = head.mean(e), head.std(e)
         wide = torch.promote_types(mean.dtype, torch.float32)
         mean, std = mean.to(wide), F.softplus(raw.to(wide))
-        text = f"lightning_peft/vib/v1|3|{head.calls}"
+        text = f"lightning_peft/bottleneck/v1|3|{head.calls}"
         number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
         head.calls += 1
         noise = torch.randn(self.samples, *mean.shape, generator=torch.Generator().manual_seed(number), dtype=wide)
