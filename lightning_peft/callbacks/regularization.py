@@ -17,10 +17,13 @@ from lightning_peft.callbacks.order import require_before, require_one
 from lightning_peft.callbacks.placement import AdapterPlacement
 from lightning_peft.callbacks.preflight import Preflight, optimized
 from lightning_peft.callbacks.reentrant import recomputes, with_early_gradients
-from lightning_peft.distributed import broadcast
+from lightning_peft.distributed import Processes, broadcast, world_size
 from lightning_peft.regularizers.base import Regularizer, regularized
 from lightning_peft.seams import when_built, wrap_method
 from lightning_peft.strategies import averaged, counts_gradients, keep_whole
+
+_PROGRESS = "lightning_peft_terms"
+"""The key, in a checkpoint, of where terms stand beside their parameters and buffers."""
 
 
 class Regularization(Preflight):
@@ -127,6 +130,8 @@ class Regularization(Preflight):
         for term in self._each().values():
             if term.counts_examples:
                 term.examples = count_examples(trainer)
+            if world_size() > 1:
+                term.everyone = Processes()
             term.begin(module)
             for companion in term.companions():
                 strategy.precision_plugin.convert_module(companion).to(strategy.root_device)
@@ -185,6 +190,14 @@ class Regularization(Preflight):
             for parameter in term.resting():
                 parameter.grad = None  # a zero would let momentum and weight decay go on
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[_PROGRESS] = {name: term.progress() for name, term in self._each().items()}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        for name, progress in checkpoint.get(_PROGRESS, {}).items():
+            if name in self.terms:
+                self._each()[name].go_on(progress)
+
     def _sum(
         self, module: LightningModule, loss: Tensor, values: Mapping[str, Tensor], weights: Mapping[str, float]
     ) -> Tensor:
@@ -222,6 +235,7 @@ class Regularization(Preflight):
         self._begun = False
         for term in self._each().values():
             term.end()
+            term.__dict__.pop("everyone", None)
         while self._undo:
             self._undo.pop()()
 

@@ -15,16 +15,8 @@ from lightning_peft.interop.adoption import adopt as adopt
 from lightning_peft.interop.adoption import release as release
 from lightning_peft.interop.folder import Export, public_name, refuse_to_overwrite, whole_folder, write_card
 from lightning_peft.interop.host import below, find_host, some, trained_beside, whole_modules, with_statistics
-from lightning_peft.interop.layout import (
-    PREFIX,
-    Mode,
-    find_targets,
-    idle,
-    lay_out,
-    modules_to_save,
-    target_modules,
-    task_type,
-)
+from lightning_peft.interop.layout import Mode, lay_out, modules_to_save, target_modules, task_type
+from lightning_peft.interop.targets import PREFIX, find_targets, idle
 from lightning_peft.interop.triplets import lay_out_triplets, read_triplets
 from lightning_peft.interop.verify import CONFIG, WEIGHTS, by_reading, with_peft
 from lightning_peft.rank.budget import RankBudget, clean_name

@@ -13,7 +13,7 @@ from lightning_peft.export import merge, own_random
 from lightning_peft.heads import hub_models
 from lightning_peft.interop.folder import Export, public_name, refuse_to_overwrite, whole_folder, write_card
 from lightning_peft.interop.host import below, find_host, plain_copy, trained_beside
-from lightning_peft.interop.layout import idle
+from lightning_peft.interop.targets import idle
 from lightning_peft.interop.verify import compare_outputs, made_up_inputs
 from lightning_peft.rank.budget import RankBudget
 

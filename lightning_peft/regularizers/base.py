@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.low_rank import LowRank
 from lightning_peft.rank.schedule import share_of
+from lightning_peft.regularizers.everyone import Everyone
 
 BESIDE_MODEL = ("peft_terms", "peft_masks")
 """Children that our callbacks add to a LightningModule: what is trained beside the model, and is no part of it."""
@@ -56,6 +58,12 @@ class Regularizer(nn.Module, ABC):
     """Whether the model runs with the term's own parameters in it."""
     examples: int | None = None
     """How many examples the training set has, over all processes; given, or read from the Trainer's data."""
+    everyone: Everyone = Everyone()
+    """The processes that train together; this one alone outside of a fit."""
+    seed: int = 0
+    """Of the term's own random numbers."""
+    draws: int = 0
+    """How often :meth:`next_generator` was asked, since the start of the run that a fit goes on with."""
 
     def __init__(self, weight: Weight = 1.0) -> None:
         super().__init__()
@@ -108,6 +116,26 @@ class Regularizer(nn.Module, ABC):
     def resting(self) -> Iterable[nn.Parameter]:
         """Own parameters that the optimizer step to come leaves as they are."""
         return ()
+
+    def next_generator(self, device: torch.device | str = "cpu") -> torch.Generator:
+        """Random numbers of the term's own, for one draw, other ones at every call.
+
+        They are alike on all processes: draw for the whole global batch, and take the rows of
+        :meth:`Everyone.mine`. They depend on the seed, the term's class and the number of draws, which
+        is saved and restored: a resumed run draws what an uninterrupted one does.
+        """
+        text = f"lightning_peft/regularizer/v1|{type(self).__name__}|{self.seed}|{self.draws}"
+        self.draws += 1
+        number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+        return torch.Generator(device).manual_seed(number)
+
+    def progress(self) -> dict[str, Any]:
+        """Where the term stands, beside its parameters and buffers: plain values and tensors, for a checkpoint."""
+        return {"draws": self.draws}
+
+    def go_on(self, progress: Mapping[str, Any]) -> None:
+        """Go on from where :meth:`progress` was asked; also before the module is on its device."""
+        self.draws = int(progress["draws"])
 
     def figures(self) -> Mapping[str, Tensor]:
         """What else is to be logged of its last value, as `<its name>/<figure>`; scalars."""
