@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from misuse import adopted, arguments, certificates, files, processes, trainers
+from misuse import adopted, arguments, certificates, files, information, processes, trainers
 from misuse.setups import Rows, tell
 
 PAGE = Path(__file__).parents[2] / "docs" / "misuse.md"
@@ -12,6 +12,7 @@ TOLD: dict[str, Rows] = {
     "Arguments": arguments.ROWS,
     "Trainer and module": trainers.ROWS,
     "Certificates": certificates.ROWS,
+    "Measures of information": information.ROWS,
     "Files and the command line": files.ROWS,
     "A PEFT model of your own": adopted.ROWS,
 }
