@@ -56,6 +56,16 @@ def test_the_value_is_that_of_one_matrix_of_all_pairs(name: str, chunk: int) -> 
     assert float(found[f"mi/{name}_ceiling"]) == ESTIMATORS[name].ceiling(30)
 
 
+def test_forward_gives_the_value_of_the_batch_and_keeps_the_features() -> None:
+    x, z = features(24, 7)
+    metric = MutualInformation("info_nce")
+    for some, others in zip(x.split(8), z.split(8), strict=True):
+        batch = metric(some, others)
+        assert float(batch["mi/info_nce"]) == pytest.approx(float(estimate("info_nce", some @ others.T)), abs=1e-5)
+        assert float(batch["mi/info_nce_n"]) == 8
+    assert float(metric.compute()["mi/info_nce"]) == pytest.approx(float(estimate("info_nce", x @ z.T)), abs=1e-5)
+
+
 def test_a_critic_scores_pairs_as_it_is_at_the_end_and_belongs_to_the_model() -> None:
     critic = nn.Bilinear(3, 3, 1, bias=False)
 
