@@ -155,7 +155,7 @@ def dv_surrogate(scores: Tensor, log_moving: Tensor) -> Tensor:
 
     For informations of more than about ln N(N - 1) it is the wrong choice: the mean exponential is then made of samples
     that hardly any batch holds, m is that of the few that did, and nothing keeps the scores of the other batches down.
-    The critic diverges, as :func:`nwj`'s does. Train it with :func:`info_nce`, :func:`jsd` or on :func:`dv` itself.
+    The critic diverges, as :func:`nwj`'s does. Train it with :func:`info_nce` or :func:`jsd`.
 
     Args:
         scores: (N, N), finite.
