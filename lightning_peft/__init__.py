@@ -44,6 +44,7 @@ from lightning_peft.certification import Certificate
 from lightning_peft.checkpoint import AdapterFileError, adapter_state_dict, load
 from lightning_peft.convert import Conversion, convert
 from lightning_peft.export import Merged, compact, merge
+from lightning_peft.head_modules import fold_heads
 from lightning_peft.heat_map import rank_heat_map
 from lightning_peft.interop.adoption import adopt, release
 from lightning_peft.interop.folder import Export
@@ -75,6 +76,7 @@ from lightning_peft.rank import (
 from lightning_peft.regularizers import (
     CLUB,
     DEM,
+    VIB,
     Auxiliary,
     BilinearCritic,
     BudgetPenalty,
@@ -91,6 +93,7 @@ from lightning_peft.regularizers import (
     Regularizer,
     SeparableCritic,
     UntilTail,
+    Warmup,
     regularized,
 )
 from lightning_peft.surgery import Injection, eject, inject, small_parameters
@@ -101,6 +104,7 @@ __all__ = [
     "CLUB",
     "DEM",
     "EVA",
+    "VIB",
     "AdaLoRA",
     "Adapter",
     "AdapterCheckpoint",
@@ -173,6 +177,7 @@ __all__ = [
     "Taylor",
     "TripletImportance",
     "UntilTail",
+    "Warmup",
     "WeightDecomposed",
     "WeightedSVD",
     "adapter_state_dict",
@@ -180,6 +185,7 @@ __all__ = [
     "compact",
     "convert",
     "eject",
+    "fold_heads",
     "from_hf_peft",
     "inject",
     "load",

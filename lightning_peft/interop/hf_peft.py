@@ -10,6 +10,7 @@ from typing import Any, Literal
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_peft.head_modules import refuse_head_modules
 from lightning_peft.interop.adopted_export import lay_out_adopted, load_adopted, read_adopted
 from lightning_peft.interop.adoption import adopt as adopt
 from lightning_peft.interop.adoption import release as release
@@ -89,6 +90,8 @@ def to_hf_peft(
     checked = _how_to_check(check)
     refuse_to_overwrite(folder, overwrite)
     paths = [target.path for target in targets]
+    if head:
+        refuse_head_modules(host, "to_hf_peft", "Give head=False, and save the layers of fold_heads(module) yourself.")
     trained = head_modules(module, name, host) if head else {}
     statistics = with_statistics(host, trained)
     kept = _states(trained | statistics) if head else {}

@@ -1,7 +1,7 @@
 """Terms of the loss."""
 
 from lightning_peft.regularizers.auxiliary import Auxiliary
-from lightning_peft.regularizers.base import Regularizer, UntilTail, regularized
+from lightning_peft.regularizers.base import Regularizer, UntilTail, Warmup, regularized
 from lightning_peft.regularizers.club import CLUB, CategoricalCLUB
 from lightning_peft.regularizers.critics import BilinearCritic, ConcatCritic, Critic, CriticFactory, SeparableCritic
 from lightning_peft.regularizers.dem import DEM
@@ -11,10 +11,12 @@ from lightning_peft.regularizers.orthogonality import Orthogonality
 from lightning_peft.regularizers.pac_bayes import PACBayes
 from lightning_peft.regularizers.posterior import Posterior
 from lightning_peft.regularizers.rank_masks import BudgetPenalty, MaskAlignment
+from lightning_peft.regularizers.vib import VIB
 
 __all__ = [
     "CLUB",
     "DEM",
+    "VIB",
     "Auxiliary",
     "BilinearCritic",
     "BudgetPenalty",
@@ -31,5 +33,6 @@ __all__ = [
     "Regularizer",
     "SeparableCritic",
     "UntilTail",
+    "Warmup",
     "regularized",
 ]
