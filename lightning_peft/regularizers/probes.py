@@ -38,7 +38,7 @@ def probed(module: nn.Module, patterns: Sequence[str], argument: str = "layers")
     for pattern in patterns:
         found = {name for name in layers if matches([pattern], name)}
         if not found:
-            near = difflib.get_close_matches(pattern, layers, n=5, cutoff=0.4) or list(layers)[:8]
+            near = list(dict.fromkeys([*difflib.get_close_matches(pattern, layers, n=5, cutoff=0.4), *layers]))[:8]
             raise ValueError(
                 f"{argument}={pattern!r} matches no layer of {type(module).__name__}; there are "
                 f"{', '.join(map(repr, near)) or 'none'}{', ...' if len(layers) > len(near) else ''}."
