@@ -7,6 +7,7 @@ from lightning_peft.regularizers.critics import BilinearCritic, ConcatCritic, Cr
 from lightning_peft.regularizers.dem import DEM
 from lightning_peft.regularizers.distillation import Distillation
 from lightning_peft.regularizers.everyone import Everyone
+from lightning_peft.regularizers.mutual_information import MutualInformation
 from lightning_peft.regularizers.orthogonality import Orthogonality
 from lightning_peft.regularizers.pac_bayes import PACBayes
 from lightning_peft.regularizers.posterior import Posterior
@@ -27,6 +28,7 @@ __all__ = [
     "Distillation",
     "Everyone",
     "MaskAlignment",
+    "MutualInformation",
     "Orthogonality",
     "PACBayes",
     "Posterior",
