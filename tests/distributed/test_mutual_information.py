@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -59,7 +60,15 @@ def others() -> dict[str, Regularizer]:
     }
 
 
-TERMS: dict[str, Callable[[], dict[str, Regularizer]]] = {"club": clubs, "mutual information and vib": others}
+def without_adapters() -> dict[str, Regularizer]:
+    return {"club": clubs()["club"], "dv": others()["dv"]}
+
+
+TERMS: dict[str, Callable[[], dict[str, Regularizer]]] = {
+    "club": clubs,
+    "mutual information and vib": others,
+    "without adapters": without_adapters,
+}
 
 
 class Descent(Host):
@@ -74,17 +83,24 @@ class ShardedDescent(Descent, Sharded):
 
 
 def fit(
-    kind: str, terms: dict[str, Regularizer], *extra: L.Callback, host: type[Host] | None = None, **options: Any
+    kind: str,
+    terms: dict[str, Regularizer],
+    *extra: L.Callback,
+    adapts: bool = True,
+    host: type[Host] | None = None,
+    **options: Any,
 ) -> L.LightningModule:
-    torch.manual_seed(options.pop("seed", 5))
+    # What terms and adapters start from is another draw on each process, of which the first one's counts.
+    torch.manual_seed(options.pop("seed", 5) + int(os.environ["RANK"]))
     model = (host or (ShardedDescent if kind == "fsdp2" else Descent))()
     world = 1 if kind == "single" else 2
     ckpt_path = options.pop("ckpt_path", None)
+    ours: list[L.Callback] = [AdapterInjection(partial(LoRA, rank=2)), AdapterCheckpoint()] if adapts else []
     trainer = L.Trainer(
         accelerator="cpu", devices=world, strategy=STRATEGIES[kind](world), use_distributed_sampler=False,
         logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, max_epochs=1,
         limit_train_batches=8,
-        callbacks=[AdapterInjection(partial(LoRA, rank=2)), Regularization(terms), AdapterCheckpoint(), *extra],
+        callbacks=[*ours, Regularization(terms), *extra],
         **options,
     )  # fmt: skip
     trainer.fit(model, ckpt_path=ckpt_path)
@@ -108,7 +124,9 @@ def trained(runs: list[tuple[str, str]]) -> dict[tuple[str, str], Any]:
     torch.set_num_threads(1)
     found = {}
     for kind, name in runs:
-        model = fit(kind.removesuffix(" apart"), TERMS[name](), *([Apart()] if kind.endswith("apart") else []))
+        extra = [Apart()] if kind.endswith("apart") else []
+        adapts = name != "without adapters"
+        model = fit(kind.removesuffix(" apart"), TERMS[name](), *extra, adapts=adapts)
         state = adapter_state_dict(model)
         found[kind, name] = {key: whole(value).float().numpy() for key, value in state.items()}
     return found
