@@ -127,12 +127,11 @@ class Regularization(Preflight):
             )
         self._total_steps = _steps(trainer)
         if is_sharded(trainer.strategy):
-            # Made of adapters that have process 0's start by now.
-            broadcast([*self.terms.buffers(), *(p for p in self.terms.parameters() if not is_shard(p))])
             if not any(isinstance(c, Preflight) and c.averages_gradients for c in callbacks_of(trainer)):
-                # What terms own, and what they have put into the model, such as a head.
                 self._averaged = averaged(trainer.strategy, pl_module)
                 broadcast(self._averaged)
+            # Made of adapters that have process 0's start by now.
+            broadcast([*self.terms.buffers(), *(p for p in self.terms.parameters() if not is_shard(p))])
         self._begin(trainer, pl_module)
 
     def _begin(self, trainer: Trainer, module: LightningModule) -> None:

@@ -148,11 +148,13 @@ def alone() -> dict[Any, Any]:
 
 @pytest.fixture(scope="module")
 def together() -> list[dict[Any, Any]]:
-    return run_processes(2, trained, [(kind, name) for name in TERMS for kind in [*KINDS, "ddp apart"]])
+    runs = [(kind, name) for name in TERMS for kind in [*KINDS, "ddp apart"]]
+    return run_processes(2, trained, [*runs, ("fsdp1", "without adapters")])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize(
+    ("kind", "name"), [*((kind, name) for kind in KINDS for name in TERMS), ("fsdp1", "without adapters")]
+)
 def test_two_processes_are_one(kind: str, name: str, alone: dict[Any, Any], together: list[dict[Any, Any]]) -> None:
     """To 1e-6, with all that terms own: critics, q, the moving average, the bottleneck and its prior."""
     for each in together:
