@@ -299,7 +299,8 @@ class RiskCertificate(Preflight):
         facts = None if self.prior_data is None else self.prior_data.facts()
         # Of the base each process may have a part of its own, and nothing of it is in the checkpoint.
         start = {name: value for name, value in self._start.items() if name not in self._base}
-        return {"start": start, "prior_data": facts, "after_training": self._after_training}
+        tried = self.settings.tried
+        return {"start": start, "prior_data": facts, "after_training": self._after_training, "tried": tried}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = dict(state_dict.get("start", {}))
