@@ -118,8 +118,8 @@ class PACBayesBound(Metric):
         if self.examples is None and world_size() > 1:
             raise RuntimeError(
                 f"PACBayesBound has counted {seen} losses on {world_size()} processes, and cannot tell how many of "
-                "them a distributed sampler has repeated to give each as many as the others. Give the number of examples: "
-                "PACBayesBound(examples=...)."
+                "them a distributed sampler has repeated to give each as many as the others. Give the number of "
+                "examples: PACBayesBound(examples=...)."
             )
         n = seen if self.examples is None else min(seen, self.examples)
         if seen % n:
