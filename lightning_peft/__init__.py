@@ -44,6 +44,7 @@ from lightning_peft.certification import Certificate
 from lightning_peft.checkpoint import AdapterFileError, adapter_state_dict, load
 from lightning_peft.convert import Conversion, convert
 from lightning_peft.export import Merged, compact, merge
+from lightning_peft.head_modules import fold_heads
 from lightning_peft.heat_map import rank_heat_map
 from lightning_peft.interop.adoption import adopt, release
 from lightning_peft.interop.folder import Export
@@ -73,15 +74,27 @@ from lightning_peft.rank import (
     WeightedSVD,
 )
 from lightning_peft.regularizers import (
+    CLUB,
     DEM,
+    VIB,
+    Auxiliary,
+    BilinearCritic,
     BudgetPenalty,
+    CategoricalCLUB,
+    ConcatCritic,
+    Critic,
+    CriticFactory,
     Distillation,
+    Everyone,
     MaskAlignment,
+    MutualInformation,
     Orthogonality,
     PACBayes,
     Posterior,
     Regularizer,
+    SeparableCritic,
     UntilTail,
+    Warmup,
     regularized,
 )
 from lightning_peft.surgery import Injection, eject, inject, small_parameters
@@ -89,8 +102,10 @@ from lightning_peft.surgery import Injection, eject, inject, small_parameters
 __version__ = "0.1.0"
 
 __all__ = [
+    "CLUB",
     "DEM",
     "EVA",
+    "VIB",
     "AdaLoRA",
     "Adapter",
     "AdapterCheckpoint",
@@ -98,16 +113,23 @@ __all__ = [
     "AdapterFileError",
     "AdapterInjection",
     "Adoption",
+    "Auxiliary",
+    "BilinearCritic",
     "Budget",
     "BudgetPenalty",
     "Calibration",
+    "CategoricalCLUB",
     "Certificate",
+    "ConcatCritic",
     "Conversion",
+    "Critic",
+    "CriticFactory",
     "Cubic",
     "CubicBudget",
     "Distillation",
     "DynamicDoRA",
     "ElementMasks",
+    "Everyone",
     "Export",
     "Factorized",
     "Gate",
@@ -126,6 +148,7 @@ __all__ = [
     "Merged",
     "ModuleSensitivity",
     "MonotoneMasks",
+    "MutualInformation",
     "NormShare",
     "Orthogonality",
     "PACBayes",
@@ -148,6 +171,7 @@ __all__ = [
     "RiskCertificate",
     "SamplingPolicy",
     "Schedule",
+    "SeparableCritic",
     "Site",
     "SlowCubic",
     "SoRA",
@@ -155,6 +179,7 @@ __all__ = [
     "Taylor",
     "TripletImportance",
     "UntilTail",
+    "Warmup",
     "WeightDecomposed",
     "WeightedSVD",
     "adapter_state_dict",
@@ -162,6 +187,7 @@ __all__ = [
     "compact",
     "convert",
     "eject",
+    "fold_heads",
     "from_hf_peft",
     "inject",
     "load",

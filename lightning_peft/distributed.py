@@ -8,7 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from lightning_peft.regularizers.everyone import Everyone
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -85,6 +88,48 @@ def broadcast(tensors: Sequence[Tensor]) -> None:
         dist.broadcast(flat, 0)
         parts = flat.split([tensor.numel() for tensor in group])
         torch._foreach_copy_([t.detach() for t in group], [p.view_as(t) for p, t in zip(parts, group, strict=True)])
+
+
+class Processes(Everyone):
+    """All processes, as a term sees them."""
+
+    def __init__(self) -> None:
+        self.rank, self.world = rank(), world_size()
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        # Asked before every message: one of another size than the others' hangs or is misread, at whatever step.
+        shape = tensor.new_tensor([*tensor.shape, *[-1] * (8 - tensor.dim())], dtype=torch.int64)
+        shapes = [tuple(size for size in row if size >= 0) for row in _rows_of_all(shape[None]).tolist()]
+        if len(set(shapes)) > 1:
+            raise RuntimeError(
+                "this term compares the examples of all processes, and their batches are of unequal sizes: "
+                f"{', '.join(f'{size} on process {i}' for i, size in enumerate(shapes))}. Give every process as many: "
+                "drop_last=True, or a sampler that shares them evenly."
+            )
+        rows: Tensor = _Gather.apply(tensor)  # type: ignore[no-untyped-call]
+        return rows
+
+    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        average_gradients(parameters)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return _rows_of_all(tensor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return Processes().mine(total)
+
+
+def _rows_of_all(tensor: Tensor) -> Tensor:
+    rows = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, tensor.detach().contiguous())
+    return torch.cat(rows)
 
 
 def agreed(masks: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -17,10 +17,13 @@ from lightning_peft.callbacks.order import require_before, require_one
 from lightning_peft.callbacks.placement import AdapterPlacement
 from lightning_peft.callbacks.preflight import Preflight, optimized
 from lightning_peft.callbacks.reentrant import recomputes, with_early_gradients
-from lightning_peft.distributed import broadcast
+from lightning_peft.distributed import Processes, broadcast, world_size
 from lightning_peft.regularizers.base import Regularizer, regularized
 from lightning_peft.seams import when_built, wrap_method
-from lightning_peft.strategies import averaged, counts_gradients, keep_whole
+from lightning_peft.strategies import counts_gradients, is_sharded, keep_whole
+
+_PROGRESS = "lightning_peft_terms"
+"""The key, in a checkpoint, of where terms stand beside their parameters and buffers."""
 
 
 class Regularization(Preflight):
@@ -100,6 +103,13 @@ class Regularization(Preflight):
                 "own affair and terms added to what training_step returns have no effect. Remove the Regularization "
                 "callback and call lightning_peft.regularized(loss, terms, weights) before manual_backward."
             )
+        for name, term in self._each().items():
+            if any(parameter.requires_grad for parameter in term.apart()):
+                raise MisconfigurationException(
+                    f"the term {name!r} trains its own parameters by itself, and something has thawed them since "
+                    "(unfreeze(), requires_grad_(True), a finetuning callback), so that the module's optimizer would "
+                    "train them against it. Thaw the layers that are meant, by name, or before training."
+                )
         held = optimized(trainer)
         for name, parameter in self.terms.named_parameters():
             if parameter.requires_grad and id(parameter) not in held:
@@ -115,8 +125,9 @@ class Regularization(Preflight):
                 "steps. Set max_steps or max_epochs."
             )
         self._total_steps = _steps(trainer)
-        if averaged(trainer.strategy, pl_module):
+        if is_sharded(trainer.strategy):
             broadcast(list(self.terms.buffers()))  # made of adapters that have process 0's start by now
+            broadcast([p for term in self._each().values() for p in term.apart()])
         self._begin(trainer, pl_module)
 
     def _begin(self, trainer: Trainer, module: LightningModule) -> None:
@@ -127,6 +138,8 @@ class Regularization(Preflight):
         for term in self._each().values():
             if term.counts_examples:
                 term.examples = count_examples(trainer)
+            if world_size() > 1:
+                term.everyone = Processes()
             term.begin(module)
             for companion in term.companions():
                 strategy.precision_plugin.convert_module(companion).to(strategy.root_device)
@@ -185,6 +198,14 @@ class Regularization(Preflight):
             for parameter in term.resting():
                 parameter.grad = None  # a zero would let momentum and weight decay go on
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint[_PROGRESS] = {name: term.progress() for name, term in self._each().items()}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        for name, progress in checkpoint.get(_PROGRESS, {}).items():
+            if name in self.terms:
+                self._each()[name].go_on(progress)
+
     def _sum(
         self, module: LightningModule, loss: Tensor, values: Mapping[str, Tensor], weights: Mapping[str, float]
     ) -> Tensor:
@@ -222,6 +243,7 @@ class Regularization(Preflight):
         self._begun = False
         for term in self._each().values():
             term.end()
+            term.__dict__.pop("everyone", None)
         while self._undo:
             self._undo.pop()()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.low_rank import LowRank
+from lightning_peft.arguments import require_number
 from lightning_peft.rank.schedule import share_of
+from lightning_peft.regularizers.everyone import Everyone
 
 BESIDE_MODEL = ("peft_terms", "peft_masks")
 """Children that our callbacks add to a LightningModule: what is trained beside the model, and is no part of it."""
@@ -25,7 +28,7 @@ class UntilTail:
     """A weight that is `value` until the frozen tail begins, and exactly 0 in it.
 
     Args:
-        value: the weight before the tail.
+        value: the weight before the tail: a number, or another schedule.
         tail: share of the run that the tail takes, as in :class:`~lightning_peft.rank.Schedule`.
 
     Example:
@@ -33,11 +36,51 @@ class UntilTail:
         (0.3, 0.0)
     """
 
-    value: float
+    value: Weight
     tail: float
 
     def __call__(self, step: int, total: int) -> float:
-        return self.value if step <= total - share_of(self.tail, total) else 0.0
+        return weight_at(self.value, step, total) if step <= total - share_of(self.tail, total) else 0.0
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """A weight that grows along a line and reaches `value` at the end of the first `share` of the run.
+
+        w_t = value * min(1, t / floor(share * T))
+
+    It is above 0 from the first step on.
+
+    Args:
+        value: the weight after the warm-up: a number, or another schedule.
+        share: of the run; 0 for no warm-up.
+
+    Raises:
+        ValueError: share is not in [0, 1].
+
+    Example:
+        >>> warmup = Warmup(UntilTail(0.4, tail=0.5), share=0.1)
+        >>> warmup(5, 100), warmup(10, 100), warmup(51, 100)
+        (0.2, 0.4, 0.0)
+    """
+
+    value: Weight
+    share: float = 0.1
+
+    def __post_init__(self) -> None:
+        require_number("share", self.share)
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share is the part of the run that warms up, from 0 to 1. Got {self.share}.")
+
+    def __call__(self, step: int, total: int) -> float:
+        length = share_of(self.share, total)
+        grown = weight_at(self.value, step, total)
+        return grown * min(1.0, step / length) if length else grown
+
+
+def weight_at(weight: Weight, step: int, total: int) -> float:
+    """A weight at an optimizer step, counted from 1, of `total`."""
+    return weight(step, total) if callable(weight) else weight
 
 
 class Regularizer(nn.Module, ABC):
@@ -56,6 +99,12 @@ class Regularizer(nn.Module, ABC):
     """Whether the model runs with the term's own parameters in it."""
     examples: int | None = None
     """How many examples the training set has, over all processes; given, or read from the Trainer's data."""
+    everyone: Everyone = Everyone()
+    """The processes that train together; this one alone outside of a fit."""
+    seed: int = 0
+    """Of the term's own random numbers."""
+    draws: int = 0
+    """How often :meth:`next_generator` was asked, since the start of the run that a fit goes on with."""
 
     def __init__(self, weight: Weight = 1.0) -> None:
         super().__init__()
@@ -79,6 +128,13 @@ class Regularizer(nn.Module, ABC):
 
     def end(self) -> None:
         """A fit has ended: leave the module alone."""
+
+    def apart(self) -> Iterable[nn.Parameter]:
+        """Own parameters that the term trains itself: they are frozen for the module's optimizer, and in checkpoints.
+
+        See :class:`lightning_peft.Auxiliary`.
+        """
+        return ()
 
     def companions(self) -> Iterable[nn.Module]:
         """Modules that the term runs beside the model and does not train; the callback moves and casts them alike.
@@ -109,13 +165,33 @@ class Regularizer(nn.Module, ABC):
         """Own parameters that the optimizer step to come leaves as they are."""
         return ()
 
+    def next_generator(self, device: torch.device | str = "cpu") -> torch.Generator:
+        """Random numbers of the term's own, for one draw, other ones at every call.
+
+        They are alike on all processes: draw for the whole global batch, and take the rows of
+        :meth:`Everyone.mine`. They depend on the seed, the term's class and the number of draws, which
+        is saved and restored: a resumed run draws what an uninterrupted one does.
+        """
+        text = f"lightning_peft/regularizer/v1|{type(self).__name__}|{self.seed}|{self.draws}"
+        self.draws += 1
+        number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+        return torch.Generator(device).manual_seed(number)
+
+    def progress(self) -> dict[str, Any]:
+        """Where the term stands, beside its parameters and buffers: plain values and tensors, for a checkpoint."""
+        return {"draws": self.draws}
+
+    def go_on(self, progress: Mapping[str, Any]) -> None:
+        """Go on from where :meth:`progress` was asked; also before the module is on its device."""
+        self.draws = int(progress["draws"])
+
     def figures(self) -> Mapping[str, Tensor]:
         """What else is to be logged of its last value, as `<its name>/<figure>`; scalars."""
         return {}
 
     def weight_at(self, step: int, total: int) -> float:
         """The weight at an optimizer step, counted from 1."""
-        return self.weight(step, total) if callable(self.weight) else self.weight
+        return weight_at(self.weight, step, total)
 
 
 def low_rank(module: nn.Module) -> list[LowRank]:
