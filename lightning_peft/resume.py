@@ -121,7 +121,10 @@ def begin_anew(loaders: Iterable[ResumableLoader]) -> None:
     An epoch makes all its iterators before it asks any of them, and each draws from the global generators. What has no
     iterator yet will begin by itself.
     """
-    made = [loader for loader in loaders if loader.__dict__.get("_position") is not None]
+    every = list(loaders)
+    made = [loader for loader in every if loader.__dict__.get("_position") is not None]
+    for loader in every:
+        loader._target = None  # Lightning may have told it to go where it stood
     for loader in made:
         loader._anew = made
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import random
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +19,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning_peft.arguments import require_integer, require_number
 from lightning_peft.callbacks import AdapterCheckpoint, Regularization
 from lightning_peft.compression.console import silence, without_remarks
-from lightning_peft.compression.figures import milliseconds, size
+from lightning_peft.compression.figures import Clock, milliseconds, peak_bytes, size
 from lightning_peft.compression.layers import components
 from lightning_peft.compression.methods import DEFAULT, METHODS, Method, Plan, Training, method
 from lightning_peft.compression.progress import Progress, Saving, contents
@@ -148,7 +146,7 @@ class Compression:
         refuse_to_overwrite(out, overwrite)  # now, not after an hour
         task = task_of(str(model), self.task)
         full = components(skeleton(task.folder, task.architecture()), self.targets, self.ratio)
-        clock, chosen = _Clock(), method(self.method)
+        clock, chosen = Clock(), method(self.method)
         source = Source(source, seed=self.seed) if isinstance(source, str) else source
         with clock.stage("reading"):
             self._draw_anew()
@@ -200,7 +198,7 @@ class Compression:
             timed_on=timed_on,
             steps={"compression": steps, "fine-tuning": self.fine_tuning},
             seconds=took,
-            peak_bytes=_peak(),
+            peak_bytes=peak_bytes(),
             versions={package: version(package) for package in _PACKAGES},
         )
 
@@ -275,7 +273,7 @@ class Compression:
         return saving.seconds_before
 
     def _quality(
-        self, module: LightningModule, data: PlannedData, what: str, clock: _Clock, done: Progress
+        self, module: LightningModule, data: PlannedData, what: str, clock: Clock, done: Progress
     ) -> dict[str, float]:
         def measured() -> dict[str, float]:
             self._draw_anew()
@@ -324,31 +322,5 @@ def compress(model: str, source: Source | str, out: str | Path, overwrite: bool 
     return Compression(**options).run(model, source, out, overwrite)
 
 
-class _Clock:
-    """Wall time by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.add(name, time.perf_counter() - start)
-
-    def add(self, name: str, seconds: float) -> None:
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-
-
 def _below(ranks: Mapping[str, int], prefix: str) -> dict[str, int]:
     return {name.removeprefix(prefix): rank for name, rank in ranks.items()}
-
-
-def _peak() -> int:
-    """Bytes that the process held at most; 0 where the system does not say."""
-    if sys.platform == "win32":
-        return 0
-    import resource
-
-    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return found if sys.platform == "darwin" else found * 1024

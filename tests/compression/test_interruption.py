@@ -79,6 +79,8 @@ def same(one: str, two: str) -> bool:
         pytest.param({"method": "ars", "steps": 6}, 7, 2, id="training of ARS"),
         pytest.param({"method": "rankdyna", "steps": 20}, 17, 4, id="training of RankDyna, after cuts"),
         pytest.param({"method": "svd", "fine_tuning": 8, "distill": 0.5}, 6, 3, id="fine-tuning"),
+        pytest.param({"method": "ars", "steps": 6, "fine_tuning": 4}, 10, 3, id="fine-tuning after ARS"),
+        pytest.param({"method": "rankdyna", "steps": 20, "fine_tuning": 4}, 22, 3, id="fine-tuning after RankDyna"),
     ],
 )
 def test_it_goes_on_to_the_same_bits(
