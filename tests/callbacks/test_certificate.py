@@ -472,7 +472,7 @@ def saving(folder: Path) -> ModelCheckpoint:
     return ModelCheckpoint(folder, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:.*callback states in the checkpoint")
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_what_the_resumed_run_chose_without_a_certificate_is_seen(tmp_path: Path) -> None:
     fitted(adapted(), Masks(), AdapterCheckpoint(), saving(tmp_path), max_epochs=1, enable_checkpointing=True)
     with pytest.raises(MisconfigurationException, match=r"'body.0.gate.mask' was changed while training"):

@@ -417,7 +417,6 @@ class StopAt(Callback):
 
 @pytest.mark.parametrize("unit", ["step", "batch"])
 @pytest.mark.parametrize("stop", [1, 5, 6, 9])
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_interrupted_is_uninterrupted(stop: int, unit: Any, tmp_path: Path) -> None:
     def run(*callbacks: Callback, **options: Any) -> dict[str, Tensor]:
         injection = AdapterInjection(partial(LoRA, rank=2), ["body.0", "body.2"], ["head"], verbose=False)
