@@ -147,33 +147,48 @@ class Probes:
         self._calls.detach()
 
     def _rows(self, name: str, output: Tensor, mask: Any) -> Tensor:
-        if output.dim() == 2:
-            return output
-        layer = self._module.get_submodule(self._calls.path(name))
-        while isinstance(layer, Adapter):
-            layer = layer.base
-        if isinstance(layer, _CONVOLUTIONS) and output.dim() > 2:
-            return output.flatten(2).mean(2)
-        if output.dim() != 3:
-            raise RuntimeError(
-                f"the output of {name!r} is of shape {tuple(output.shape)}, and features are (N, d), or (N, L, d) to "
-                "be pooled. Name another layer."
-            )
-        attention = getattr(layer, "self_attn", layer)
-        if getattr(attention, "batch_first", True) is False:  # torch's own: positions come first, examples second
-            output = output.transpose(0, 1)
-        shown = mask if isinstance(mask, Tensor) and mask.shape == output.shape[:2] else None
-        if self.pool == "first":
-            return output[:, 0]
-        if self.pool == "last":
-            if shown is None:
-                return output[:, -1]
-            positions = torch.arange(output.shape[1], device=output.device)
-            return output[torch.arange(len(output), device=output.device), (shown.bool() * positions).argmax(1)]
+        return pooled(output, self._module.get_submodule(self._calls.path(name)), name, mask, self.pool)
+
+
+def pooled(output: Tensor, layer: nn.Module, name: str, mask: Any = None, pool: Pool = "mean") -> Tensor:
+    """One row of features per example, (N, d), of what a layer gives.
+
+    Args:
+        output: (N, d), (N, L, d), or of a convolution (N, d, ...).
+        layer: what gave it.
+        name: of it, for the error.
+        mask: (N, L), the positions that count; all where it has another shape or there is none.
+        pool: see :class:`Probes`.
+
+    Raises:
+        RuntimeError: the output is of another shape.
+    """
+    if output.dim() == 2:
+        return output
+    while isinstance(layer, Adapter):
+        layer = layer.base
+    if isinstance(layer, _CONVOLUTIONS) and output.dim() > 2:
+        return output.flatten(2).mean(2)
+    if output.dim() != 3:
+        raise RuntimeError(
+            f"the output of {name!r} is of shape {tuple(output.shape)}, and features are (N, d), or (N, L, d) to "
+            "be pooled. Name another layer."
+        )
+    attention = getattr(layer, "self_attn", layer)
+    if getattr(attention, "batch_first", True) is False:  # torch's own: positions come first, examples second
+        output = output.transpose(0, 1)
+    shown = mask if isinstance(mask, Tensor) and mask.shape == output.shape[:2] else None
+    if pool == "first":
+        return output[:, 0]
+    if pool == "last":
         if shown is None:
-            return output.mean(1)
-        weights = shown.to(torch.promote_types(output.dtype, torch.float32)).unsqueeze(2)
-        return (output * weights).sum(1) / weights.sum(1).clamp_min(1)
+            return output[:, -1]
+        positions = torch.arange(output.shape[1], device=output.device)
+        return output[torch.arange(len(output), device=output.device), (shown.bool() * positions).argmax(1)]
+    if shown is None:
+        return output.mean(1)
+    weights = shown.to(torch.promote_types(output.dtype, torch.float32)).unsqueeze(2)
+    return (output * weights).sum(1) / weights.sum(1).clamp_min(1)
 
 
 def require_pool(pool: object) -> None:
