@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from lightning.fabric.connector import _PRECISION_INPUT_STR
+from lightning.pytorch.trainer.connectors.accelerator_connector import _PRECISION_INPUT_STR
 from torch import nn
 
 from lightning_peft.archive import AdapterFileError
