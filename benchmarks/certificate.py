@@ -263,8 +263,9 @@ def planned(data: str, prior: str, seed: int) -> Run:
 
 
 def load(path: Path = RESULTS) -> list[dict[str, Any]]:
-    """Finished runs."""
-    return runs.read(path)
+    """Finished runs whose settings are today's, of methods and targets that there are."""
+    rows = [row for row in runs.read(path) if row["settings"] == PROTOCOL | DELTAS]
+    return [row for row in rows if row["method"] in METHODS and row["targets"] in TARGETS]
 
 
 def finished(run: Run) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -52,6 +52,7 @@ class ResumableLoader(DataLoader[Any]):
 
     _position: _Position | None
     _target: State | None
+    _anew: list[ResumableLoader]
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         return _Position(self)
@@ -63,7 +64,10 @@ class ResumableLoader(DataLoader[Any]):
 
     def load_state_dict(self, state: State) -> None:
         """Go where `state` says with the next batch; with an empty state, to the start of a new epoch."""
-        self._target = state
+        if state:
+            self._target = state
+        else:
+            begin_anew([self])
 
 
 class _Position(Iterator[Any]):
@@ -78,6 +82,9 @@ class _Position(Iterator[Any]):
         loader._position = self
 
     def __next__(self) -> Any:
+        for loader in self.loader.__dict__.pop("_anew", []):
+            loader.__dict__.pop("_anew", None)
+            loader._position._begin()
         target, self.loader._target = self.loader.__dict__.get("_target"), None
         if target is not None:
             self._go(target)
@@ -87,13 +94,13 @@ class _Position(Iterator[Any]):
         self.taken += 1
         return batch
 
-    def _go(self, target: State) -> None:
+    def _begin(self) -> None:
+        # The generators now are what they were when the interrupted run would have made its next iterator.
         self.taken, self.made, self.first = 0, rng_state(), None
-        if not target:
-            # The generators now are what they were when the interrupted run would have made its next iterator.
-            self.batches = DataLoader.__iter__(self.loader)
-            return
-        here = self.made
+        self.batches = DataLoader.__iter__(self.loader)
+
+    def _go(self, target: State) -> None:
+        here = rng_state()
         self.taken, self.made, self.first = target["taken"], target["made"], target["first"]
         set_rng_state(self.made)
         self.batches = DataLoader.__iter__(self.loader)
@@ -106,6 +113,20 @@ class _Position(Iterator[Any]):
         if not self.taken:  # the sampler draws when it is first asked
             self.batches = chain([next(self.batches)], self.batches)
         set_rng_state(here)
+
+
+def begin_anew(loaders: Iterable[ResumableLoader]) -> None:
+    """With the first batch that one of them is asked for, make the iterators of all anew, in their order.
+
+    An epoch makes all its iterators before it asks any of them, and each draws from the global generators. What has no
+    iterator yet will begin by itself.
+    """
+    every = list(loaders)
+    made = [loader for loader in every if loader.__dict__.get("_position") is not None]
+    for loader in every:
+        loader._target = None  # Lightning may have told it to go where it stood
+    for loader in made:
+        loader._anew = made
 
 
 def make_resumable(loader: object) -> ResumableLoader | None:
@@ -121,6 +142,6 @@ def make_plain(loader: ResumableLoader) -> None:
     """Undo :func:`make_resumable`."""
     if type(loader) is not ResumableLoader:
         return  # it is plain already: one loader may be held twice
-    for name in ("_position", "_target"):
+    for name in ("_position", "_target", "_anew"):
         loader.__dict__.pop(name, None)
     loader.__class__ = DataLoader  # type: ignore[assignment]

@@ -472,7 +472,7 @@ def test_commands_and_options_stay_what_they_are(capsys: pytest.CaptureFixture[s
     assert set(re.findall(r"^  (--[\w-]+)", shown["compress"], re.MULTILINE)) == {
         "--overwrite", "--data", "--test", "--task", "--text", "--label", "--length", "--batch-size", "--method",
         "--ratio", "--targets", "--weighting", "--calibration", "--steps", "--fine-tuning", "--lr", "--distill",
-        "--precision", "--seed", "--quiet",
+        "--precision", "--seed", "--save-every", "--quiet",
     }  # fmt: skip
     assert shown["certify"].startswith("usage: lightning-peft certify CKPT --data FILE [options]\n")
     assert set(re.findall(r"^  (--[\w-]+)", shown["certify"], re.MULTILINE)) == {

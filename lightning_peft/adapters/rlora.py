@@ -28,6 +28,7 @@ from lightning_peft.rank.gate import Gate
 Mode = Literal["diag", "io", "core", "half"]
 Scale = Literal["vera", "orthonormal"]
 How = Literal["auto", "rows", "kron"]
+_D_INITIAL = 0.1
 
 
 class _Sources(NamedTuple):
@@ -68,7 +69,7 @@ class RLoRA(LowRankUpdate):
         scale: c. "vera" gives projections the variances that VeRA's have, c_in = sqrt 2 and c_out = sqrt(2 d_out / r),
             so that its learning rates can be taken over; "orthonormal" is 1.
         scaling: what multiplies the update.
-        d_initial: start of g in "diag".
+        d_initial: start of g in "diag"; the other modes have none, and refuse another number than this.
         seed: what projections are drawn from, with a key.
         share_projection: whether layers of one shape have the same projections; else each has its own, from `key`.
         path: "rows" has projections as matrices of r d numbers, "kron" goes through small factors in d (A + B) steps
@@ -115,7 +116,7 @@ class RLoRA(LowRankUpdate):
         mode: Mode = "diag",
         scale: Scale = "vera",
         scaling: float = 1.0,
-        d_initial: float = 0.1,
+        d_initial: float = _D_INITIAL,
         seed: int = 0,
         share_projection: bool = True,
         path: How = "auto",
@@ -145,6 +146,11 @@ class RLoRA(LowRankUpdate):
             require_number(name, number)
             if not (number > 0 and isfinite(number)):
                 raise ValueError(f"{name} multiplies the update and must be positive and finite. Got {number}.")
+        if mode != "diag" and d_initial != _D_INITIAL:
+            raise ValueError(
+                f"d_initial={d_initial} is where g starts in mode='diag', and mode={mode!r} has no such start: leave "
+                "it out."
+            )
         require_integer("seed", seed)
         if key and share_projection:
             raise ValueError(

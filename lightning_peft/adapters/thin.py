@@ -6,15 +6,18 @@ import copy
 from collections import OrderedDict
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from lightning_peft.adapters.deferred import Deferred
 from lightning_peft.adapters.layers import is_convolution
 
 
 class ThinLinear(nn.Sequential):
     """Two plain linear layers in the place of one: `up(down(x))`. What is left of :class:`Factorized` in the end.
 
-    It answers for the layer whose place it takes: `weight` is the product of the two, computed where it is read.
+    It answers for the layer whose place it takes: `weight` is the product of the two, computed where it is used, and
+    not where somebody asks for its dtype, its device or its shape.
 
     Args:
         down: (k, d_in).
@@ -41,6 +44,13 @@ class ThinLinear(nn.Sequential):
 
     @property
     def weight(self) -> Tensor:
+        up: Tensor = self.up.weight  # type: ignore[assignment, union-attr]
+        # Compiled, what nobody uses is not computed anyway.
+        if torch.compiler.is_compiling():
+            return self._product()
+        return Deferred(up.detach()[:, :1].expand(self.out_features, self.in_features), self._product)
+
+    def _product(self) -> Tensor:
         return self.up.weight @ self.down.weight  # type: ignore[operator, union-attr]
 
     @property

@@ -65,7 +65,7 @@ def _twin(loader: DataLoader[Any]) -> DataLoader[Any]:
     twin = copy.copy(loader)
     if isinstance(twin, ResumableLoader):
         twin.__class__ = DataLoader  # type: ignore[assignment]
-        for name in ("_position", "_target"):
+        for name in ("_position", "_target", "_anew"):
             twin.__dict__.pop(name, None)
     # A generator and a place in the data are the samplers' own; the data are shared, whoever refers to them.
     shared = {id(loader.dataset): loader.dataset}

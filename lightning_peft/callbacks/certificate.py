@@ -32,6 +32,7 @@ from lightning_peft.certification.accounting import (
     require_apart_in_batches,
     require_drawn,
     require_in_q,
+    require_no_running_statistics,
     require_not_selected,
     require_unchanged,
 )
@@ -131,6 +132,7 @@ class RiskCertificate(Preflight):
         self._continues: bool | None = None  # whether that run's prior came after training; None if there was none
         self._after_training = False
         self._pictures: KLPictures | None = None
+        self._stepping = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -209,10 +211,17 @@ class RiskCertificate(Preflight):
         super().on_train_start(trainer, pl_module)
         # Here, because a strategy that shards restores after our on_fit_start.
         together(lambda: self._require_known_prior(trainer, pl_module))
+        self._stepping = False
         self._start |= self._restored  # of the run that this one continues
         self._restored = {}
         if trainer.is_global_zero and boards(trainer):
             self._pictures = KLPictures(posterior_of(pl_module).names)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Here, because by now whoever keeps a layer in eval mode has put it there.
+        if not self._stepping:
+            self._stepping = True
+            together(lambda: require_no_running_statistics(pl_module))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._pictures is not None:
@@ -299,7 +308,8 @@ class RiskCertificate(Preflight):
         facts = None if self.prior_data is None else self.prior_data.facts()
         # Of the base each process may have a part of its own, and nothing of it is in the checkpoint.
         start = {name: value for name, value in self._start.items() if name not in self._base}
-        return {"start": start, "prior_data": facts, "after_training": self._after_training}
+        tried = self.settings.tried
+        return {"start": start, "prior_data": facts, "after_training": self._after_training, "tried": tried}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = dict(state_dict.get("start", {}))

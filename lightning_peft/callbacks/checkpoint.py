@@ -32,7 +32,14 @@ from lightning_peft.checkpoint import (
 from lightning_peft.distributed import gather_objects, rank, together
 from lightning_peft.fingerprint import fingerprint
 from lightning_peft.rank.budget import whole
-from lightning_peft.resume import ResumableLoader, make_plain, make_resumable, rng_state, set_rng_state
+from lightning_peft.resume import (
+    ResumableLoader,
+    begin_anew,
+    make_plain,
+    make_resumable,
+    rng_state,
+    set_rng_state,
+)
 from lightning_peft.seams import when_built, wrap_method
 from lightning_peft.strategies import flattens, is_sharded, whole_checkpoints
 from lightning_peft.surgery.layers import adapters, is_flattened
@@ -79,12 +86,14 @@ class AdapterCheckpoint(Preflight):
         self._gradients: Mapping[str, Any] | None = None  # restored, and not yet in place
         self._outside: Mapping[str, Any] | None = None  # the training's random numbers, during a validation
         self._stopped: Mapping[str, Any] | None = None  # where an exception ended the run
+        self._precision: str | None = None  # for who runs the model again from the file alone
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         require_before(trainer, self, AdapterPlacement)
         self._detach()
         self._restored = self._gradients = self._stopped = None
+        self._precision = str(trainer.precision)
         if not flattens(trainer.strategy):
             self._base = None  # of another module
         _call_all(self._undo)
@@ -200,12 +209,14 @@ class AdapterCheckpoint(Preflight):
         # But an iterator that was made and not asked yet, as where training stopped before its first batch, is gone on
         # with.
         positions = [p if mid_epoch or (p and p["first"] is None) else {} for p in state["loaders"]]
-        positions = positions or [{} for _ in self._loaders]
+        positions += [{} for _ in self._loaders[len(positions) :]]  # one that is not saved begins, too
+        begin_anew([loader for loader, p in zip(self._loaders, positions, strict=False) if not p])
         for loader, position in zip(self._loaders, positions, strict=False):
             if position and progress.ready > progress.processed:
                 # Written inside a batch, after an error say: Lightning takes that batch again, and so do we.
                 position = {**position, "taken": position["taken"] - 1}
-            loader.load_state_dict(position)
+            if position:
+                loader.load_state_dict(position)
         if as_many:
             set_rng_state(state["rng"])
 
@@ -256,7 +267,7 @@ class AdapterCheckpoint(Preflight):
     def state_dict(self) -> dict[str, Any]:
         if self._restored is not None:
             return dict(self._restored)  # training has not started: others may save in on_exception
-        return {"ranks": gather_objects(self._stopped or self._here())}
+        return {"ranks": gather_objects(self._stopped or self._here()), "precision": self._precision}
 
     def _here(self) -> dict[str, Any]:
         return {"rng": self._outside or rng_state(), "loaders": self._places()}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from lightning_peft.certification.bound_set import BoundSet, example_hash, form, root
 from lightning_peft.distributed import fingerprint, is_shard, whole
@@ -144,6 +144,21 @@ def require_apart_in_batches(module: nn.Module) -> None:
                 f"{clean_name(name)!r} normalizes by the statistics of a batch, also in eval mode, so that an "
                 "example's error depends on others, and a certificate needs them independent. Use "
                 "track_running_stats=True, or LayerNorm."
+            )
+
+
+def require_no_running_statistics(module: nn.Module) -> None:
+    """Check that no layer, in the mode that it is in, will learn statistics of the batches that it is given.
+
+    Raises:
+        MisconfigurationException: one will.
+    """
+    for name, layer in module.named_modules():
+        if isinstance(layer, _NormBase) and layer.training and layer.running_mean is not None:
+            raise MisconfigurationException(
+                f"{clean_name(name)!r} keeps running statistics of the batches that it is trained on, which are not in "
+                "Q, so the certificate would not account for what they learn from the bound set. Keep them as they "
+                "are: put it into eval mode in on_train_epoch_start; or use LayerNorm or GroupNorm."
             )
 
 

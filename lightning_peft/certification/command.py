@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -27,8 +29,15 @@ from lightning_peft.certification.bound_set import BoundSet
 from lightning_peft.certification.certify import Settings, certify
 from lightning_peft.certification.counting import read_logits
 from lightning_peft.certification.record import Certificate
-from lightning_peft.certification.restore import monitors_of, posterior_from, prior_data_from
+from lightning_peft.certification.restore import (
+    monitors_of,
+    posterior_from,
+    precision_from,
+    prior_data_from,
+    tried_from,
+)
 from lightning_peft.checkpoint import check_entry, load, read
+from lightning_peft.compression.console import without_remarks
 from lightning_peft.fingerprint import fingerprint
 from lightning_peft.rank.budget import RankBudget, clean_name
 from lightning_peft.rebuild import rebuild
@@ -65,7 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--unit", choices=("pass", "batch", "example"), help="what shares a draw of the noise (batch)")
     how.add_argument("--delta", type=float, metavar="P", help="probability that the bound fails (0.025)")
     how.add_argument("--delta-prime", type=float, metavar="P", help="probability that the draws mislead (0.01)")
-    how.add_argument("--tried", type=int, metavar="N", help="checkpoints and runs compared on the bound set (1)")
+    how.add_argument(
+        "--tried",
+        type=int,
+        metavar="N",
+        help="checkpoints and runs compared on the bound set (what the run says, or 1)",
+    )
     how.add_argument("--seed", type=int, help="of the noise (0)")
     how.add_argument("--out", type=Path, metavar="FILE", help="file to write (CKPT with .certificate.json)")
     how.add_argument(
@@ -89,6 +103,14 @@ def run(options: argparse.Namespace) -> str:
     path = Path(given["checkpoint"])
     checkpoint = read(path)
     check_entry(checkpoint, str(path))
+    tried = tried_from(checkpoint, str(path))
+    if "tried" not in given:
+        settings = replace(settings, tried=tried)
+    elif settings.tried < tried:
+        raise ValueError(
+            f"--tried {settings.tried}, and the run of {path} says RiskCertificate(tried={tried}): so many were "
+            "compared already. Leave --tried out, or give all that were."
+        )
     module = rebuild(path, given.get("model"))
     before = buffers(module)
     load(module, path)
@@ -116,23 +138,33 @@ def run(options: argparse.Namespace) -> str:
         data.keep(prior_data.rest(data))
         require_apart(prior_data, data)
     base = fingerprint(module)
+    precision = _plugin(precision_from(checkpoint, str(path)))
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     module.to(device)
     posterior.to(device)
+    precision.convert_module(module)
     module.eval()
 
     def predict(batch: Any) -> tuple[Tensor, Tensor]:
-        return read_logits(module, module.transfer_batch_to_device(batch, module.device, 0))
+        batch = module.transfer_batch_to_device(precision.convert_input(batch), module.device, 0)
+        with precision.predict_step_context():
+            return read_logits(module, batch)
 
     steps = settings.passes * len(data.batches)
     with Tqdm(total=steps, desc="Certificate", disable=given.get("quiet", False), leave=False) as bar:
         found: Certificate = certify(
             module, posterior, data, predict, settings,
-            base=base, prior_data=prior_data, precision="32-true", advance=bar.update,
+            base=base, prior_data=prior_data, precision=precision.precision, advance=bar.update,
         )  # fmt: skip
     out = given.get("out") or path.with_suffix(".certificate.json")
     found.save(out)
     return f"{found}\n\nWrote {out}."
+
+
+def _plugin(precision: Any) -> Any:
+    """What runs a model in a precision, on this machine, as the Trainer does."""
+    with without_remarks():
+        return Trainer(devices=1, precision=precision, logger=False, enable_checkpointing=False).precision_plugin
 
 
 def _bound_set(given: Mapping[str, Any], checkpoint: Mapping[str, Any], module: Any) -> BoundSet:

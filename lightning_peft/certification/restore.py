@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
+from lightning.pytorch.trainer.connectors.accelerator_connector import _PRECISION_INPUT_STR
 from torch import nn
 
 from lightning_peft.archive import AdapterFileError
@@ -65,16 +66,46 @@ def prior_data_from(checkpoint: Mapping[str, Any], source: str) -> PriorData | N
     Raises:
         AdapterFileError: the note is not as we write it.
     """
+    facts = _noted(checkpoint, "RiskCertificate", "prior_data")
+    if facts is None:
+        return None
+    check_plain(facts, source)
+    try:
+        return PriorData.read(facts)
+    except (TypeError, ValueError) as error:
+        raise AdapterFileError(f"{source} {error}.") from error
+
+
+def precision_from(checkpoint: Mapping[str, Any], source: str) -> Any:
+    """What the run computed in, as the Trainer names it; full where the checkpoint is older than such a note.
+
+    Raises:
+        AdapterFileError: there is no such precision.
+    """
+    found = _noted(checkpoint, "AdapterCheckpoint", "precision")
+    if found is not None and found not in get_args(_PRECISION_INPUT_STR):
+        raise AdapterFileError(f"{source} names the precision {found!r}, which Lightning does not know.")
+    return found or "32-true"
+
+
+def tried_from(checkpoint: Mapping[str, Any], source: str) -> int:
+    """Among how many distributions the run says that this one was chosen; 1 if it says nothing.
+
+    Raises:
+        AdapterFileError: it says no such number.
+    """
+    found = _noted(checkpoint, "RiskCertificate", "tried")
+    if found is not None and (type(found) is not int or found < 1):
+        raise AdapterFileError(f"{source} says that {found!r} distributions were tried, which is no number of them.")
+    return 1 if found is None else found
+
+
+def _noted(checkpoint: Mapping[str, Any], callback: str, name: str) -> Any:
+    """What a callback's state has by this name; ``None`` if there is nothing."""
     states = checkpoint.get("callbacks")
-    for name, state in states.items() if isinstance(states, dict) else ():
-        facts = state.get("prior_data") if str(name).startswith("RiskCertificate") and isinstance(state, dict) else None
-        if facts is not None:
-            check_plain(facts, source)
-            try:
-                return PriorData.read(facts)
-            except (TypeError, ValueError) as error:
-                raise AdapterFileError(f"{source} {error}.") from error
-    return None
+    held = states.items() if isinstance(states, dict) else ()
+    found = [state.get(name) for key, state in held if str(key).startswith(callback) and isinstance(state, dict)]
+    return next((each for each in found if each is not None), None)
 
 
 def monitors_of(checkpoint: Mapping[str, Any]) -> list[str]:

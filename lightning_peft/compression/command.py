@@ -52,6 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--distill", type=float, metavar="W", help="weight of distillation while fine-tuning (none)")
     how.add_argument("--precision", choices=("32-true", "bf16-mixed"), help="as in the Trainer (32-true)")
     how.add_argument("--seed", type=int, help="of everything that is drawn (0)")
+    how.add_argument(
+        "--save-every", type=float, metavar="MINUTES", help="of training; a job that was stopped goes on from there (5)"
+    )
     how.add_argument("--quiet", dest="progress", action="store_false", help="print the report alone")
 
 

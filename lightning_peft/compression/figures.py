@@ -1,8 +1,9 @@
-"""What a model costs: parameters, bytes, milliseconds."""
+"""What a model and a job cost: parameters, bytes, milliseconds."""
 
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,6 +42,34 @@ def size(model: nn.Module, layers: Collection[str]) -> Size:
         linear += sum(p.numel() for n, p in model.get_submodule(name).named_parameters() if n.endswith("weight"))
     parameters = list(model.parameters())
     return Size(sum(p.numel() for p in parameters), linear, sum(p.numel() * p.element_size() for p in parameters))
+
+
+class Clock:
+    """Wall time by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """What runs inside belongs to this stage."""
+        start = time.perf_counter()
+        yield
+        self.add(name, time.perf_counter() - start)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Count time that was measured elsewhere."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+
+def peak_bytes() -> int:
+    """Bytes that the process held at most; 0 where the system does not say."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return found if sys.platform == "darwin" else found * 1024
 
 
 @torch.no_grad()

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+import random
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_peft.arguments import require_integer, require_number
-from lightning_peft.callbacks import Regularization
+from lightning_peft.callbacks import AdapterCheckpoint, Regularization
 from lightning_peft.compression.console import silence, without_remarks
-from lightning_peft.compression.figures import milliseconds, size
+from lightning_peft.compression.figures import Clock, milliseconds, peak_bytes, size
 from lightning_peft.compression.layers import components
 from lightning_peft.compression.methods import DEFAULT, METHODS, Method, Plan, Training, method
+from lightning_peft.compression.progress import Progress, Saving, contents
 from lightning_peft.compression.report import Report
 from lightning_peft.compression.task import Source, Task, hub_model, task_of
 from lightning_peft.interop.folder import refuse_to_overwrite
@@ -56,6 +57,8 @@ class Compression:
         precision: of the Trainers.
         seed: of everything that is drawn.
         progress: whether bars are shown.
+        save_every: minutes of training between two checkpoints, from which the job goes on if it is stopped; 0 for one
+            after every step.
 
     Raises:
         TypeError: a number is none.
@@ -75,10 +78,16 @@ class Compression:
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     seed: int = 0
     progress: bool = True
+    save_every: float = 5.0
 
     def __post_init__(self) -> None:
         found = method(self.method)
-        for name, number in (("ratio", self.ratio), ("lr", self.lr), ("distill", self.distill)):
+        for name, number in (
+            ("ratio", self.ratio),
+            ("lr", self.lr),
+            ("distill", self.distill),
+            ("save_every", self.save_every),
+        ):
             require_number(name, number)
         for name, count in (("calibration", self.calibration), ("fine_tuning", self.fine_tuning)):
             require_integer(name, count)
@@ -90,6 +99,8 @@ class Compression:
             raise ValueError(f"fine_tuning={self.fine_tuning}: it is a number of steps, 0 for none.")
         if self.distill < 0:
             raise ValueError(f"distill={self.distill}: it is the weight of a loss term, 0 for none.")
+        if self.save_every < 0:
+            raise ValueError(f"save_every={self.save_every}: it is a number of minutes, 0 for after every step.")
         if self.distill and not self.fine_tuning:
             raise ValueError(
                 f"distill={self.distill} is for fine-tuning after compression, and there is none: fine_tuning=0. Give "
@@ -110,6 +121,9 @@ class Compression:
     def run(self, model: str, source: Source | str, out: str | Path, overwrite: bool = False) -> Report:
         """Compress a model.
 
+        What was stopped goes on: called again with the same arguments, a job begins where it stood when it last kept
+        something in the folder `<out>.unfinished`, and gives the same bits as if it had not been stopped.
+
         Args:
             model: folder of a transformers model and its tokenizer.
             source: texts; a file, or more than that.
@@ -121,7 +135,8 @@ class Compression:
             What was done; print it.
 
         Raises:
-            FileNotFoundError, FileExistsError, ValueError: what is wrong with the model, the texts, or `out`.
+            FileNotFoundError, FileExistsError, ValueError: what is wrong with the model, the texts, or `out`; or
+                `<out>.unfinished` holds a job with other arguments.
             RuntimeError: the written model was checked, and is not right.
         """
         with nullcontext() if self.progress else silence():
@@ -131,27 +146,30 @@ class Compression:
         refuse_to_overwrite(out, overwrite)  # now, not after an hour
         task = task_of(str(model), self.task)
         full = components(skeleton(task.folder, task.architecture()), self.targets, self.ratio)
-        torch.manual_seed(self.seed)
-        clock, chosen = _Clock(), method(self.method)
+        clock, chosen = Clock(), method(self.method)
+        source = Source(source, seed=self.seed) if isinstance(source, str) else source
         with clock.stage("reading"):
-            source = Source(source, seed=self.seed) if isinstance(source, str) else source
+            self._draw_anew()
             data = task.data(source)
             data.setup("fit")
             module: Any = task.module(data)
             self._require_head(task, module, data, chosen)
+            done = Progress(out, self._arguments(str(model), source))
+        if done.begun:
+            self._say(f"Going on with what {done.folder} holds.")
         before = size(hub_model(module), full)
-        quality_before = {} if task.missing(module) else self._quality(module, data, "the dense model", clock)
+        quality_before = {} if task.missing(module) else self._quality(module, data, "the dense model", clock, done)
         with clock.stage("compression"):
             steps = (chosen.steps if self.steps is None else self.steps) if chosen.trains else 0
             self._say(f"{chosen.title}: {len(full)} layers to ratio {self.ratio:g}.")
-            self._find_ranks(module, data, task, chosen, steps)
+            clock.add("compression", self._find_ranks(module, data, task, chosen, steps, done))
             ranks = _below(RankBudget.of(module).ranks(), "model.")
             to_plain(module)
-        quality = compressed = self._quality(module, data, "the compressed model", clock)
+        quality = compressed = self._quality(module, data, "the compressed model", clock, done)
         if self.fine_tuning:
             with clock.stage("fine-tuning"):
-                self._fine_tune(module, data, task)
-            quality = self._quality(module, data, "the fine-tuned model", clock)
+                clock.add("fine-tuning", self._fine_tune(module, data, task, done))
+            quality = self._quality(module, data, "the fine-tuned model", clock, done)
         plain = hub_model(module).cpu()
         after = size(plain, full)
         rows: Any = data.val_dataloader().dataset
@@ -180,7 +198,7 @@ class Compression:
             timed_on=timed_on,
             steps={"compression": steps, "fine-tuning": self.fine_tuning},
             seconds=took,
-            peak_bytes=_peak(),
+            peak_bytes=peak_bytes(),
             versions={package: version(package) for package in _PACKAGES},
         )
 
@@ -189,7 +207,23 @@ class Compression:
             report.write(folder)
 
         save_compressed(plain, out, overwrite=overwrite, beside=beside)
+        done.clear()
         return report
+
+    def _arguments(self, model: str, source: Source) -> dict[str, Any]:
+        """All that the result depends on."""
+        own = asdict(self)
+        del own["progress"], own["save_every"]
+        texts = asdict(source)
+        texts = {"data": texts.pop("train"), "seed of the texts": texts.pop("seed"), **texts}
+        files = contents(model=model, data=source.train, test=source.test)
+        return {"model": model, **texts, **own, **files, **{package: version(package) for package in _PACKAGES}}
+
+    def _draw_anew(self) -> None:
+        """Every stage draws from the seed, so that what is drawn in one does not depend on which went before."""
+        random.seed(self.seed)
+        np.random.seed(self.seed)
+        torch.manual_seed(self.seed)
 
     def _require_head(self, task: Task, module: Any, data: PlannedData, chosen: Method) -> None:
         missing = task.missing(module)
@@ -201,31 +235,55 @@ class Compression:
                 f"task first, or take a method that does so itself: {others}."
             )
 
-    def _find_ranks(self, module: Any, data: PlannedData, task: Task, chosen: Method, steps: int) -> None:
+    def _find_ranks(
+        self, module: Any, data: PlannedData, task: Task, chosen: Method, steps: int, done: Progress
+    ) -> float:
         weighting = self.weighting or chosen.weighting
         plan = Plan(self.ratio, self.targets, self.calibration, weighting, steps, self.seed)
         training = chosen.training or Training(self.lr, _HEAD_LR if task.missing(module) else self.lr)
-        self._fit(module, data, task, chosen.callbacks(plan), steps or 1, training)
+        saving = Saving(done.checkpoint("compression"), self.save_every)
+        return self._fit(module, data, task, chosen.callbacks(plan), steps or 1, training, saving)
 
-    def _fine_tune(self, module: Any, data: PlannedData, task: Task) -> None:
+    def _fine_tune(self, module: Any, data: PlannedData, task: Task, done: Progress) -> float:
         callbacks: list[Callback] = []
         if self.distill:
             teacher = task.module(data)
             callbacks = [Regularization({"distillation": Distillation(self.distill, teacher, of="model")})]
         self._say(f"Fine-tuning for {self.fine_tuning} steps.")
-        self._fit(module, data, task, callbacks, self.fine_tuning, Training(self.lr, self.lr))
+        saving = Saving(done.checkpoint("fine-tuning"), self.save_every)
+        return self._fit(module, data, task, callbacks, self.fine_tuning, Training(self.lr, self.lr), saving)
 
     def _fit(
-        self, module: Any, data: PlannedData, task: Task, callbacks: list[Callback], steps: int, training: Training
-    ) -> None:
+        self,
+        module: Any,
+        data: PlannedData,
+        task: Task,
+        callbacks: list[Callback],
+        steps: int,
+        training: Training,
+        saving: Saving,
+    ) -> float:
+        """Train, or train on; one that is over is only brought back. Seconds that it took in earlier runs."""
+        self._draw_anew()
         task.set_rates(module, training.lr, training.head_lr)
         module.weight_decay, module.schedule = training.weight_decay, training.schedule
-        self._trainer(callbacks, steps, data.batches(), training.clip).fit(module, datamodule=data)
+        callbacks = [*callbacks, AdapterCheckpoint(), saving]
+        trainer = self._trainer(callbacks, steps, data.batches(), training.clip)
+        trainer.fit(module, datamodule=data, ckpt_path=saving.path if saving.path.exists() else None)
+        return saving.seconds_before
 
-    def _quality(self, module: LightningModule, data: PlannedData, what: str, clock: _Clock) -> dict[str, float]:
-        with clock.stage("evaluation"):
+    def _quality(
+        self, module: LightningModule, data: PlannedData, what: str, clock: Clock, done: Progress
+    ) -> dict[str, float]:
+        def measured() -> dict[str, float]:
+            self._draw_anew()
             found = self._trainer([], 1, 1, None).validate(module, datamodule=data, verbose=False)[0]
-        quality = {name.rpartition("/")[2]: value for name, value in found.items()}
+            return {name.rpartition("/")[2]: value for name, value in found.items()}
+
+        quality: dict[str, float]
+        with clock.stage("evaluation"):
+            quality, earlier = done.once(what, measured)
+        clock.add("evaluation", earlier)
         self._say(f"Quality of {what}: {', '.join(f'{name} {value:.4f}' for name, value in quality.items())}.")
         return quality
 
@@ -264,28 +322,5 @@ def compress(model: str, source: Source | str, out: str | Path, overwrite: bool 
     return Compression(**options).run(model, source, out, overwrite)
 
 
-class _Clock:
-    """Wall time by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
 def _below(ranks: Mapping[str, int], prefix: str) -> dict[str, int]:
     return {name.removeprefix(prefix): rank for name, rank in ranks.items()}
-
-
-def _peak() -> int:
-    """Bytes that the process held at most; 0 where the system does not say."""
-    if sys.platform == "win32":
-        return 0
-    import resource
-
-    found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return found if sys.platform == "darwin" else found * 1024

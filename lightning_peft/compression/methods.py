@@ -120,7 +120,7 @@ def one_round(plan: Plan) -> list[Callback]:
 
 
 def _working(preset: presets.Preset) -> list[Callback]:
-    """A preset without what only watches or saves: there is no logger and no checkpoint here."""
+    """A preset without what only watches, as there is no logger here, and what saves, which every job has."""
     return [callback for callback in preset if not isinstance(callback, RankMonitor | AdapterCheckpoint)]
 
 

@@ -72,6 +72,9 @@ def from_hf_peft(module: Module, folder: str | Path) -> Module:
         use_dora   :class:`~lightning_peft.WeightDecomposed`
         AdaLoRA    y = W x + b + lora_alpha / (init_r + 1e-5) B diag(E) A x,      its layers of rank 0 left plain
 
+    Of LoRA, a rank beyond a layer's smaller side, such as an exported :class:`~lightning_peft.RLoRA` has, becomes that
+    side: the same update in as many components as it can have.
+
     Nothing but tensors and the config is read: `adapter_model.safetensors`, never a pickle. The modules that PEFT saved
     beside the adapters (`modules_to_save`) are loaded into the model's own and stay trainable; all else is frozen, as
     :func:`lightning_peft.inject` does. What cannot be expressed is refused by name, before anything is changed.
@@ -86,7 +89,7 @@ def from_hf_peft(module: Module, folder: str | Path) -> Module:
     Raises:
         AdapterFileError: a file is missing or damaged, holds an option or a layer that cannot be expressed, or does not
             fit the model.
-        ValueError: the module has adapters already, or a layer is too small for its rank.
+        ValueError: the module has adapters already, or a layer is too small for its rank of AdaLoRA.
         TypeError: a layer is of a kind that cannot be adapted.
     """
     folder = Path(folder)
@@ -133,9 +136,13 @@ def _factory(layer: _Layer, dropout: float) -> Callable[[nn.Module], Adapter]:
 
     @torch.no_grad()
     def build(base: nn.Module) -> Adapter:
-        adapter = partial(kind, rank=layer.rank, alpha=layer.scale * layer.rank, dropout=dropout)(base)
-        adapter.A.copy_(layer.tensors["A"].reshape(adapter.A.shape))
-        adapter.B.copy_(layer.tensors["B"].reshape(adapter.B.shape))
+        d_out, d_in = matrix(base).shape
+        A, B = layer.tensors["A"].reshape(layer.rank, d_in), layer.tensors["B"].reshape(d_out, layer.rank)
+        if "E" not in layer.tensors:
+            A, B = _usable(A, B)
+        adapter = partial(kind, rank=len(A), alpha=layer.scale * len(A), dropout=dropout)(base)
+        adapter.A.copy_(A)
+        adapter.B.copy_(B)
         if "E" in layer.tensors:
             assert adapter.gate.gain is not None
             adapter.gate.gain.copy_(layer.tensors["E"].flatten())
@@ -144,6 +151,22 @@ def _factory(layer: _Layer, dropout: float) -> Callable[[nn.Module], Adapter]:
         return adapter
 
     return build
+
+
+def _usable(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of the same product, up to rounding, with no more components than it can have: min(d_in, d_out).
+
+    With A = Q T or B^T = Q T, Q with orthonormal columns:  B A = (B Q) T  or  T^T (Q^T A).
+    """
+    rank, d_in = A.shape
+    if rank <= min(d_in, len(B)):
+        return A, B
+    wide_A, wide_B = A.double(), B.double()
+    if d_in <= len(B):
+        Q, T = torch.linalg.qr(wide_A)
+        return T.to(A.dtype), (wide_B @ Q).to(B.dtype)
+    Q, T = torch.linalg.qr(wide_B.mT)
+    return (Q.mT @ wide_A).to(A.dtype), T.mT.to(B.dtype)
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -10,10 +10,40 @@ ranks stand in `config.json`, by the names of the layers; a layer that is not th
 import json
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._pytree import tree_map
+
+
+class Product(torch.Tensor):
+    """`up @ down`, multiplied where it is used, and not where a model asks for its dtype, as T5 does in every call."""
+
+    factors: "tuple[torch.Tensor, torch.Tensor]"
+    known = {getattr(torch.Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim")} | {
+        getattr(torch.Tensor, name) for name in ("size", "dim", "numel", "is_floating_point")
+    }
+
+    @staticmethod
+    def __new__(cls, up: torch.Tensor, down: torch.Tensor) -> "Product":
+        shape = (up.shape[0], down.shape[1])
+        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=up.dtype, device=up.device)
+        made.factors = (up, down)
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in cls.known:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        return cls.__torch_dispatch__(func, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        args, kwargs = tree_map(lambda x: x.factors[0] @ x.factors[1] if isinstance(x, cls) else x, (args, kwargs))
+        return func(*args, **(kwargs or {}))
 
 
 class ThinLinear(nn.Sequential):
@@ -26,7 +56,8 @@ class ThinLinear(nn.Sequential):
 
     @property
     def weight(self) -> torch.Tensor:
-        return self.up.weight @ self.down.weight  # type: ignore[operator, union-attr]
+        up, down = self.up.weight, self.down.weight  # type: ignore[union-attr]
+        return up @ down if torch.compiler.is_compiling() else Product(up, down)  # type: ignore[operator, arg-type]
 
     @property
     def bias(self) -> torch.Tensor | None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_peft.distributed import world_size
 from lightning_peft.functional.risk_bounds import certified_risk, effective_units
 
 
@@ -26,7 +27,8 @@ class PACBayesBound(Metric):
 
     Args:
         examples: the size of the bound set over all processes, where it is passed over more than once; the number seen
-            has then to be a multiple of it as soon as it exceeds it. ``None``: every example is seen once.
+            has then to be a multiple of it as soon as it exceeds it. ``None``: every example is seen once, in one
+            process; with several it has to be given, because their samplers repeat examples to have equally many.
         delta: probability that the bound fails over the choice of the examples.
         delta_prime: probability that the draws mislead.
         unit: what shares one draw of the noise: each "batch" (each update), or each "example".
@@ -101,7 +103,8 @@ class PACBayesBound(Metric):
         """The bound, a scalar in float64.
 
         Raises:
-            RuntimeError: nothing was counted, or not whole passes over the bound set.
+            RuntimeError: nothing was counted, or not whole passes over the bound set; or there are several processes,
+                and the number of examples was not given.
             ValueError: a loss was not in [0, 1].
         """
         seen = round(self.losses.item())
@@ -111,6 +114,12 @@ class PACBayesBound(Metric):
             raise ValueError(
                 "losses must lie in [0, 1]: 0-1 errors, or bounded_cross_entropy. "
                 f"Got losses from {self.least.item():g} to {self.most.item():g}."
+            )
+        if self.examples is None and world_size() > 1:
+            raise RuntimeError(
+                f"PACBayesBound has counted {seen} losses on {world_size()} processes, and cannot tell how many of "
+                "them a distributed sampler has repeated to give each as many as the others. Give the number of "
+                "examples: PACBayesBound(examples=...)."
             )
         n = seen if self.examples is None else min(seen, self.examples)
         if seen % n:

@@ -11,6 +11,7 @@ import os
 import pickle
 import socket
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -59,8 +60,11 @@ def run_processes(
         context.Process(target=_child, args=(rank, world, nodes, port, pipes[rank][1], function, args))
         for rank in range(world)
     ]
-    for child in children:
-        child.start()
+    with warnings.catch_warnings():
+        # From Python 3.12: of threads that hold a lock in the child for ever. torch's are as the docstring has them.
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded, use of fork", DeprecationWarning)
+        for child in children:
+            child.start()
     for _, sender in pipes:
         sender.close()  # the child's alone now: a child that dies without a word closes it
     try:

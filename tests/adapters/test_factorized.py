@@ -20,6 +20,7 @@ from lightning_peft.adapters import Factorized, ThinLinear
 from lightning_peft.checkpoint import ENTRY, AdapterFileError, describe
 from lightning_peft.compaction import compact_training
 from lightning_peft.functional.factorized import factorized_linear
+from lightning_peft.interop import plain_loader
 from lightning_peft.surgery import adapters
 
 
@@ -364,6 +365,44 @@ def test_a_thin_layer_answers_for_the_one_whose_place_it_takes() -> None:
     assert torch.equal(plain(x), thin(x))
     with pytest.raises(ValueError, match="fold='V': choose 'both' or 'U'"):
         Factorized(base).thin("V")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("of", ["the package", "the exported file"])
+def test_who_asks_for_a_thin_layers_dtype_does_not_multiply(of: str) -> None:
+    """As T5 does three times in every forward, also where the package is not."""
+    made = Factorized(nn.Linear(24, 16), rank=4).thin()
+    thin: Any = plain_loader.ThinLinear(24, 16, 4, bias=True) if of == "the exported file" else made
+    with FlopCounterMode(display=False) as counter:
+        assert isinstance(thin.weight, Tensor)
+        assert thin.weight.dtype == torch.float32 != torch.int8
+        assert thin.weight.device == thin.up.weight.device
+        assert (thin.weight.shape, thin.weight.ndim, thin.weight.numel()) == ((16, 24), 2, 384)
+        assert counter.get_total_flops() == 0
+        y = nn.functional.linear(torch.ones(1, 24), thin.weight)
+        assert counter.get_total_flops() == 2 * 16 * 4 * 24 + 2 * 24 * 16
+    product = thin.up.weight @ thin.down.weight
+    assert torch.equal(y.detach(), nn.functional.linear(torch.ones(1, 24), product).detach())
+    y.sum().backward()
+    assert thin.up.weight.grad.shape == (16, 4)
+    assert torch.equal(thin.weight.detach(), product.detach())
+    assert torch.equal(_Twice.apply(thin.weight).detach(), 2 * product.detach())
+    thin.bfloat16()
+    assert thin.weight.dtype == torch.bfloat16
+    read = torch.compile(lambda x: nn.functional.linear(x, thin.weight), backend="eager", fullgraph=True)
+    x = torch.ones(1, 24, dtype=torch.bfloat16)
+    assert torch.equal(read(x), nn.functional.linear(x, thin.up.weight @ thin.down.weight))
+
+
+class _Twice(torch.autograd.Function):
+    """Takes tensors by a way that is none of torch's functions."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * g
 
 
 def test_the_weight_is_released() -> None:

@@ -547,6 +547,11 @@ def test_a_budget_in_megabytes_counts_what_is_exported(tmp_path: Path) -> None:
         ({"scale": "kaiming"}, ValueError, r"scale='kaiming': choose 'vera', 'orthonormal'\."),
         ({"path": "fft"}, ValueError, r"path='fft': choose 'auto', 'rows', 'kron'\."),
         ({"scaling": 0.0}, ValueError, r"scaling multiplies the update and must be positive and finite\. Got 0\.0\."),
+        (
+            {"d_initial": 0.2, "mode": "io"},
+            ValueError,
+            r"d_initial=0\.2 is where g starts in mode='diag', and mode='io' has no such start: leave it out\.",
+        ),
         ({"d_initial": 0}, ValueError, r"d_initial multiplies the update and must be positive and finite\. Got 0\."),
         ({"seed": 0.5}, TypeError, r"seed must be an integer\. Got 0\.5\."),
         ({"key": "a"}, ValueError, r"key='a' names projections .* give share_projection=False, or no key\."),

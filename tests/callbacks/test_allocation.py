@@ -29,11 +29,7 @@ from lightning_peft import (
 )
 from lightning_peft.interop.losses import AdaLoRAOrthogonality
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*Checkpoint directory"),
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*Checkpoint directory")
 
 
 def by_hand(steps: int = STEPS, penalty: bool = True) -> Any:

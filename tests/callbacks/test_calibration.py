@@ -279,7 +279,6 @@ class Stops(L.Callback):
         trainer.fit_loop.epoch_loop.min_steps = 3  # type: ignore[attr-defined]
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_resumed_run_is_not_calibrated_again(tmp_path: Path) -> None:
     class Saves(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
@@ -316,7 +315,6 @@ def test_a_schedule_begins_with_what_is_open() -> None:
     assert RankBudget.of(net).spent == 2
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_checkpoint_of_an_uncalibrated_run_is_left_alone(tmp_path: Path) -> None:
     first = fit(Net(), LOADERS["shuffled"](), injection(), AdapterCheckpoint(), max_epochs=1)
     first.save_checkpoint(tmp_path / "plain.ckpt")

@@ -141,7 +141,6 @@ def test_what_is_cut_is_released_at_once(weighting: Any) -> None:
     assert watches.alive == [False, False]
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize(("start", "compact"), [("svd", "never"), ("exact", "never"), ("exact", "at_once")])
 def test_interrupted_is_uninterrupted(start: Start, compact: Any, tmp_path: Path) -> None:
     class Saves(L.Callback):
@@ -174,7 +173,6 @@ class Interrupted(WeightedSVD):
         super()._fill(*args)
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("filled", [0, 1])
 def test_a_run_that_was_stopped_while_it_calibrated_calibrates_again(filled: int, tmp_path: Path) -> None:
     """Bit for bit where no layer was decomposed yet; up to rounding where some were."""

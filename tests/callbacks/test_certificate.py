@@ -315,7 +315,7 @@ def copied() -> TensorDataset:
         ),
         (
             lambda: fitted(adapted(batch_norm=True), RiskCertificate()),
-            "'body.1.running_mean' was changed while training and is not in Q",
+            "'body.1' keeps running statistics of the batches that it is trained on, which are not in Q",
         ),
         (
             lambda: fitted(adapted(), RiskCertificate(unit="example")),
@@ -354,6 +354,26 @@ def test_what_would_not_hold_is_refused(wrong: Any, says: str) -> None:
     with pytest.raises(MisconfigurationException, match=says):
         wrong()
     assert not Path("certificate.json").exists()
+
+
+class Frozen(Net):
+    """Its normalization stays as it was, as in fine-tuning of vision models."""
+
+    def on_train_epoch_start(self) -> None:
+        self.body[1].eval()
+
+
+def test_running_statistics_are_refused_before_the_first_step() -> None:
+    module = adapted(batch_norm=True)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    with pytest.raises(
+        MisconfigurationException, match=r"running statistics .* eval mode in on_train_epoch_start; or .*GroupNorm"
+    ):
+        fitted(module, RiskCertificate())
+    assert module.trainer.global_step == 0
+    assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in before.items())
+    fitted(adapted(kind=Frozen, batch_norm=True), made := RiskCertificate(passes=2), max_epochs=1)
+    assert made.certificate is not None
 
 
 def test_what_does_hold_is_not() -> None:
@@ -452,7 +472,7 @@ def saving(folder: Path) -> ModelCheckpoint:
     return ModelCheckpoint(folder, every_n_epochs=1, save_top_k=-1, filename="{epoch}")
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:.*callback states in the checkpoint")
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_what_the_resumed_run_chose_without_a_certificate_is_seen(tmp_path: Path) -> None:
     fitted(adapted(), Masks(), AdapterCheckpoint(), saving(tmp_path), max_epochs=1, enable_checkpointing=True)
     with pytest.raises(MisconfigurationException, match=r"'body.0.gate.mask' was changed while training"):

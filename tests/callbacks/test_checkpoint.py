@@ -184,6 +184,33 @@ def test_resume_from_model_checkpoint_beside_validation(tmp_path: Path) -> None:
         assert_same(everything(whole, uninterrupted), everything(net, resumed))
 
 
+class Pair(Net):
+    """Trained on two loaders at once."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        (x, _), (_, y) = batch
+        return super().training_step((x, y), batch_idx)
+
+
+@pytest.mark.parametrize(("stop", "saved"), [(12, 2), (15, 2), (12, 1)])
+def test_resume_is_exact_with_two_loaders(tmp_path: Path, stop: int, saved: int) -> None:
+    """Between epochs all of them begin anew, in the order in which an epoch makes them; also one that is not saved."""
+    short = {"max_epochs": 2}
+    torch.manual_seed(3)
+    whole, uninterrupted = Pair(), trainer(**short)
+    uninterrupted.fit(whole, [loader(), loader()])
+    torch.manual_seed(3)
+    with pytest.raises(SystemExit):
+        trainer(StopAt(stop, tmp_path / "stop.ckpt"), **short).fit(Pair(), [loader(), loader()])
+    checkpoint = torch.load(tmp_path / "stop.ckpt", weights_only=True)
+    del checkpoint["callbacks"]["AdapterCheckpoint"]["ranks"][0]["loaders"][saved:]
+    torch.save(checkpoint, tmp_path / "stop.ckpt")
+    torch.manual_seed(81)
+    net, resumed = Pair(), trainer(**short)
+    resumed.fit(net, [loader(), loader()], ckpt_path=tmp_path / "stop.ckpt")
+    assert_same(everything(whole, uninterrupted), everything(net, resumed))
+
+
 def test_a_second_interruption_in_the_same_epoch_is_exact_too(tmp_path: Path) -> None:
     torch.manual_seed(3)
     whole, uninterrupted = Net(), trainer()

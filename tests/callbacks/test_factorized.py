@@ -84,7 +84,6 @@ def fit(
 
 
 @pytest.mark.parametrize("compact", ["never", "final"])
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_interrupted_is_uninterrupted(compact: Any, tmp_path: Path) -> None:
     """In warm-up, between two events, right after the cut, in the tail; and the file says the same in a bare script."""
     stops = (2, 10, 19, 22)

@@ -185,7 +185,6 @@ def _find_and_train() -> tuple[list[str], float]:
 
 
 @pytest.mark.dist
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork")
 def test_learning_rate_finder_leaves_no_trace_under_ddp() -> None:
     (first, lr), (second, other) = run_processes(2, _find_and_train)
     assert first == second == []

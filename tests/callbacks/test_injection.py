@@ -251,7 +251,6 @@ def test_an_adapter_that_its_owner_froze_is_not_idle() -> None:
     trainer(AdapterInjection(LORA)).fit(module, data())
 
 
-@pytest.mark.filterwarnings("ignore:Swapping scheduler")
 def test_callbacks_that_copy_the_module_come_after() -> None:
     average = StochasticWeightAveraging(swa_lrs=0.1, swa_epoch_start=1)
     with pytest.raises(

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from lightning_peft import DEM, Adoption, Regularization
 from lightning_peft.interop.losses import KaSA
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
-
 CONFIGS = {
     "kasa": lambda: lora(kasa_config=peft.KasaConfig(beta=0.1, gamma=0.05)),
     "monteclora": lambda: lora(monteclora_config=peft.MontecloraConfig(kl_loss_weight=1e-3)),

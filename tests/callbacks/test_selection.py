@@ -253,7 +253,6 @@ def resumable(compact: str, masks: Any, *extra: L.Callback, path: Path | None = 
 # 8 steps of two batches; events after steps 3 and 6, the last; the tail is steps 7 and 8
 @pytest.mark.parametrize("compact", ["never", "final"])
 @pytest.mark.parametrize("masks", ["hypernetwork", "monotone"])
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_interrupted_is_uninterrupted(compact: str, masks: Any, tmp_path: Path) -> None:
     whole = resumable(compact, masks)
     for batch in (1, 4, 6, 7, 12, 13, 14):
@@ -267,7 +266,6 @@ def test_interrupted_is_uninterrupted(compact: str, masks: Any, tmp_path: Path) 
         assert not different, (batch, different)
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_checkpoint_is_validated_with_its_masks(tmp_path: Path) -> None:
     net = Net()
     run = trainer(*method(), AdapterCheckpoint())
@@ -281,7 +279,6 @@ def test_a_checkpoint_is_validated_with_its_masks(tmp_path: Path) -> None:
         assert torch.equal(other.state_dict()[name], value)
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_model_that_was_cut_is_validated_with_its_own_checkpoint(tmp_path: Path) -> None:
     net = Validated()
     run = trainer(*method(tail=0.5, train=["head"], compact="final"), AdapterCheckpoint())
@@ -295,7 +292,6 @@ def test_a_model_that_was_cut_is_validated_with_its_own_checkpoint(tmp_path: Pat
 
 
 @pytest.mark.parametrize("step", [3, 9])
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_model_object_that_was_cut_is_no_place_to_resume(step: int, tmp_path: Path) -> None:
     """What draws was made for the sizes that are left; a model that is built anew goes on from either checkpoint."""
 

@@ -20,14 +20,17 @@ TEXTS = {"plant": "the green tree", "street": "the red car"}
 TARGETS = ["encoder.*query"]
 
 
-def fitted(folder: Path, encoder: str, texts: str, *extra: Any, **pac: Any) -> RiskCertificate:
-    made = RiskCertificate(passes=2, seed=3)
+def fitted(
+    folder: Path, encoder: str, texts: str, *extra: Any, precision: Any = None, tried: int = 1, **pac: Any
+) -> RiskCertificate:
+    made = RiskCertificate(passes=2, seed=3, tried=tried)
     callbacks = [*presets.lora(rank=2, targets=TARGETS)]
     callbacks[1:2] = [Regularization({"pac": PACBayes(sigma=0.05, **pac)}), made]
     torch.manual_seed(0)
     trainer = Trainer(
         accelerator="cpu", max_epochs=2, logger=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=folder, callbacks=[*callbacks, *extra], limit_val_batches=0,
+        precision=precision,
     )  # fmt: skip
     trainer.fit(TextClassifier(encoder, 2), TextData(texts, encoder, batch_size=4, max_length=12))
     return made
@@ -120,6 +123,39 @@ def test_what_a_checkpoint_lacks_is_told(
     torch.save(checkpoint, tmp_path / "kept.ckpt")
     assert "checkpoints are kept by 'train/loss'" in told(tmp_path / "kept.ckpt")
     assert "there is no checkpoint" in told(tmp_path / "none.ckpt")
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_the_run_says_how_many_were_tried_and_in_what_precision(
+    precision: str, trained: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = fitted(tmp_path, trained.encoder, trained.texts, precision=precision, tried=4)
+    (checkpoint,) = tmp_path.glob("checkpoints/*.ckpt")
+    asked = ["certify", str(checkpoint), "--data", trained.texts, "--passes", "2", "--seed", "3", "--quiet"]
+    assert cli.main(asked) == 0
+    found = Certificate.load(checkpoint.with_suffix(".certificate.json"))
+    assert (found.precision, found.tried) == (precision, 4)
+    assert found == made.certificate
+    assert cli.main([*asked, "--tried", "9"]) == 0  # more were looked at since
+    assert Certificate.load(checkpoint.with_suffix(".certificate.json")).tried == 9
+    capsys.readouterr()
+    assert cli.main([*asked, "--tried", "2"]) == 2
+    assert "--tried 2, and the run of" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_does_not_say_its_precision_is_run_in_full(
+    trained: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = torch.load(trained.checkpoint, weights_only=True)
+    state = checkpoint["callbacks"]["AdapterCheckpoint"]
+    assert state.pop("precision") == "32-true"
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    assert cli.main(["certify", str(tmp_path / "old.ckpt"), "--data", trained.texts, "--passes", "1", "--quiet"]) == 0
+    assert Certificate.load(tmp_path / "old.certificate.json").precision == "32-true"
+    state["precision"] = "8-mixed"
+    torch.save(checkpoint, tmp_path / "odd.ckpt")
+    assert cli.main(["certify", str(tmp_path / "odd.ckpt"), "--data", trained.texts, "--quiet"]) == 2
+    assert "odd.ckpt names the precision '8-mixed', which Lightning does not know" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("prior", ["learned", "per_tensor"])

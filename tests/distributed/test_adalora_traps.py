@@ -29,10 +29,7 @@ from lightning_peft import AdaLoRA, AdapterInjection, Orthogonality, Regularizat
 from lightning_peft.regularizers import Regularizer
 from lightning_peft.testing.processes import run_processes
 
-pytestmark = [
-    pytest.mark.dist,
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork"),
-]
+pytestmark = pytest.mark.dist
 
 
 class Net(nn.Module):

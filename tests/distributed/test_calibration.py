@@ -14,10 +14,7 @@ from hosts import STRATEGIES, Host, Job, Sharded, change, train_all
 from lightning_peft import adapter_state_dict, presets
 from lightning_peft.testing.processes import run_processes
 
-pytestmark = [
-    pytest.mark.dist,
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork"),
-]
+pytestmark = pytest.mark.dist
 
 JOBS = {
     "masked": Job(partial(presets.eva, rank=2)),

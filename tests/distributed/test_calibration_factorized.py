@@ -24,10 +24,7 @@ from lightning_peft.adapters.factorized import Start
 from lightning_peft.distributed import fingerprint, is_shard, whole
 from lightning_peft.testing.processes import run_processes
 
-pytestmark = [
-    pytest.mark.dist,
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork"),
-]
+pytestmark = pytest.mark.dist
 
 WEIGHTINGS = ("none", "fisher", "taylor", "activation", "whiten")
 Run = tuple[str, str, bool, Start]

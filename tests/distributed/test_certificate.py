@@ -16,10 +16,7 @@ from torch.utils.data import Subset
 from lightning_peft import AdapterInjection, LoRA, PACBayes, Regularization, RiskCertificate
 from lightning_peft.testing.processes import run_processes
 
-pytestmark = [
-    pytest.mark.dist,
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork"),
-]
+pytestmark = pytest.mark.dist
 
 LORA = partial(LoRA, rank=2)
 EXAMPLES = 83  # in batches of eight: eleven, of which the last has three; one process has one batch more

@@ -35,7 +35,6 @@ from lightning_peft.testing.processes import CpuFSDPStrategy, run_processes
 
 pytestmark = [
     pytest.mark.dist,
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork"),
     pytest.mark.filterwarnings("ignore:It is recommended to use `self.log"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),  # the runs that resume save nothing
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),

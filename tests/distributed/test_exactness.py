@@ -29,7 +29,6 @@ BEGIN, END = "<!-- written by tests/distributed/test_exactness.py -->", "<!-- en
 
 pytestmark = [
     pytest.mark.dist,
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork"),
     # torch: its compiler looks at the gradient of whatever goes into a graph
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,10 +16,7 @@ from lightning_peft.testing import nodes
 from lightning_peft.testing.nodes import Node, NodesUnavailable, two_nodes
 from lightning_peft.testing.processes import run_processes
 
-pytestmark = [
-    pytest.mark.dist,
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork"),
-]
+pytestmark = pytest.mark.dist
 
 
 def namespaces() -> set[str]:
@@ -88,3 +86,16 @@ def test_a_node_that_is_not_there_is_named() -> None:
 def test_processes_are_shared_evenly() -> None:
     with pytest.raises(ValueError, match="3 processes cannot be shared evenly by 2 nodes"):
         run_processes(3, meet, nodes=(Node(), Node()))
+
+
+def test_forking_beside_threads_is_remarked_on_by_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python does from 3.12 on, wherever a library has started a thread; here it is made to, whatever its version."""
+    fork = os.fork
+
+    def remarking() -> int:
+        text = f"This process (pid={os.getpid()}) is multi-threaded, use of fork() may lead to deadlocks in the child."
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
+        return fork()
+
+    monkeypatch.setattr(os, "fork", remarking)
+    assert os.getpid() not in run_processes(2, os.getpid)

@@ -18,7 +18,6 @@ from lightning_peft.testing.processes import run_processes
 
 pytestmark = [
     pytest.mark.dist,
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork"),
     pytest.mark.filterwarnings("ignore:1 adapters took no part in the first loss"),
 ]
 

@@ -24,7 +24,7 @@ from lightning_peft import (
 )
 from lightning_peft.testing.processes import run_processes
 
-pytestmark = [pytest.mark.dist, pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork")]
+pytestmark = pytest.mark.dist
 
 LORA = partial(LoRA, rank=2)
 

@@ -20,7 +20,6 @@ from lightning_peft.testing.processes import run_processes
 
 pytestmark = [
     pytest.mark.dist,
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork"),
     pytest.mark.filterwarnings("ignore:masks have learned to keep"),  # runs are short
 ]
 

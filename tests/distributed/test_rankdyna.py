@@ -13,7 +13,7 @@ from hosts import Host, Job, ShardedAroundAdapters, change, train_all
 from lightning_peft import Distillation, Factorized, Regularization, presets
 from lightning_peft.testing.processes import run_processes
 
-pytestmark = [pytest.mark.dist, pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork")]
+pytestmark = pytest.mark.dist
 
 
 class Around(ShardedAroundAdapters):

@@ -35,7 +35,6 @@ from lightning_peft.validation import CUT
 
 pytestmark = [
     pytest.mark.dist,
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork"),
     # Lightning advises sync_dist for what is logged in validation: each process compares its own here
     pytest.mark.filterwarnings("ignore:It is recommended to use `self.log"),
 ]

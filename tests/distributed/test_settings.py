@@ -40,7 +40,6 @@ from lightning_peft.testing.processes import run_processes
 
 pytestmark = [
     pytest.mark.dist,
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork"),
     # torch: its compiler looks at the gradient of whatever goes into a graph
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
     pytest.mark.filterwarnings("ignore:find_unused_parameters=True was specified"),

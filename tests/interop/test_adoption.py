@@ -50,10 +50,7 @@ from lightning_peft.checkpoint import ENTRY, digest
 from lightning_peft.interop.adoption import folded
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*Checkpoint directory"),
-    pytest.mark.filterwarnings("ignore:.*save_embedding_layers"),
-    pytest.mark.filterwarnings("ignore:.*Could not identify embedding layer"),
     # PEFT says so of every AdaLoRA folder, its own too: the keys are names of tensors there
     pytest.mark.filterwarnings("ignore:The following rank_pattern keys did not match.*lora_E"),
 ]

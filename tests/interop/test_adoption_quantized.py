@@ -33,10 +33,7 @@ from lightning_peft import (
     to_hf_peft,
 )
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:Unsupported layer type"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:Unsupported layer type")
 
 
 class Int8Linear(nn.Module):

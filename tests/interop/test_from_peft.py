@@ -21,6 +21,7 @@ from lightning_peft import (
     AdapterFileError,
     LoRA,
     RankBudget,
+    RLoRA,
     WeightDecomposed,
     from_hf_peft,
     inject,
@@ -97,6 +98,42 @@ def test_a_lora_folder_computes_what_it_does_in_peft(name: str, tmp_path: Path) 
     assert len(sites) == 9  # the pooler's dense layer among them
     trained = {n for n, p in ours.named_parameters() if p.requires_grad and "classifier" in n}
     assert trained == ({"classifier.weight", "classifier.bias"} if name == "with a head" else set())
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_a_rank_beyond_what_a_layer_can_use_is_read_at_what_it_can(decomposed: bool, tmp_path: Path) -> None:
+    """Wide, tall and square layers; `r` and both patterns scale what they say of the file, not of the rank here."""
+    config = LORA | {"r": 40, "target_modules": ["query", "dense"], "alpha_pattern": {"query": 9}}
+    expected = written(peft.LoraConfig(**config, use_dora=decomposed), tmp_path)
+    ours = from_hf_peft(base(), tmp_path)
+    torch.testing.assert_close(outputs(ours), expected, rtol=0, atol=1e-5)
+    assert {len(site.gate) for site in RankBudget.of(ours).values()} == {32}
+    assert not torch.allclose(outputs(base()), expected, atol=1e-2)
+
+
+def test_a_rank_beyond_an_embedding_and_a_transposed_layer(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=40, lora_alpha=6, target_modules=["wte", "c_attn"], fan_in_fan_out=True)
+    model = partial(gpt2, tied=False)
+    expected = written(config, tmp_path, model)
+    torch.testing.assert_close(outputs(from_hf_peft(base(model), tmp_path)), expected, rtol=0, atol=1e-5)
+
+
+def test_an_exported_rlora_comes_back(tmp_path: Path) -> None:
+    """Its rank may be beyond the layer's smaller side, as VeRA's 1024 on 768; stock PEFT loads what is written."""
+    ours = base()
+    inject(ours, partial(RLoRA, rank=40), targets=["query", "dense"])
+    with torch.no_grad():
+        for name, p in ours.named_parameters():
+            if p.requires_grad and name.endswith(".b"):
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(3)))
+    to_hf_peft(ours, tmp_path / "adapter")
+    expected = outputs(ours)
+    assert not torch.allclose(outputs(base()), expected, atol=1e-2)
+    theirs = outputs(peft.PeftModel.from_pretrained(base(), str(tmp_path / "adapter")))
+    torch.testing.assert_close(theirs, expected, rtol=0, atol=1e-5)
+    again = from_hf_peft(base(), tmp_path / "adapter")
+    torch.testing.assert_close(outputs(again), expected, rtol=0, atol=1e-5)
+    assert {type(site.adapter) for site in RankBudget.of(again).values()} == {LoRA}
 
 
 def test_on_transposed_layers_and_embeddings(tmp_path: Path) -> None:

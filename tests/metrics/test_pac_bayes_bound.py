@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_peft.functional.risk_bounds import certified_risk
 from lightning_peft.metrics import PACBayesBound
@@ -107,7 +107,7 @@ def test_lightning_logs_it() -> None:
 
 def _of_one_process(losses: list[Tensor]) -> tuple[float, float]:
     dist.init_process_group("gloo")
-    metric, rank = PACBayesBound(), dist.get_rank()
+    metric, rank = PACBayesBound(examples=27), dist.get_rank()
     together = counted(metric, losses[rank::2], kl=4.0 + rank)
     return together, float(metric.total)
 
@@ -119,3 +119,28 @@ def test_processes_count_together() -> None:
     (first, one), (second, two) = run_processes(2, _of_one_process, losses)
     assert first == second == alone
     assert one + two == float(torch.cat(losses).sum())  # the local sums are left as they were
+
+
+def _of_a_padding_sampler(examples: int | None) -> str:
+    dist.init_process_group("gloo")
+    data = list(torch.zeros(27))
+    loader = DataLoader(data, 7, sampler=DistributedSampler(data, shuffle=False))  # type: ignore[arg-type]
+    try:
+        return f"{counted(PACBayesBound(examples), list(loader)):.3f}"
+    except RuntimeError as error:
+        return str(error)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("examples", [None, 27])
+def test_examples_that_a_sampler_repeats_are_not_counted(examples: int | None) -> None:
+    """27 for two processes: 14 each. The losses do not say that one was seen twice, unless their number is known."""
+    first, second = run_processes(2, _of_a_padding_sampler, examples)
+    assert first == second
+    if examples is None:
+        assert first.startswith(
+            "PACBayesBound has counted 28 losses on 2 processes, and cannot tell how many of them a "
+        )
+        assert first.endswith("Give the number of examples: PACBayesBound(examples=...).")
+    else:
+        assert first.startswith("PACBayesBound(examples=27) has counted 28 losses, which are no whole passes over them")

@@ -161,6 +161,7 @@ ROWS: Rows = {
         TypeError,
     ),
     "a mode of RLoRA that is misspelt": (lambda: fit(Encoder(), *presets.rlora(4, mode="diagonal")), ValueError),  # type: ignore[arg-type]
+    "RLoRA's start in a mode that has none": (lambda: RLoRA(nn.Linear(8, 8), 4, mode="io", d_initial=0.2), ValueError),
     "a key for projections that are shared": (lambda: RLoRA(nn.Linear(8, 8), rank=4, key="query"), ValueError),
     "Kronecker products on a width without small factors": (
         lambda: RLoRA(nn.Linear(8, 8209), rank=4, path="kron"),

@@ -44,6 +44,12 @@ class Classifier(Encoder):
         return {"loss": loss, "logits": logits}
 
 
+class Normalized(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(self.norm.weight.shape[0])  # type: ignore[assignment]
+
+
 def train(module: Any, *parts: Any, **options: Any) -> Trainer:
     """Three steps on labelled data."""
     trainer = Trainer(
@@ -135,6 +141,10 @@ ROWS: Rows = {
     ),
     "a certificate beside `Calibration`": (
         lambda: certify(Calibration(EVA(rank=2))),
+        MisconfigurationException,
+    ),
+    "a certificate of a module with running statistics": (
+        lambda: certify(module=Normalized()),
         MisconfigurationException,
     ),
     "a certificate before weights are averaged": (

@@ -26,6 +26,7 @@ from lightning_peft import (
     to_plain,
 )
 from lightning_peft.compression.job import Compression
+from lightning_peft.compression.progress import Progress
 
 
 def a_list() -> str:
@@ -87,6 +88,12 @@ def plain_result() -> str:
     Path("net").mkdir()
     Path("net/load_compressed.py").touch()
     return "net"
+
+
+def other_job() -> None:
+    """What a job does first, where one with another ratio was stopped."""
+    Progress(Path("small"), {"ratio": 0.5}).once("the dense model", dict)
+    Progress(Path("small"), {"ratio": 0.4})
 
 
 def thin_again() -> None:
@@ -170,6 +177,7 @@ ROWS: Rows = {
         lambda: compress(bert(), "--method", "svd", "--steps", "9"),
         Told,
     ),
+    "`lightning-peft compress` with other arguments than the job that was stopped": (other_job, FileExistsError),
     "command line: a checkpoint that is not there": (lambda: cli("inspect", "none.ckpt"), Told),
     "command line: an option of the other format": (
         lambda: cli("export", saved(), "out", "--format", "merged", "--no-head"),

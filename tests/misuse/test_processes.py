@@ -10,10 +10,7 @@ from misuse.processes import ROWS
 
 from lightning_peft.testing.processes import run_processes
 
-pytestmark = [
-    pytest.mark.dist,
-    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork"),
-]
+pytestmark = pytest.mark.dist
 
 
 def said(wrong: Callable[[], Any]) -> str:

@@ -134,7 +134,6 @@ def test_ranks_are_logged(name: str, trained: Any) -> None:
 # warm-up, between events, an event, the step after it, the tail
 @every_preset
 @pytest.mark.parametrize("stop", [1, 7, 10, 11, 21])
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_interrupted_is_uninterrupted(name: str, stop: int, trained: Any, tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         fit(name, StopAt(stop, tmp_path / "stop.ckpt"))
@@ -259,7 +258,6 @@ def test_no_preset_is_cut_where_a_component_may_return(name: str) -> None:
 # between the first cut at an event and the last event; the step after the last event
 @every_cut
 @pytest.mark.parametrize("stop", [11, 13])
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_a_run_that_cuts_can_be_interrupted(
     name: str, cut: str | int, stop: int, cut_runs: Any, tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 
@@ -189,6 +190,30 @@ def test_activation_checkpointing_changes_nothing(reentrant: bool) -> None:
     again = fit(PACBayes(sigma=0.1), module=injected(Module(reentrant)))
     for name, value in trained(plain).items():
         torch.testing.assert_close(trained(again)[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+# torch: its compiler looks at the gradient of whatever goes into a graph
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("unit", ["batch", "example"])
+@pytest.mark.parametrize("what", ["the module", "its parts"])
+def test_a_compiled_module_has_the_same_noise(what: str, unit: Any) -> None:
+    """The noise is an input of the graph: compiled once for all steps, it is a new one at every step."""
+    options: dict[str, Any] = {"sigma": 0.3, "unit": unit, "over": ["head.*"] if unit == "example" else None}
+    torch.compiler.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = injected(Module())
+    if what == "the module":
+        fit(PACBayes(**options), module=torch.compile(compiled, backend=graphs))  # type: ignore[arg-type]
+    else:
+        compiled.body.compile(backend=graphs)
+        compiled.head.compile(backend=graphs)
+        fit(PACBayes(**options), module=compiled)
+    assert 1 <= graphs.frame_count <= 4 < 2 * ROWS // 4  # not one for every step
+    eager = trained(fit(PACBayes(**options)))
+    other = trained(fit(PACBayes(**options, seed=1)))
+    for name, value in trained(compiled).items():
+        torch.testing.assert_close(value, eager[name], rtol=0, atol=1e-6, msg=name)
+    assert max(float((eager[name] - other[name]).abs().max()) for name in eager) > 1e-3
 
 
 def test_weights_are_the_same_bits_after_many_steps_at_rate_0() -> None:
@@ -392,7 +417,6 @@ class StopAt(Callback):
 
 @pytest.mark.parametrize("unit", ["step", "batch"])
 @pytest.mark.parametrize("stop", [1, 5, 6, 9])
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_interrupted_is_uninterrupted(stop: int, unit: Any, tmp_path: Path) -> None:
     def run(*callbacks: Callback, **options: Any) -> dict[str, Tensor]:
         injection = AdapterInjection(partial(LoRA, rank=2), ["body.0", "body.2"], ["head"], verbose=False)
