@@ -15,6 +15,8 @@ from lightning_peft.modules.text_data import Pad, Tokens
 from lightning_peft.modules.text_files import read_dataset, read_texts
 from lightning_peft.modules.vocabulary import PAD, Vocabulary
 
+_LONGEST = 512  # subwords of a sentence that a pretrained encoder reads
+
 
 class SentenceBatch(TypedDict, total=False):
     """A batch of sentences.
@@ -56,7 +58,8 @@ class Rows(Dataset[Row]):
         self._subwords: Tokens | None = None
         if tokenizer is not None:
             texts = [" ".join(words) for words in sentences]
-            self._subwords = Tokens(tokenizer, texts, [0] * len(texts), tokenizer.model_max_length)
+            longest = min(tokenizer.model_max_length, _LONGEST)  # a tokenizer that has no limit says 10^30
+            self._subwords = Tokens(tokenizer, texts, [0] * len(texts), longest)
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -71,6 +71,8 @@ class TextVAE(LightningModule):
         samples: draws of z for the importance-weighted likelihood of `test`.
         rows: sentences that are decoded at a time there, which bounds memory.
         longest: words of a sentence that is written.
+        spread: weights of mean and log-variance start in U(-spread, spread). With 0.01, that of He et al., all sentences
+            start at nearly one point, where no critic tells them apart; 1 puts them where `information` can hold them.
         seed: of all random numbers but the start values.
     Raises:
         TypeError: a number is no integer.
@@ -98,6 +100,7 @@ class TextVAE(LightningModule):
         samples: int = 500,
         rows: int = 256,
         longest: int = 40,
+        spread: float = 0.01,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -108,6 +111,8 @@ class TextVAE(LightningModule):
                 raise ValueError(f"{name}={value}: it must be at least 1.")
         if not callable(kl_weight) and kl_weight < 0:
             raise ValueError(f"kl_weight={kl_weight}: the weight of a divergence is 0 or above.")
+        if spread <= 0:
+            raise ValueError(f"spread={spread}: weights are drawn from (-spread, spread); give a number above 0.")
         require_schedule(warmup, schedule)
         # Parts and functions are no numbers: a checkpoint of tensors and numbers cannot hold them.
         parts = ["encoder", "decoder", "kl_weight", "free_bits", "information", "lagging"]
@@ -116,7 +121,7 @@ class TextVAE(LightningModule):
         self.information, self.lagging = information, lagging
         self.lr, self.weight_decay, self.warmup, self.schedule = lr, weight_decay, warmup, schedule
         self.vocabulary_size, self.samples, self.rows, self.seed = vocabulary_size, samples, rows, seed
-        self.model = SentenceVAE(vocabulary_size, latent, encoder, decoder, longest)
+        self.model = SentenceVAE(vocabulary_size, latent, encoder, decoder, longest, spread)
         if information is not None:
             information.build(self.model.encoder, latent)
         self.everyone = Everyone()
@@ -281,28 +286,31 @@ class TextVAE(LightningModule):
         return {"mean": mean, "log_variance": log_variance, "tokens": self.model.decode(mean)}
 
     def _evaluate(self, batch: SentenceBatch, batch_idx: int, metrics: LatentLanguageMetrics, samples: int) -> None:
-        batch = self._unrepeated(batch)
-        tokens = batch["tokens"]
-        if not len(tokens):
+        rank, world = self.everyone.rank, self.everyone.world
+        generator = generator_of(self.seed, batch_idx, _EVALUATION)
+        noise = normal_rows(len(batch["tokens"]), self.model.latent, generator, rank, world)
+        new = self._new(batch)
+        if not new.any():
             return
+        batch = {name: value[new] for name, value in batch.items()}  # type: ignore[assignment,index]
+        tokens = batch["tokens"]
         mean, log_variance, _ = self.model(batch)
-        place = (self.seed, batch_idx, self.everyone.rank)
-        z = mean + (log_variance / 2).exp() * _normal(mean, generator_of(*place, _EVALUATION))
+        z = mean + (log_variance / 2).exp() * noise.to(mean)[new]
         reconstruction = self.model.reconstruction(z, tokens)
         kl = gaussian_kl_per_unit(mean, (log_variance / 2).exp(), 0.0, 1.0).sum(1)
         nll = reconstruction + kl
         if samples:
-            generator = generator_of(*place, _SAMPLES)
+            generator = generator_of(self.seed, batch_idx, _SAMPLES, rank)
             nll = self.model.importance_weighted(tokens, mean, log_variance, samples, generator, self.rows)
         metrics.update(nll, reconstruction, kl, batch["lengths"], mean, log_variance, z)
 
-    def _unrepeated(self, batch: SentenceBatch) -> SentenceBatch:
-        """The batch without the sentences that a distributed sampler repeats: they would bias MI and AU."""
+    def _new(self, batch: SentenceBatch) -> Tensor:
+        """Which sentences a distributed sampler does not repeat: repeated ones would bias MI and AU."""
         if "position" not in batch or self.everyone.world == 1:
-            return batch
+            return torch.ones(len(batch["tokens"]), dtype=torch.bool, device=batch["tokens"].device)
         new = batch["position"] > self._seen
         self._seen = max(self._seen, int(batch["position"].max()))
-        return {name: value[new] for name, value in batch.items()}  # type: ignore[return-value,index]
+        return new
 
     def on_validation_epoch_end(self) -> None:
         figures = self._report(self.val_metrics, "val")
@@ -322,8 +330,9 @@ class TextVAE(LightningModule):
             self._board.place(metrics)
         figures: dict[str, Tensor] = metrics.compute()
         metrics.reset()
-        self.log_dict({f"{stage}/{name}": value.float() for name, value in figures.items()})
-        self.log(f"{stage}/loss", figures["nll"].float(), prog_bar=True)
+        # They are of all processes already; without sync_dist Lightning remarks that they might not be.
+        self.log_dict({f"{stage}/{name}": value.float() for name, value in figures.items()}, sync_dist=True)
+        self.log(f"{stage}/loss", figures["nll"].float(), prog_bar=True, sync_dist=True)
         return figures
 
     # Checkpoints
@@ -347,7 +356,3 @@ class TextVAE(LightningModule):
             self.model.vocabulary = Vocabulary(saved["words"])
         if self.lagging is not None and saved.get("lagging"):
             self.lagging.load_state_dict(saved["lagging"])
-
-
-def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator).to(like)

@@ -118,7 +118,7 @@ class LatentInformation(nn.Module):
         are nearly alike, in which a critic sees nothing for hundreds of steps.
         """
         assert self.critic is not None
-        features = features.float()
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
         centred = features - features.mean(0)
         scores: Tensor = self.critic(centred / centred.square().mean(0).sqrt().clamp(min=1e-8), z)
         return scores

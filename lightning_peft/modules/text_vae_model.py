@@ -31,19 +31,26 @@ class SentenceVAE(nn.Module):
         encoder: makes it, of the number of words.
         decoder: makes it, of the number of words and the width of z.
         longest: words of a sentence that is written.
+        spread: the weights of mean and log-variance start in U(-spread, spread).
 
     Attributes:
         vocabulary: the words; ``None`` until they are known.
     """
 
     def __init__(
-        self, vocabulary_size: int, latent: int, encoder: EncoderFactory, decoder: DecoderFactory, longest: int = 40
+        self,
+        vocabulary_size: int,
+        latent: int,
+        encoder: EncoderFactory,
+        decoder: DecoderFactory,
+        longest: int = 40,
+        spread: float = 0.01,
     ) -> None:
         super().__init__()
         self.latent, self.longest = latent, longest
         self.encoder, self.decoder = encoder(vocabulary_size), decoder(vocabulary_size, latent)
         self.posterior = nn.Linear(self.encoder.features, 2 * latent, bias=False)
-        nn.init.uniform_(self.posterior.weight, -0.01, 0.01)
+        nn.init.uniform_(self.posterior.weight, -spread, spread)
         self.vocabulary: Vocabulary | None = None
 
     @property
@@ -54,7 +61,8 @@ class SentenceVAE(nn.Module):
     def forward(self, batch: SentenceBatch) -> tuple[Tensor, Tensor, Encoded]:
         """Mean and log-variance of q(z | x), (batch, latent) each, and what the encoder gave."""
         encoded = self.encoder(batch)
-        mean, log_variance = self.posterior(encoded.state).float().chunk(2, dim=-1)
+        found = self.posterior(encoded.state)
+        mean, log_variance = found.to(torch.promote_types(found.dtype, torch.float32)).chunk(2, dim=-1)
         return mean, log_variance, encoded
 
     def reconstruction(self, z: Tensor, tokens: Tensor) -> Tensor:

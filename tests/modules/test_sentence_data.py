@@ -67,7 +67,7 @@ def test_a_pretrained_encoder_gets_its_own_numbers(write: Any, rows: Any, tiny_b
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
     assert torch.equal(batch["attention_mask"].sum(1), batch["lengths"] + 1)  # [CLS] and [SEP], each a word
-    assert torch.equal(batch["input_ids"][:, 0], torch.full((32,), 2))
+    assert torch.equal(batch["input_ids"][:, 0], torch.full((len(batch["tokens"]),), 2))
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ class Losses(Callback):
         self.values: list[float] = []
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Tensor) -> None:
-        self.values.append(float(loss))
+        self.values.append(loss.item())
 
 
 # The objective
@@ -97,7 +97,6 @@ class Losses(Callback):
 def test_the_loss_is_the_negative_elbo_by_hand(data: SentenceData) -> None:
     vae, seen = make(kl_weight=0.5, lr=0.0), Losses()
     fit(vae, data, seen, steps=1)
-    data.train_dataloader()
     batch = next(iter(data.train_dataloader()))
     mean, log_variance, _ = vae.model(batch)
     noise = torch.randn(len(mean), LATENT, generator=generator_of(0, 0, 0, 0))
@@ -106,10 +105,10 @@ def test_the_loss_is_the_negative_elbo_by_hand(data: SentenceData) -> None:
     total = 0.0
     for row, tokens in enumerate(batch["tokens"]):
         for place, token in enumerate(tokens[1:]):
-            total -= float(logs[row, place, token]) if token != PAD else 0.0
+            total -= logs[row, place, token].item() if token != PAD else 0.0
     posterior = torch.distributions.Normal(mean, (log_variance / 2).exp())
     kl = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum()
-    assert seen.values[0] == pytest.approx((total + 0.5 * float(kl)) / len(mean), rel=1e-5)
+    assert seen.values[0] == pytest.approx((total + 0.5 * kl.item()) / len(mean), rel=1e-5)
 
 
 def test_filling_costs_nothing() -> None:
@@ -470,7 +469,7 @@ def test_a_frozen_encoder_with_adapters(data: SentenceData, write: Any, rows: An
     before = {name: p.detach().clone() for name, p in vae.named_parameters()}
     train = ["model.decoder", "model.posterior", "information"]
     adapters = AdapterInjection(partial(LoRA, rank=2), targets=[r"encoder\.backbone\.encoder\..*"], train=train)
-    trainer = fit(vae, own, adapters, steps=3)
+    trainer = fit(vae, own, adapters, steps=3, val_check_interval=1)
     assert math.isfinite(trainer.callback_metrics["val/nll"])
     moved = {n for n, p in vae.named_parameters() if n in before and not torch.equal(p, before[n])}
     assert moved
