@@ -127,7 +127,7 @@ class SentenceData(PlannedData):
         test: file or split to test on, and to predict.
         dataset: a `datasets` name, of which train, val and test are splits (needs the package `datasets`).
         text: column of the text; by default "text", or the first string column of a `.tab` file.
-        cut: makes sentences of a text: `Sentences`, `Pieces`, or a function of yours.
+        cut: makes sentences of a text: `Sentences` if not given, `Pieces`, or a function of yours.
         vocabulary_size: words at most, the four special ones included.
         tokenizer: hub name or folder of a pretrained encoder, which then gets its own numbers; ``None`` for none.
         batch_size: sentences per batch and process.
@@ -147,7 +147,7 @@ class SentenceData(PlannedData):
         test: str | None = None,
         dataset: str | None = None,
         text: str | None = None,
-        cut: Cut = Sentences(),  # noqa: B008  # frozen
+        cut: Cut | None = None,
         vocabulary_size: int = 10_000,
         tokenizer: str | None = None,
         batch_size: int = 32,
@@ -163,7 +163,7 @@ class SentenceData(PlannedData):
             raise ValueError(f"most={most}: at least 1 sentence is read of each file; leave it out for all.")
         # A function cannot be in a checkpoint of tensors and numbers.
         self.save_hyperparameters(ignore=["cut"])
-        self.dataset, self.text, self.cut, self.most = dataset, text, cut, most
+        self.dataset, self.text, self.cut, self.most = dataset, text, cut or Sentences(), most
         self.vocabulary_size = vocabulary_size
         self._vocabulary: Vocabulary | None = None
 

@@ -69,4 +69,7 @@ def normal_rows(rows: int, width: int, generator: torch.Generator, rank: int = 0
     :class:`~lightning_peft.modules.batching.LengthGrouped` shares out a batch: with several processes each sentence has
     the noise that it would have in one.
     """
-    return torch.randn(world * rows, width, generator=generator)[rank::world]
+    count = world * rows * width
+    # In whole sixteens, of which torch makes its normal numbers: so a longer draw begins with the shorter one.
+    drawn = torch.randn(-(-count // 16) * 16, generator=generator)[:count]
+    return drawn.view(world * rows, width)[rank::world]
