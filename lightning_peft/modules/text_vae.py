@@ -31,7 +31,7 @@ from lightning_peft.regularizers.base import Weight
 from lightning_peft.regularizers.everyone import Everyone
 
 # What random numbers are for; a process's own dropout comes after them.
-_TRAINING, _EVALUATION, _SAMPLES, _DROPOUT = range(4)
+_TRAINING, _EVALUATION, _SAMPLES, _CRITIC, _DROPOUT = range(5)
 
 
 class Latent(TypedDict):
@@ -71,8 +71,8 @@ class TextVAE(LightningModule):
         samples: draws of z for the importance-weighted likelihood of `test`.
         rows: sentences that are decoded at a time there, which bounds memory.
         longest: words of a sentence that is written.
-        spread: weights of mean and log-variance start in U(-spread, spread). With 0.01, that of He et al., all sentences
-            start at nearly one point, where no critic tells them apart; 1 puts them where `information` can hold them.
+        spread: weights of mean and log-variance start in U(-spread, spread). With 0.01, that of He et al., all
+            sentences start at nearly one point, where no critic tells them apart.
         seed: of all random numbers but the start values.
     Raises:
         TypeError: a number is no integer.
@@ -164,13 +164,14 @@ class TextVAE(LightningModule):
         with private(self, generator_of(*place, _DROPOUT + rank, device=tokens.device)):
             mean, log_variance, encoded = self.model(batch)
             z = mean + (log_variance / 2).exp() * noise.to(mean)
-            self._train_critic(encoded, z)
+            self._train_critic(encoded, mean, log_variance, place)
             reconstruction = self.model.reconstruction(z, tokens)
         kl = gaussian_kl_per_unit(mean, (log_variance / 2).exp(), 0.0, 1.0)
         paid = kl.sum(1).mean() if self.free_bits is None else self.free_bits(self.everyone.gather(kl))
         beta = self.kl_weight(step, total) if callable(self.kl_weight) else self.kl_weight
         loss = reconstruction.mean() + beta * paid
-        figures = {"reconstruction": reconstruction.mean(), "kl": kl.sum(1).mean(), "beta": beta}
+        figures: dict[str, Tensor | float] = {"reconstruction": reconstruction.mean(), "kl": kl.sum(1).mean()}
+        figures["beta"] = beta
         if len(mean) > 1:
             figures["au"] = active_units(mean.detach()).float()
         if self.information is not None:
@@ -189,18 +190,26 @@ class TextVAE(LightningModule):
         gain = weight * information.objective(scores)
         information.move(scores)
         n = float(len(scores))
-        figures = {"estimate": information.estimate(scores), "n": n, "weight": weight}
+        figures: dict[str, Tensor | float] = {"estimate": information.estimate(scores), "n": n, "weight": weight}
         self.log_dict({f"mi/{name}": value for name, value in figures.items()}, batch_size=len(z))
         return gain
 
-    def _train_critic(self, encoded: Encoded, z: Tensor) -> None:
+    @torch.no_grad()
+    def _train_critic(self, encoded: Encoded, mean: Tensor, log_variance: Tensor, place: tuple[int, ...]) -> None:
         """The critic's steps on this batch before the last, which is everybody's: on all processes alike."""
-        information = self.information
+        information, world = self.information, self.everyone.world
         if information is None or information.critic_steps == 1:
             return
-        h, z = self.everyone.gather(information.features(encoded)), self.everyone.gather(z.detach())
+        h, mean, std = (
+            self.everyone.gather(t) for t in (information.features(encoded), mean, (log_variance / 2).exp())
+        )
+        generator, rows = generator_of(*place, _CRITIC), len(mean) // world
+        drawn = (normal_rows(len(mean), self.model.latent, generator) for _ in range(information.critic_steps - 1))
+        # The rows of the global batch in the order in which they are gathered: by process.
+        order = torch.arange(len(mean)).view(rows, world).T.flatten()
         optimizer: Any = self.optimizers(use_pl_optimizer=False)
-        information.train_critic(optimizer, h, z)
+        with torch.enable_grad():
+            information.train_critic(optimizer, h, (mean + std * noise[order].to(mean) for noise in drawn))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Let rest whose turn it is not."""

@@ -85,7 +85,7 @@ class LSTMDecoder(TextDecoder):
         return logits
 
     def start(self, z: Tensor) -> State:
-        cell = self.cell(z)
+        cell: Tensor = self.cell(z)
         return cell.tanh(), cell, z
 
     def step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
@@ -124,7 +124,8 @@ class Block(nn.Module):
         parts = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         seen = nn.functional.scaled_dot_product_attention(parts[0], parts[1], parts[2], is_causal=True)
         x = x + self.drop(self.out(seen.transpose(1, 2).reshape(batch, length, width)))
-        return x + self.drop(self.feed(self.norm2(x)))
+        added: Tensor = self.drop(self.feed(self.norm2(x)))
+        return x + added
 
 
 class TransformerDecoder(TextDecoder):
@@ -173,7 +174,8 @@ class TransformerDecoder(TextDecoder):
                 "(Sentences(most=...)), or give the decoder more positions."
             )
         words = self.embed(tokens) + self.place.weight[:length] + self.latent(z)[:, None]
-        return self.output(self.norm(self.blocks(self.drop(words))))
+        logits: Tensor = self.output(self.norm(self.blocks(self.drop(words))))
+        return logits
 
     def start(self, z: Tensor) -> State:
         return z, torch.empty(len(z), 0, dtype=torch.int64, device=z.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,8 +64,8 @@ class LSTMEncoder(TextEncoder):
         vocabulary_size: words.
         embedding: width of a word's embedding.
         hidden: width of the LSTM.
-        start: its weights start in U(-start, start), embeddings in ten times that. With 0.01, that of He et al. for long
-            training by SGD of rate 1, all sentences have nearly one state at first; 0.1 tells them apart.
+        start: its weights start in U(-start, start), embeddings in ten times that. With 0.01, that of He et al. for
+            long training by SGD of rate 1, all sentences have nearly one state at first; 0.1 tells them apart.
 
     Raises:
         ValueError: start is not above 0.
@@ -120,8 +120,9 @@ class PretrainedEncoder(TextEncoder):
         for part in self.backbone.modules():
             if isinstance(part, nn.Dropout):
                 part.p = 0.0
-        width = self.backbone.get_input_embeddings().embedding_dim  # type: ignore[operator]
-        self.features, self.embedding = int(self.backbone.config.hidden_size), int(width)  # type: ignore[union-attr]
+        width: Any = self.backbone.get_input_embeddings().embedding_dim  # type: ignore[operator]
+        config: Any = self.backbone.config
+        self.features, self.embedding = int(config.hidden_size), int(width)
 
     def forward(self, batch: SentenceBatch) -> Encoded:
         if "input_ids" not in batch:

@@ -14,6 +14,7 @@ Reference:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal, get_args
 
 import torch
@@ -44,7 +45,7 @@ class LatentInformation(nn.Module):
         warmup: share of the run's steps in which w rises from 0.
         lr: of the critic; it has no weight decay.
         clip: largest norm of the critic's gradient, by itself.
-        critic_steps: the critic's steps on a batch; all but the last are its alone.
+        critic_steps: the critic's steps on a batch; all but the last are its alone, each with a new draw of z.
 
     Raises:
         TypeError: a number is none.
@@ -140,22 +141,22 @@ class LatentInformation(nn.Module):
         if self.estimator == "dv":
             self.log_moving.copy_(next_log_moving(self.log_moving, scores, self.rate))
 
-    def train_critic(self, optimizer: Optimizer, features: Tensor, z: Tensor) -> None:
-        """The critic's steps on a batch before the last, which is everybody's.
+    def train_critic(self, optimizer: Optimizer, features: Tensor, draws: Iterable[Tensor]) -> None:
+        """The critic's steps on a batch before the last, which is everybody's: one for each draw of z.
 
         They are steps of the module's own optimizer, which leaves alone what has no gradient: so its state is the only
-        one, and is saved and resumed as ever.
+        one, and is saved and resumed as ever. Each has a z of its own, or the critic would learn the noise by heart.
 
         Args:
             optimizer: of which the critic is a group.
             features: (N, features), of the global batch.
-            z: (N, latent), without a gradient.
+            draws: of z, (N, latent) each, without a gradient.
         """
         own = [p for p in self.parameters() if p.requires_grad]
         held = [(p, p.grad) for group in optimizer.param_groups for p in group["params"]]
         for p, _ in held:
             p.grad = None
-        for _ in range(self.critic_steps - 1):
+        for z in draws:
             scores = self.scores(features, z)
             # Not `backward`: what listens to it, such as DDP, would take this for the step's gradient.
             for p, gradient in zip(own, torch.autograd.grad(-self.objective(scores), own), strict=True):

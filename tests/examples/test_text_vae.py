@@ -68,7 +68,7 @@ def test_missing_texts_are_one_sentence(
     assert capsys.readouterr().err.startswith("the Reuters R52 texts are not installed: run `pip install")
 
 
-@needs_texts
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # a test is a run of its own in the logs
 def test_job_on_the_command_line(tmp_path: Path) -> None:
     rows = ["text", *(" ".join(f"word{(i * j) % 37}" for j in range(25)) for i in range(60))]
     Path("inputs").mkdir()

@@ -99,7 +99,7 @@ def test_the_loss_is_the_negative_elbo_by_hand(data: SentenceData) -> None:
     fit(vae, data, seen, steps=1)
     batch = next(iter(data.train_dataloader()))
     mean, log_variance, _ = vae.model(batch)
-    noise = torch.randn(len(mean), LATENT, generator=generator_of(0, 0, 0, 0))
+    noise = normal_rows(len(mean), LATENT, generator_of(0, 0, 0, 0))
     z = mean + (log_variance / 2).exp() * noise
     logs = vae.model.decoder(z, batch["tokens"][:, :-1]).log_softmax(-1)
     total = 0.0
@@ -117,6 +117,14 @@ def test_filling_costs_nothing() -> None:
     short = sentence_losses(logits[:1, :3], targets[:1, :3])
     assert torch.equal(sentence_losses(logits, targets)[:1], short)
     assert sentence_losses(logits.bfloat16(), targets).dtype == torch.float32
+
+
+def test_noise_of_a_row_is_the_same_in_any_share() -> None:
+    whole = normal_rows(7, 3, generator_of(1))
+    shared = [normal_rows(4, 3, generator_of(1), rank, 2) for rank in (0, 1)]  # the last row of the second is filling
+    assert torch.equal(torch.stack(shared, 1).flatten(0, 1)[:7], whole)
+    assert abs(normal_rows(4000, 3, generator_of(2)).std().item() - 1) < 0.03
+    assert generator_of(0, 1).initial_seed() != generator_of(1, 0).initial_seed()
 
 
 def test_free_bits_are_of_means_over_the_batch() -> None:
@@ -242,14 +250,14 @@ def test_property_12_planted_units_are_active() -> None:
 
 
 def test_property_13_more_draws_give_a_lower_bound() -> None:
-    vae, batch = make(), batch_of(rows=40)
+    vae, batch = make(), batch_of(rows=20)
     with torch.no_grad():
         mean, log_variance, _ = vae.model(batch)
         tokens, log_variance = batch["tokens"], log_variance - 1.0  # a posterior that is far from right
         reconstruction = torch.stack(
             [
                 vae.model.reconstruction(mean + (log_variance / 2).exp() * torch.randn_like(mean), tokens)
-                for _ in range(50)
+                for _ in range(20)
             ]
         ).mean(0)
         posterior = torch.distributions.Normal(mean, (log_variance / 2).exp())
@@ -260,9 +268,9 @@ def test_property_13_more_draws_give_a_lower_bound() -> None:
                 vae.model.importance_weighted(tokens, mean, log_variance, samples, generator_of(5), rows=64).mean()
             )
 
-        elbo, few, many = float((reconstruction + kl).mean()), nll(5), nll(200)
+        elbo, few, many = float((reconstruction + kl).mean()), nll(5), nll(100)
     assert many < few < elbo
-    assert nll(200) == many
+    assert nll(100) == many
 
 
 def test_parts_of_draws_are_one_estimate() -> None:
@@ -398,19 +406,6 @@ def test_norms_are_clipped_apart(data: SentenceData) -> None:
     fit(vae, data, norms, steps=3, gradient_clip_val=0.5)
     assert norms.norms[0] == pytest.approx(0.5, rel=1e-3)
     assert norms.norms[1] == pytest.approx(1e-3, rel=1e-2)
-
-
-def test_information_of_a_batch_that_says_everything_is_kept(data: SentenceData) -> None:
-    """Beside a plain VAE of the same start, z of MI-VAE knows more of its sentence."""
-    found = {}
-    for name, information in (
-        ("plain", None),
-        ("mi", LatentInformation(1.0, critic=partial(ConcatCritic, hidden=32), lr=1e-2, warmup=0.0)),
-    ):
-        vae = make(information=information, lr=1e-2)
-        trainer = fit(vae, data, steps=60, limit_val_batches=1.0, check_val_every_n_epoch=None, val_check_interval=60)
-        found[name] = float(trainer.callback_metrics["val/mi"])
-    assert found["mi"] > found["plain"] + 0.5
 
 
 # Lagging
