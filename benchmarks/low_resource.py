@@ -10,11 +10,13 @@ missing; how runs, searches and the table go is in `few_labels.py`.
 
 from __future__ import annotations
 
+from functools import partial
+
 import few_labels
 from few_labels import ENCODER, Method, Study
 from lightning.pytorch import Callback
 
-from lightning_peft import PACBayes, Regularization, presets
+from lightning_peft import LoRA, MutualInformation, PACBayes, Regularization, presets
 from lightning_peft.modules import TextClassifier
 
 RANK, ALPHA = 8, 16
@@ -41,6 +43,17 @@ def weight_decay(classifier: TextClassifier, decay: float) -> list[Callback]:
     return lora(classifier, decay)
 
 
+def vib(classifier: TextClassifier, beta: float) -> list[Callback]:
+    """The paper's bottleneck of 128 numbers and 5 samples before the classifier, beta growing by the epoch."""
+    return [*presets.vib(adapter=partial(LoRA, rank=RANK, alpha=ALPHA), beta=beta, targets=ENCODER)]
+
+
+def info_nce(classifier: TextClassifier, weight: float) -> list[Callback]:
+    """Information between the pooled features and the labels, by InfoNCE over the eight texts of a step."""
+    term = MutualInformation(["pooler.dense"], classes=classifier.model.config.num_labels, weight=weight)
+    return [*lora(classifier, weight), Regularization({"info_nce": term})]
+
+
 def pac_bayes(classifier: TextClassifier, kl_weight: float) -> list[Callback]:
     """The PAC-Bayes objective f_classic with its KL made small: at full weight so few texts say nothing."""
     return [*lora(classifier, kl_weight), Regularization({"pac": PACBayes("f_classic", kl_weight=kl_weight)})]
@@ -56,6 +69,10 @@ STUDY = Study(
         "lora": Method("LoRA", lora, OWN, rates=(1e-3, 2e-3, 4e-3)),
         "dropout": Method("+ dropout", dropout, OWN, strengths=(0.1, 0.2, 0.4), strength="p"),
         "weight-decay": Method("+ weight decay", weight_decay, OWN, strengths=(0.1, 1.0, 10.0), strength="decay"),
+        "vib": Method("+ VIB", vib, OWN | {"features": 128}, strengths=(1e-5, 1e-4, 1e-3), strength="beta"),
+        "info-nce": Method(
+            "+ InfoNCE of features and labels", info_nce, OWN, strengths=(0.03, 0.1, 0.3), strength="weight"
+        ),
         "pac-bayes": Method(
             "+ PAC-Bayes, f_classic", pac_bayes, OWN, strengths=(1e-4, 1e-3, 1e-2), strength="weight of KL"
         ),

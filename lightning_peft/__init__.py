@@ -32,6 +32,7 @@ from lightning_peft.callbacks import (
     AdapterInjection,
     Adoption,
     Calibration,
+    InformationMonitor,
     PosteriorSampling,
     RankAllocation,
     RankMonitor,
@@ -44,6 +45,7 @@ from lightning_peft.certification import Certificate
 from lightning_peft.checkpoint import AdapterFileError, adapter_state_dict, load
 from lightning_peft.convert import Conversion, convert
 from lightning_peft.export import Merged, compact, merge
+from lightning_peft.head_modules import fold_heads
 from lightning_peft.heat_map import rank_heat_map
 from lightning_peft.interop.adoption import adopt, release
 from lightning_peft.interop.folder import Export
@@ -73,21 +75,27 @@ from lightning_peft.rank import (
     WeightedSVD,
 )
 from lightning_peft.regularizers import (
+    CLUB,
     DEM,
+    VIB,
+    Auxiliary,
     BilinearCritic,
     BudgetPenalty,
+    CategoricalCLUB,
     ConcatCritic,
     Critic,
     CriticFactory,
     Distillation,
     Everyone,
     MaskAlignment,
+    MutualInformation,
     Orthogonality,
     PACBayes,
     Posterior,
     Regularizer,
     SeparableCritic,
     UntilTail,
+    Warmup,
     regularized,
 )
 from lightning_peft.surgery import Injection, eject, inject, small_parameters
@@ -95,8 +103,10 @@ from lightning_peft.surgery import Injection, eject, inject, small_parameters
 __version__ = "0.1.0"
 
 __all__ = [
+    "CLUB",
     "DEM",
     "EVA",
+    "VIB",
     "AdaLoRA",
     "Adapter",
     "AdapterCheckpoint",
@@ -104,10 +114,12 @@ __all__ = [
     "AdapterFileError",
     "AdapterInjection",
     "Adoption",
+    "Auxiliary",
     "BilinearCritic",
     "Budget",
     "BudgetPenalty",
     "Calibration",
+    "CategoricalCLUB",
     "Certificate",
     "ConcatCritic",
     "Conversion",
@@ -127,6 +139,7 @@ __all__ = [
     "Growth",
     "Hypernetwork",
     "Importance",
+    "InformationMonitor",
     "Injection",
     "KeepProbability",
     "LearnedRanks",
@@ -137,6 +150,7 @@ __all__ = [
     "Merged",
     "ModuleSensitivity",
     "MonotoneMasks",
+    "MutualInformation",
     "NormShare",
     "Orthogonality",
     "PACBayes",
@@ -167,6 +181,7 @@ __all__ = [
     "Taylor",
     "TripletImportance",
     "UntilTail",
+    "Warmup",
     "WeightDecomposed",
     "WeightedSVD",
     "adapter_state_dict",
@@ -174,6 +189,7 @@ __all__ = [
     "compact",
     "convert",
     "eject",
+    "fold_heads",
     "from_hf_peft",
     "inject",
     "load",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -21,9 +22,11 @@ from lightning_peft.archive import check_archive, reading
 from lightning_peft.archive import unreadable as unreadable
 from lightning_peft.export import own_random
 from lightning_peft.fingerprint import check_base, fingerprint
+from lightning_peft.head_modules import HeadModule, head_modules, replace_head
 from lightning_peft.rank.budget import WHOLE, RankBudget, clean_name, layer_name, whole
 from lightning_peft.surgery.injection import install
 from lightning_peft.surgery.layers import adaptable, adapters, is_flattened, trained
+from lightning_peft.surgery.removal import replace
 from lightning_peft.validation import (
     CUT,
     adapter_class,
@@ -33,6 +36,7 @@ from lightning_peft.validation import (
     check_sizes,
     check_structure,
     check_tensors,
+    imported_class,
 )
 
 ENTRY = "lightning_peft"
@@ -116,12 +120,21 @@ def recipe(module: nn.Module) -> dict[str, Any]:
         for path, child in module.named_modules()
         if path.startswith(f"{TERMS}.") and isinstance(child, Described)
     ]
+    heads = [
+        {
+            "class": f"{type(head).__module__}:{type(head).__qualname__}",
+            "arguments": head.arguments(),
+            "path": name,
+        }
+        for name, head in head_modules(module).items()
+    ]
     own = {id(p) for adapter in adapters(module).values() for _, p in adapter.own_parameters()}
     paths = {path for path, child in module.named_modules() if isinstance(child, Adapter)}
     return {
         "adapters": groups,
         "trained": sorted(layer_name(n, paths) for n, p in trained(module).items() if id(p) not in own),
         **({"beside": beside} if beside else {}),
+        **({"heads": heads} if heads else {}),
     }
 
 
@@ -197,6 +210,11 @@ def check(
     if here["adapters"] != entry["recipe"]["adapters"]:
         raise AdapterFileError(
             f"{source} holds other adapters than this model has: {_difference(entry['recipe'], here)}."
+        )
+    if here.get("heads", []) != entry["recipe"].get("heads", []):
+        raise AdapterFileError(
+            f"{source} has {_heads(entry['recipe'])}, and this model {_heads(here)}: give the term that puts it in "
+            "(VIB) the settings that it was trained with."
         )
     saved = entry.get("derived", {})
     for name, derived in digests(module).items():
@@ -317,10 +335,10 @@ def _load(module: nn.Module, checkpoint: Mapping[str, Any], source: str) -> nn.M
         checkpoint = _without_prefix(checkpoint, prefix)
         entry = checkpoint[ENTRY]
     if not adapters(module):
-        plan = _plan(module, layers, checkpoint, source)
-        known = {name for name, _ in module.named_parameters()}
         # The start of the adapters is overwritten at once: it must not use up the caller's random numbers.
-        with own_random(module):
+        with own_random(module), _heads_put_in(module, checkpoint, source):
+            plan = _plan(module, adaptable(module), checkpoint, source)
+            known = {name for name, _ in module.named_parameters()}
             wanted = {name for name in entry["recipe"]["trained"] if name in known}
             install(module, plan, lambda _: wanted, lambda: check(module, checkpoint, source))
     else:
@@ -329,6 +347,36 @@ def _load(module: nn.Module, checkpoint: Mapping[str, Any], source: str) -> nn.M
     if CUT in entry:
         module.__dict__[WHOLE] = entry[CUT]
     return module
+
+
+@contextmanager
+def _heads_put_in(module: nn.Module, checkpoint: Mapping[str, Any], source: str) -> Iterator[None]:
+    """Put the heads of a checked entry in, unless they are there; back to what was if what follows fails."""
+    linear = {clean_name(path): child for path, child in module.named_modules() if type(child) is nn.Linear}
+    wanted = checkpoint[ENTRY]["recipe"].get("heads", [])
+    plan: dict[str, Callable[[nn.Linear], HeadModule]] = {}
+    for each in wanted if not head_modules(module) else ():
+        name = each["path"]
+        kind = imported_class(each["class"], HeadModule, "head", source)  # type: ignore[type-abstract]
+        if name not in linear:
+            raise AdapterFileError(f"{source} has a head in the place of {name!r}, no linear layer of this model.")
+        check_arguments(kind, each["arguments"], source)
+        check_sizes(kind, each["arguments"], linear[name], name, checkpoint["state_dict"], source)
+        plan[name] = partial(kind, **each["arguments"])
+    put = [(replace_head(module, name, build), linear[name]) for name, build in plan.items()]
+    try:
+        yield
+    except BaseException:
+        for head, layer in put:
+            replace(module, {id(head): layer})
+        raise
+
+
+def _heads(recipe: Mapping[str, Any]) -> str:
+    found = [f"{each['class'].rpartition(':')[2]} at {each['path']!r}" for each in recipe.get("heads", [])]
+    arguments = [", ".join(f"{k}={v!r}" for k, v in each["arguments"].items()) for each in recipe.get("heads", [])]
+    shown = [f"{each} ({those})" for each, those in zip(found, arguments, strict=True)]
+    return "the head " + ", ".join(shown) if shown else "a plain head"
 
 
 def _plan(
@@ -389,6 +437,12 @@ def _without_prefix(checkpoint: Mapping[str, Any], prefix: str) -> dict[str, Any
     entry = dict(checkpoint[ENTRY])
     groups = [g | {"layers": [n[len(prefix) :] for n in g["layers"]]} for g in entry["recipe"]["adapters"]]
     trained = [name[len(prefix) :] for name in entry["recipe"]["trained"] if name.startswith(prefix)]
-    entry |= {"recipe": {"adapters": groups, "trained": trained}, "base": cut(entry["base"])}
+    heads = [
+        each | {"path": each["path"][len(prefix) :]}
+        for each in entry["recipe"].get("heads", [])
+        if each["path"].startswith(prefix)
+    ]
+    recipe = {"adapters": groups, "trained": trained} | ({"heads": heads} if heads else {})
+    entry |= {"recipe": recipe, "base": cut(entry["base"])}
     entry |= {field: cut(entry[field]) for field in ("ranks", "costs", "derived", CUT) if field in entry}
     return {ENTRY: entry, "state_dict": cut(checkpoint["state_dict"])}

@@ -19,6 +19,7 @@ from lightning_peft.adapters.attention import AdaptedAttention
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.layers import stored
 from lightning_peft.distributed import is_shard
+from lightning_peft.head_modules import fold_heads
 from lightning_peft.rank.budget import clean_name
 from lightning_peft.surgery.layers import adapters, is_flattened
 from lightning_peft.surgery.removal import refuse_hosted, replace, take_out
@@ -48,6 +49,9 @@ def merge(module: nn.Module) -> Merged:
     """Write every adapter's effective weight into its plain base layer and take the adapters out, in place.
 
         W <- W + scaling * B diag(value) A,     computed in float32 or wider, rounded once to W's dtype
+
+    A head that is more in training than outside of it, such as a bottleneck, is left as the plain layers that it is
+    outside, see :func:`~lightning_peft.head_modules.fold_heads`.
 
     Every parameter requires a gradient as it did before injection. The merged weight is a new parameter, so a parameter
     that other modules share is not changed behind their back: it is no longer shared, and a warning says so.
@@ -82,6 +86,7 @@ def merge(module: nn.Module) -> Merged:
         wanted = getattr(owner, attribute).requires_grad
         setattr(owner, attribute, nn.Parameter(merged_weight(adapter), requires_grad=wanted))
     untied = _untied(before, dict(module.named_parameters(remove_duplicate=False)))
+    fold_heads(module)
     for names in untied:
         warnings.warn(
             f"{', '.join(names)} were one parameter and no longer are: the merged weight is one layer's alone. If the "

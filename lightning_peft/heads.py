@@ -11,6 +11,10 @@ from lightning_peft.adapters.attention import has_in_proj
 from lightning_peft.adapters.layers import why_not
 from lightning_peft.rank.budget import clean_name
 
+# Attribute of the module that `inject` was called on.
+KEPT = "_kept_by_inject"
+"""Names of what stayed trainable beside the adapters."""
+
 
 @dataclass(frozen=True)
 class Head:
@@ -37,8 +41,13 @@ def find_head(module: nn.Module) -> Head:
     embeddings, what it has outside its base is a pretrained language-model head, which is neither adapted nor trained.
     Without: the head is the last linear layer or convolution in the order of registration, if there is more than one:
     the classifier of a network of convolutions, the last convolution of one that labels every pixel.
+    A :class:`~lightning_peft.head_modules.HeadModule` is a head wherever it stands, and all of it.
     """
     models = hub_models(module)
+    made = tuple(n for n, m in _named(module) if getattr(type(m), "is_head", False))
+    if not models and made:
+        parameters = (clean_name(n) for n, _ in module.named_parameters())
+        return Head(frozenset(n for n in parameters if n.startswith(tuple(f"{head}." for head in made))), made)
     if not models:
         layers = [
             n for n, m in _named(module) if (why_not(m) is None and not isinstance(m, nn.Embedding)) or has_in_proj(m)

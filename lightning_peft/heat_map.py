@@ -129,6 +129,43 @@ def kl_heat_map(kl: Mapping[str, float], title: str | None = None) -> Figure:
     return _draw(kl, Grid.of(kl), max(*kl.values(), 1e-9), title, _short)[0]
 
 
+_COLUMNS = 16  # moments in one picture; of more, these many are shown
+
+
+def information_heat_map(history: Mapping[int, Mapping[str, float]], top: float, title: str | None = None) -> Figure:
+    """Draw information per layer over training, in nats: a row per layer, a column per step.
+
+    Of more than 16 steps as many are shown, the first and the last among them.
+
+    Args:
+        history: step -> layer -> nats.
+        top: nats of the darkest colour: the ceiling of the estimate.
+        title: what stands above the picture.
+
+    Raises:
+        ValueError: there is nothing to draw, or top is not positive.
+
+    Example:
+        >>> from lightning_peft.heat_map import information_heat_map
+        >>> figure = information_heat_map({0: {"query": 3.2}, 100: {"query": 2.84}}, top=3.5)
+        >>> [text.get_text() for text in figure.axes[0].texts]
+        ['3.2', '2.8']
+    """
+    steps = sorted(history)
+    names = list(dict.fromkeys(name for step in steps for name in history[step]))
+    if not names or not top > 0:
+        raise ValueError(f"a heat map needs values at one step or more, and a positive top. Got {len(steps)}, {top}.")
+    if len(steps) > _COLUMNS:
+        steps = [steps[round(i * (len(steps) - 1) / (_COLUMNS - 1))] for i in range(_COLUMNS)]
+    cells, values = {}, {}
+    for column, step in enumerate(steps):
+        for name, value in history[step].items():
+            cells[f"{column} {name}"] = names.index(name), column
+            values[f"{column} {name}"] = value
+    rows = tuple(".".join(path) for path in _stripped([name.split(".") for name in names]))
+    return _draw(values, Grid(rows, tuple(map(str, steps)), cells), top, title, _short)[0]
+
+
 def _short(value: float) -> str:
     """At most four letters: 0.25, 3.1, 412, 14k, 1.2M."""
     if value < 10:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from math import isfinite
 from reprlib import repr as shortened
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from lightning_peft.adapters.base import Adapter
 from lightning_peft.archive import AdapterFileError
 from lightning_peft.fingerprint import SAMPLES
 
+M = TypeVar("M", bound=nn.Module)
 CUT = "compacted"
 """In the entry of a run that was compacted: what its adapters were before, as `WHOLE` of `rank.budget` has it."""
 _DEPTH = 32
@@ -110,9 +111,10 @@ def check_structure(entry: Mapping[str, Any], source: str) -> None:
         for name in layers:
             _require(name not in seen, source, "an adapted layer", name, "named once")
             seen.add(name)
-    beside = recipe.get("beside", [])
+    beside, heads = recipe.get("beside", []), recipe.get("heads", [])
     _require(_is_list(beside), source, "recipe['beside']", beside, "a list")
-    for other in beside:
+    _require(_is_list(heads), source, "recipe['heads']", heads, "a list")
+    for other in [*beside, *heads]:
         _require(type(other) is dict, source, "what is beside adapters", other, "a dictionary")
         for field in ("class", "path"):
             _require(_is_name(other.get(field)), source, f"its {field}", other.get(field), "text that can be printed")
@@ -169,19 +171,28 @@ def adapter_class(path: str, source: str) -> type[Adapter]:
     Raises:
         AdapterFileError: there is no such class, or it is no adapter.
     """
+    return imported_class(path, Adapter, "adapter", source)  # type: ignore[type-abstract]
+
+
+def imported_class(path: str, kind: type[M], what: str, source: str) -> type[M]:
+    """The class that a recipe names, which must have been imported: a file never makes us import anything.
+
+    Raises:
+        AdapterFileError: there is no such class, or it is none of `kind`.
+    """
     module_name, _, qualname = path.partition(":")
     found: Any = sys.modules.get(module_name)
     for part in qualname.split("."):
         # Not getattr: a package may import a part of itself when it is asked for an attribute.
         found = getattr(found, "__dict__", {}).get(part)
-    if not (isinstance(found, type) and issubclass(found, Adapter)) or inspect.isabstract(found):
+    if not (isinstance(found, type) and issubclass(found, kind)) or inspect.isabstract(found):
         raise AdapterFileError(
-            f"{source} was made with the adapter class {path!r}, which is not imported; import it before loading."
+            f"{source} was made with the {what} class {path!r}, which is not imported; import it before loading."
         )
     return found
 
 
-def check_arguments(kind: type[Adapter], arguments: Mapping[str, Any], source: str) -> None:
+def check_arguments(kind: type[nn.Module], arguments: Mapping[str, Any], source: str) -> None:
     """Check that a class takes these arguments: their names, and the types of its own defaults.
 
     Raises:
@@ -209,7 +220,7 @@ def check_arguments(kind: type[Adapter], arguments: Mapping[str, Any], source: s
 
 
 def check_sizes(
-    kind: type[Adapter],
+    kind: type[nn.Module],
     arguments: Mapping[str, Any],
     layer: nn.Module,
     path: str,
@@ -222,7 +233,7 @@ def check_sizes(
     the layer's values cannot be built so; it is built around the layer itself, and its arguments are its own concern.
 
     Args:
-        kind: the adapter's class.
+        kind: the adapter's class, or a head's.
         arguments: its arguments, of the right names and types.
         layer: what it is to adapt; an attention stands for its `in_proj`.
         path: the adapter's name in the state dict.

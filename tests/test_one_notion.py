@@ -58,8 +58,8 @@ REASONED = {
     ("functional/draws.py", "rlora"): "a word of the text that is hashed; other words would be other constants",
     ("interop/hf_peft.py", "LoRA"): PEFT,
     ("interop/hf_peft.py", "adalora"): PEFT,
-    ("interop/layout.py", "LoRA"): PEFT,
     ("interop/layout.py", "adalora"): PEFT,
+    ("interop/targets.py", "LoRA"): PEFT,
     ("interop/triplets.py", "AdaLoRA"): PEFT,
     ("interop/triplets.py", "LoRA"): PEFT,
     ("interop/from_peft.py", "AdaLoRA"): READS,
@@ -78,7 +78,8 @@ REASONED = {
 OF_PEFT = {
     "callbacks/allocation.py": "drives PEFT's own AdaLoRA, which has a schedule and a budget of its own",
     "callbacks/peft_losses.py": "adds to the loss what PEFT's own methods want added",
-    "interop/adoption.py": "tells the layers apart that PEFT has injected",
+    "interop/adoption.py": "gives the layers gates that PEFT has injected",
+    "interop/peft_layers.py": "tells these layers apart",
     "interop/adopted_export.py": "writes them in the formats that PEFT has for them",
 }
 

@@ -5,6 +5,7 @@ from lightning_peft.callbacks.allocation import RankAllocation
 from lightning_peft.callbacks.calibration import Calibration
 from lightning_peft.callbacks.certificate import RiskCertificate
 from lightning_peft.callbacks.checkpoint import AdapterCheckpoint
+from lightning_peft.callbacks.information import InformationMonitor
 from lightning_peft.callbacks.injection import AdapterInjection
 from lightning_peft.callbacks.monitor import RankMonitor
 from lightning_peft.callbacks.pruning import RankPruning
@@ -17,6 +18,7 @@ __all__ = [
     "AdapterInjection",
     "Adoption",
     "Calibration",
+    "InformationMonitor",
     "PosteriorSampling",
     "RankAllocation",
     "RankMonitor",

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from lightning_peft.heat_map import Grid, HeatMap, kl_heat_map, pixels
+from lightning_peft.heat_map import Grid, HeatMap, information_heat_map, kl_heat_map, pixels
 from lightning_peft.rank.budget import RankBudget
 
 # Tags in a layout are patterns that match from the start; a logger's own prefix may come before ours.
@@ -83,6 +83,15 @@ class KLPictures:
         picture = pixels(kl_heat_map(by_layer))
         for logger in loggers:
             logger.experiment.add_image("kl/heatmap", picture, step, dataformats="HWC")
+
+
+def draw_information(
+    loggers: Iterable[TensorBoardLogger], history: Mapping[int, Mapping[str, float]], top: float, step: int
+) -> None:
+    """Write information per layer over training as `mi/heatmap`."""
+    picture = pixels(information_heat_map(history, top))
+    for logger in loggers:
+        logger.experiment.add_image("mi/heatmap", picture, step, dataformats="HWC")
 
 
 def lay_out(loggers: Iterable[TensorBoardLogger]) -> None:

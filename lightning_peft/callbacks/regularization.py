@@ -20,7 +20,7 @@ from lightning_peft.callbacks.reentrant import recomputes, with_early_gradients
 from lightning_peft.distributed import Processes, broadcast, world_size
 from lightning_peft.regularizers.base import Regularizer, regularized
 from lightning_peft.seams import when_built, wrap_method
-from lightning_peft.strategies import averaged, counts_gradients, keep_whole
+from lightning_peft.strategies import counts_gradients, is_sharded, keep_whole
 
 _PROGRESS = "lightning_peft_terms"
 """The key, in a checkpoint, of where terms stand beside their parameters and buffers."""
@@ -103,6 +103,13 @@ class Regularization(Preflight):
                 "own affair and terms added to what training_step returns have no effect. Remove the Regularization "
                 "callback and call lightning_peft.regularized(loss, terms, weights) before manual_backward."
             )
+        for name, term in self._each().items():
+            if any(parameter.requires_grad for parameter in term.apart()):
+                raise MisconfigurationException(
+                    f"the term {name!r} trains its own parameters by itself, and something has thawed them since "
+                    "(unfreeze(), requires_grad_(True), a finetuning callback), so that the module's optimizer would "
+                    "train them against it. Thaw the layers that are meant, by name, or before training."
+                )
         held = optimized(trainer)
         for name, parameter in self.terms.named_parameters():
             if parameter.requires_grad and id(parameter) not in held:
@@ -118,8 +125,9 @@ class Regularization(Preflight):
                 "steps. Set max_steps or max_epochs."
             )
         self._total_steps = _steps(trainer)
-        if averaged(trainer.strategy, pl_module):
+        if is_sharded(trainer.strategy):
             broadcast(list(self.terms.buffers()))  # made of adapters that have process 0's start by now
+            broadcast([p for term in self._each().values() for p in term.apart()])
         self._begin(trainer, pl_module)
 
     def _begin(self, trainer: Trainer, module: LightningModule) -> None:

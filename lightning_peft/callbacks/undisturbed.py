@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 from torchmetrics import Metric
 
+from lightning_peft.regularizers.base import Regularizer
 from lightning_peft.resume import rng_state, set_rng_state
 from lightning_peft.seams import wrap_method
 from lightning_peft.strategies import reshard
@@ -22,9 +24,9 @@ def undisturbed(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """Put back, at the end, what training steps inside the block have changed.
 
     Random generators (torch, its accelerators, Python, NumPy), every module's train or eval mode, buffers, gradients,
-    the states of metrics that are modules, and sharding; nothing reaches loggers or `self.log`. Parameters and
-    optimizers are not looked at: a step without an optimizer changes none. What a step writes elsewhere stays: a list,
-    a file, an attribute that is neither buffer nor metric.
+    the states of metrics that are modules, what terms train by themselves and where they stand, and sharding; nothing
+    reaches loggers or `self.log`. Other parameters and optimizers are not looked at: a step without an optimizer
+    changes none. What a step writes elsewhere stays: a list, a file, an attribute that is neither buffer nor metric.
     """
     with ExitStack() as back:
         state = rng_state()
@@ -34,7 +36,7 @@ def undisturbed(trainer: Trainer, module: LightningModule) -> Iterator[None]:
         loggers = trainer.loggers
         back.callback(setattr, trainer, "loggers", loggers)
         trainer.loggers = [DummyLogger()] if loggers else []
-        for keep in (_modes, _buffers, _gradients, _metrics):
+        for keep in (_modes, _buffers, _gradients, _metrics, _terms):
             back.callback(keep(module))
         yield
 
@@ -96,6 +98,23 @@ def _metrics(module: nn.Module) -> Callable[[], None]:
             for name, value in states.items():
                 setattr(metric, name, value)
             metric._update_count, metric._computed = count, computed
+
+    return restore
+
+
+def _terms(module: nn.Module) -> Callable[[], None]:
+    held = [
+        (term, copy.deepcopy(term.progress()), [(p, p.detach().clone()) for p in term.apart()])
+        for term in module.modules()
+        if isinstance(term, Regularizer)
+    ]
+
+    @torch.no_grad()
+    def restore() -> None:
+        for term, progress, parameters in held:
+            term.go_on(progress)
+            for parameter, value in parameters:
+                parameter.copy_(value)
 
     return restore
 

@@ -17,7 +17,8 @@ from lightning_peft.export import require_whole
 from lightning_peft.interop.adopted import Adopted, AdoptedAdaLoRA, AdoptedLoRA
 from lightning_peft.interop.adoption import folded
 from lightning_peft.interop.host import some, whole_modules, with_statistics
-from lightning_peft.interop.layout import PREFIX, Mode, _number, _patterns, modules_to_save, target_modules
+from lightning_peft.interop.layout import Mode, _number, _patterns, modules_to_save, target_modules
+from lightning_peft.interop.targets import PREFIX
 from lightning_peft.interop.verify import (
     WEIGHTS,
     _counted,

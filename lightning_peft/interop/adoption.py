@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import Enum
 from importlib.util import find_spec
 from reprlib import repr as shortened
 from typing import Any
@@ -15,17 +13,16 @@ from torch import Tensor, nn
 
 from lightning_peft.archive import AdapterFileError
 from lightning_peft.interop.adopted import Adopted, AdoptedAdaLoRA, AdoptedLoRA
-from lightning_peft.interop.masked import can_mask
+from lightning_peft.interop.peft_layers import (
+    choose,
+    config_of,
+    has_adapter,
+    lora_layers,
+    lora_layers_or_none,
+    require_adoptable,
+)
 from lightning_peft.rank.budget import BESIDE, RankBudget, clean_name
 from lightning_peft.surgery.layers import KEPT, adapters
-
-# What changes while a model trains, or says where it came from: no part of what an adapter is.
-_PASSING = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "runtime_config",
-    "total_step", "tinit", "tfinal",
-}  # fmt: skip
-# They mix adapters, or have factors of another form than B diag(m) A.
-_OTHER_VARIANTS = {"ArrowLinearVariant", "BdLoraLinearVariant"}
 
 
 @dataclass(frozen=True)
@@ -111,11 +108,11 @@ def adopt(module: nn.Module, adapter_name: str | None = None) -> AdoptionReport:
             if there.hosted
             else f"{type(module).__name__} has adapters that inject put in, the first at {name!r}: call eject first."
         )
-    layers = _layers(module)
-    chosen = _choose(layers, adapter_name)
-    found = {path: layer for path, layer in layers.items() if _has(layer, chosen)}
+    layers = lora_layers(module)
+    chosen = choose(layers, adapter_name)
+    found = {path: layer for path, layer in layers.items() if has_adapter(layer, chosen)}
     for path, layer in found.items():
-        _require_adoptable(path, layer, chosen)
+        require_adoptable(path, layer, chosen)
     owner_of = _owners(module, found)
     for path, (_, owner) in owner_of.items():
         if isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
@@ -127,7 +124,7 @@ def adopt(module: nn.Module, adapter_name: str | None = None) -> AdoptionReport:
     for path, layer in found.items():
         owner_path, owner = owner_of[path]
         kind: type[Adopted] = AdoptedAdaLoRA if hasattr(layer, "lora_E") else AdoptedLoRA
-        view = kind(layer, chosen, _config(owner, layer, chosen))
+        view = kind(layer, chosen, config_of(owner, layer, chosen))
         _place(owner, path.removeprefix(f"{owner_path}." if owner_path else ""), view)
         views.append(view)
     for view in views:
@@ -217,7 +214,7 @@ def take_over(module: nn.Module, recipe: Mapping[str, Any], source: str) -> Call
     """
     given = recipe["adapters"][0]["arguments"]
     name, config = str(given.get("adapter_name")), given.get("config")
-    if find_spec("peft") is None or not _layers_or_none(module):
+    if find_spec("peft") is None or not lora_layers_or_none(module):
         settings = "..."
         if isinstance(config, dict):
             settings = ", ".join(f"{key}={shortened(value)}" for key, value in config.items() if key != "peft_type")
@@ -236,91 +233,6 @@ def take_over(module: nn.Module, recipe: Mapping[str, Any], source: str) -> Call
 def _config_class(config: object) -> str:
     kind = config.get("peft_type") if isinstance(config, dict) else None
     return "AdaLoraConfig" if kind == "ADALORA" else "LoraConfig"
-
-
-def _layers_or_none(module: nn.Module) -> dict[str, Any]:
-    from peft.tuners.lora import LoraLayer
-
-    return {path: child for path, child in module.named_modules() if isinstance(child, LoraLayer)}
-
-
-def _layers(module: nn.Module) -> dict[str, Any]:
-    """The LoRA-type layers by path; with a sentence on what is there instead, if there are none."""
-    from peft import PeftModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    found = _layers_or_none(module)
-    if found:
-        return found
-    other = next((child for child in module.modules() if isinstance(child, BaseTunerLayer)), None)
-    prompts = next((child for child in module.modules() if isinstance(child, PeftModel)), None)
-    if other is not None or prompts is not None:
-        kinds = (
-            [str(getattr(c.peft_type, "value", c.peft_type)) for c in prompts.peft_config.values()] if prompts else []
-        )
-        kind = ", ".join(kinds) or type(other).__module__.split(".")[2]
-        raise TypeError(
-            f"{type(module).__name__} is a PEFT model of type {kind}, which has no rank: adopt takes LoRA and what "
-            "builds on it (rsLoRA, DoRA, AdaLoRA, KaSA, ...)."
-        )
-    raise ValueError(
-        f"adopt found no PEFT layer in {type(module).__name__}. Wrap the model first: get_peft_model(model, "
-        "LoraConfig(...)); or put our own adapters in with inject."
-    )
-
-
-def _choose(layers: Mapping[str, Any], adapter_name: str | None) -> str:
-    there = sorted({name for layer in layers.values() for name in layer.scaling})
-    if adapter_name is not None:
-        if adapter_name not in there:
-            raise ValueError(f"adapter_name={adapter_name!r}: there is {', '.join(map(repr, there))}.")
-        return adapter_name
-    active = sorted({name for layer in layers.values() for name in layer.active_adapters if name in layer.scaling})
-    if len(active) != 1:
-        raise ValueError(
-            f"{'several adapters are' if active else 'no adapter is'} active, and one gets gates. Name it: "
-            f"adopt(model, adapter_name={(active or there)[0]!r}); there is {', '.join(map(repr, there))}."
-        )
-    return str(active[0])
-
-
-def _has(layer: Any, name: str) -> bool:
-    return name in layer.lora_A or name in layer.lora_embedding_A
-
-
-def _require_adoptable(path: str, layer: Any, name: str) -> None:
-    where = f"layer {clean_name(path)!r}"
-    if layer.merged:
-        raise RuntimeError(
-            f"{where}: its adapters are merged into the base ({', '.join(layer.merged_adapters)}), so a gate would "
-            "switch nothing. Call unmerge_adapter() first."
-        )
-    if layer.disable_adapters:
-        raise RuntimeError(
-            f"{where}: its adapters are disabled. Call enable_adapter_layers() first, or leave disable_adapter()."
-        )
-    variant = type(layer.lora_variant.get(name)).__name__
-    if name in layer.lora_embedding_B:
-        holder: Any = layer.lora_embedding_B
-    elif hasattr(layer, "lora_E"):
-        holder = layer.lora_E
-    else:
-        holder = layer.lora_B[name]
-    odd = next((kind for kind in (type(layer).__name__,) if kind in ("MultiheadAttention", "ParamWrapper")), None)
-    if variant in _OTHER_VARIANTS:
-        odd = variant.removesuffix("LinearVariant")
-    if odd is not None or not can_mask(holder):
-        raise TypeError(
-            f"{where}: PEFT's {odd or type(layer).__name__} has no rank-one components that can be switched one by "
-            "one. Leave it out of target_modules."
-        )
-    if getattr(layer.get_base_layer(), "groups", 1) != 1:
-        raise TypeError(
-            f"{where} is a convolution of {layer.get_base_layer().groups} groups, whose components act on one group "
-            "each; PEFT itself cannot merge it. Leave it out of target_modules."
-        )
-    if hasattr(layer, "lora_E") and layer.r[name] == 0:
-        raise TypeError(f"{where} has rank 0, so it has nothing to switch. Leave it out of target_modules.")
 
 
 def _owners(module: nn.Module, layers: Mapping[str, Any]) -> dict[str, tuple[str, nn.Module]]:
@@ -352,29 +264,3 @@ def _place(owner: nn.Module, path: str, view: Adopted) -> None:
         assert inner is not None
         owner = inner
     owner.add_module(parts[-1], view)
-
-
-def _config(owner: Any, layer: Any, name: str) -> dict[str, Any]:
-    """What the PEFT config says beyond its defaults, as plain values."""
-    config = (getattr(owner, "peft_config", None) or {}).get(name)
-    if config is None:
-        return {}
-    default = {field: value.default for field, value in type(config).__dataclass_fields__.items()}
-    passing = _PASSING | ({"rank_pattern"} if hasattr(layer, "lora_E") else set())
-    given = {key: _plain(value) for key, value in config.to_dict().items() if key not in passing}
-    kept = {key: value for key, value in given.items() if value and value != _plain(default.get(key))}
-    return {"peft_type": given["peft_type"], **kept}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Enum):
-        return _plain(value.value)
-    if isinstance(value, set | frozenset):
-        return sorted(map(str, value))
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    return re.sub(r" at 0x[0-9a-f]+", "", str(value))

@@ -23,7 +23,7 @@ from lightning_peft.adapters.low_rank import LowRank
 from lightning_peft.adapters.weight_decomposed import WeightDecomposed
 from lightning_peft.archive import AdapterFileError, unreadable
 from lightning_peft.heads import hub_models
-from lightning_peft.interop.layout import PREFIX
+from lightning_peft.interop.targets import PREFIX
 from lightning_peft.interop.triplets import ADDED
 from lightning_peft.interop.verify import CONFIG, WEIGHTS, first_match
 from lightning_peft.rank.budget import clean_name

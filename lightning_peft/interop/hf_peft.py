@@ -10,21 +10,14 @@ from typing import Any, Literal
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_peft.head_modules import refuse_head_modules
 from lightning_peft.interop.adopted_export import lay_out_adopted, load_adopted, read_adopted
 from lightning_peft.interop.adoption import adopt as adopt
 from lightning_peft.interop.adoption import release as release
 from lightning_peft.interop.folder import Export, public_name, refuse_to_overwrite, whole_folder, write_card
 from lightning_peft.interop.host import below, find_host, some, trained_beside, whole_modules, with_statistics
-from lightning_peft.interop.layout import (
-    PREFIX,
-    Mode,
-    find_targets,
-    idle,
-    lay_out,
-    modules_to_save,
-    target_modules,
-    task_type,
-)
+from lightning_peft.interop.layout import Mode, lay_out, modules_to_save, target_modules, task_type
+from lightning_peft.interop.targets import PREFIX, find_targets, idle
 from lightning_peft.interop.triplets import lay_out_triplets, read_triplets
 from lightning_peft.interop.verify import CONFIG, WEIGHTS, by_reading, with_peft
 from lightning_peft.rank.budget import RankBudget, clean_name
@@ -97,6 +90,8 @@ def to_hf_peft(
     checked = _how_to_check(check)
     refuse_to_overwrite(folder, overwrite)
     paths = [target.path for target in targets]
+    if head:
+        refuse_head_modules(host, "to_hf_peft", "Give head=False, and save the layers of fold_heads(module) yourself.")
     trained = head_modules(module, name, host) if head else {}
     statistics = with_statistics(host, trained)
     kept = _states(trained | statistics) if head else {}

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from lightning_peft.export import merge, own_random
+from lightning_peft.head_modules import refuse_head_modules
 from lightning_peft.heads import hub_models
 from lightning_peft.interop.folder import Export, public_name, refuse_to_overwrite, whole_folder, write_card
 from lightning_peft.interop.host import below, find_host, plain_copy, trained_beside
-from lightning_peft.interop.layout import idle
+from lightning_peft.interop.targets import idle
 from lightning_peft.interop.verify import compare_outputs, made_up_inputs
 from lightning_peft.rank.budget import RankBudget
 
@@ -54,6 +55,7 @@ def save_merged(module: nn.Module, folder: str | Path, *, inputs: Any = None, ov
             f"{', '.join(map(repr, outside[:3]))}. They would be lost: save them yourself, and call "
             f"save_merged(module.{name}, ...)."
         )
+    refuse_head_modules(host, "save_merged", "Call merge(module) and save module.state_dict().")
     refuse_to_overwrite(folder, overwrite)
     merged: Any = plain_copy(host)
     with warnings.catch_warnings():

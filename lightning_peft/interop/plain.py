@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.thin import ThinLinear, is_thin_convolution
 from lightning_peft.export import merge, require_whole
+from lightning_peft.head_modules import fold_heads, refuse_head_modules
 from lightning_peft.heads import hub_models
 from lightning_peft.interop import plain_loader
 from lightning_peft.interop.folder import Export, public_name, refuse_to_overwrite, whole_folder, write_card
@@ -66,6 +67,7 @@ def to_plain(module: nn.Module) -> dict[str, int]:
         merge(module)
     else:
         take_out(module, {})
+        fold_heads(module)
     return thin_layers(module)
 
 
@@ -115,6 +117,7 @@ def save_compressed(
     folder = Path(folder)
     refuse_to_overwrite(folder, overwrite)
     require_whole(module, "save_compressed")
+    refuse_head_modules(module, "save_compressed", "Call to_plain(module) and save module.state_dict().")
     name, host = _host(module)
     plain: Any = plain_copy(host)
     if adapters(plain):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_peft.interop.hf_peft import head_modules
 from lightning_peft.interop.host import find_host, with_statistics
-from lightning_peft.interop.layout import PREFIX, all_targets, has_lengths
+from lightning_peft.interop.targets import PREFIX, all_targets, has_lengths
 from lightning_peft.rank.budget import clean_name
 
 _DTYPES = {1: "U8", 2: "F16", 4: "F32", 8: "F64"}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.layers import is_transformers_conv1d
 from lightning_peft.export import widened
-from lightning_peft.interop.layout import PREFIX, Part, Target
+from lightning_peft.interop.targets import PREFIX, Part, Target
 from lightning_peft.interop.verify import CONFIG, WEIGHTS, require_close, take
 
 ADDED = 1e-5

@@ -19,7 +19,7 @@ from lightning_peft.adapters.layers import stored
 from lightning_peft.export import own_random
 from lightning_peft.interop.fresh_load import floating
 from lightning_peft.interop.host import plain_copy
-from lightning_peft.interop.layout import PREFIX, Part, Target
+from lightning_peft.interop.targets import PREFIX, Part, Target
 from lightning_peft.surgery.removal import eject
 
 WEIGHTS = "adapter_model.safetensors"

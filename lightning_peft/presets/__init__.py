@@ -15,6 +15,7 @@ from lightning_peft.presets.pac_tuning import pac_tuning
 from lightning_peft.presets.rankdyna import rankdyna
 from lightning_peft.presets.rlora import rlora
 from lightning_peft.presets.sora import sora
+from lightning_peft.presets.vib import vib
 from lightning_peft.presets.weight_decomposed import weight_decomposed, weight_decomposed_fixed
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "rankdyna",
     "rlora",
     "sora",
+    "vib",
     "weight_decomposed",
     "weight_decomposed_fixed",
 ]

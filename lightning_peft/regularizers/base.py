@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.low_rank import LowRank
+from lightning_peft.arguments import require_number
 from lightning_peft.rank.schedule import share_of
 from lightning_peft.regularizers.everyone import Everyone
 
@@ -27,7 +28,7 @@ class UntilTail:
     """A weight that is `value` until the frozen tail begins, and exactly 0 in it.
 
     Args:
-        value: the weight before the tail.
+        value: the weight before the tail: a number, or another schedule.
         tail: share of the run that the tail takes, as in :class:`~lightning_peft.rank.Schedule`.
 
     Example:
@@ -35,11 +36,51 @@ class UntilTail:
         (0.3, 0.0)
     """
 
-    value: float
+    value: Weight
     tail: float
 
     def __call__(self, step: int, total: int) -> float:
-        return self.value if step <= total - share_of(self.tail, total) else 0.0
+        return weight_at(self.value, step, total) if step <= total - share_of(self.tail, total) else 0.0
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """A weight that grows along a line and reaches `value` at the end of the first `share` of the run.
+
+        w_t = value * min(1, t / floor(share * T))
+
+    It is above 0 from the first step on.
+
+    Args:
+        value: the weight after the warm-up: a number, or another schedule.
+        share: of the run; 0 for no warm-up.
+
+    Raises:
+        ValueError: share is not in [0, 1].
+
+    Example:
+        >>> warmup = Warmup(UntilTail(0.4, tail=0.5), share=0.1)
+        >>> warmup(5, 100), warmup(10, 100), warmup(51, 100)
+        (0.2, 0.4, 0.0)
+    """
+
+    value: Weight
+    share: float = 0.1
+
+    def __post_init__(self) -> None:
+        require_number("share", self.share)
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share is the part of the run that warms up, from 0 to 1. Got {self.share}.")
+
+    def __call__(self, step: int, total: int) -> float:
+        length = share_of(self.share, total)
+        grown = weight_at(self.value, step, total)
+        return grown * min(1.0, step / length) if length else grown
+
+
+def weight_at(weight: Weight, step: int, total: int) -> float:
+    """A weight at an optimizer step, counted from 1, of `total`."""
+    return weight(step, total) if callable(weight) else weight
 
 
 class Regularizer(nn.Module, ABC):
@@ -87,6 +128,13 @@ class Regularizer(nn.Module, ABC):
 
     def end(self) -> None:
         """A fit has ended: leave the module alone."""
+
+    def apart(self) -> Iterable[nn.Parameter]:
+        """Own parameters that the term trains itself: they are frozen for the module's optimizer, and in checkpoints.
+
+        See :class:`lightning_peft.Auxiliary`.
+        """
+        return ()
 
     def companions(self) -> Iterable[nn.Module]:
         """Modules that the term runs beside the model and does not train; the callback moves and casts them alike.
@@ -143,7 +191,7 @@ class Regularizer(nn.Module, ABC):
 
     def weight_at(self, step: int, total: int) -> float:
         """The weight at an optimizer step, counted from 1."""
-        return self.weight(step, total) if callable(self.weight) else self.weight
+        return weight_at(self.weight, step, total)
 
 
 def low_rank(module: nn.Module) -> list[LowRank]:

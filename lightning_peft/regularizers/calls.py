@@ -89,6 +89,19 @@ class Calls:
         self._log.clear()
         return calls
 
+    def taken_inside(self) -> dict[str, list[Tensor]]:
+        """What modules inside gave since this was asked last, by name, in order, whether the root was called or not."""
+        inside: dict[str, list[Tensor]] = {}
+        for name, _, _, output in self._log:
+            if name is not None and (value := first_tensor(output)) is not None:
+                inside.setdefault(name, []).append(value)
+        self._log.clear()
+        return inside
+
+    def path(self, name: str) -> str:
+        """Where the module of a name is, inside the root."""
+        return self._paths[name]
+
     def _hear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if self.on:
             self._log.append((None, args, kwargs, output))

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_peft.arguments import require_integer, require_number
 from lightning_peft.functional.pac_bayes import bounded_cross_entropy, require_share
 from lightning_peft.regularizers.base import Regularizer, Weight
+from lightning_peft.regularizers.labels import labels_of
 from lightning_peft.regularizers.objectives import Name, Objective, objective
 from lightning_peft.regularizers.posterior import Posterior, Prior, PriorMean, Scale, require_settings
 
@@ -252,10 +253,8 @@ def _examples(batch: Any) -> int:
 
 
 def _labels(batch: Any) -> Tensor:
-    found = batch.get("labels") if isinstance(batch, Mapping) else None
-    if found is None and isinstance(batch, Sequence) and len(batch) == 2:
-        found = batch[1]
-    if not isinstance(found, Tensor) or found.is_floating_point():
+    found = labels_of(batch)
+    if found is None:
         raise RuntimeError(
             f"a bounded risk is computed from labels, and the batch, a {type(batch).__name__}, has no integers under "
             "'labels' nor for the second of two. Say how to get the risk: PACBayes(risk=lambda module, batch, "

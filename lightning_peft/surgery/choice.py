@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 
@@ -14,15 +13,11 @@ from lightning_peft.adapters.base import Adapter, AdapterFactory
 from lightning_peft.adapters.layers import is_convolution, why_not
 from lightning_peft.adapters.thin import ThinLinear
 from lightning_peft.heads import Head
+from lightning_peft.patterns import matches
 from lightning_peft.rank.budget import clean_name
 from lightning_peft.surgery.layers import adaptable, named
 
 DEFAULT = "all linear layers and convolutions except the head"  # what targets=None means, in sentences
-
-
-def matches(patterns: Sequence[str], name: str) -> bool:
-    """Whether one of the patterns matches the whole name, or the end of it after a dot."""
-    return any(re.fullmatch(rf"(.*\.)?({pattern})", name) for pattern in patterns)
 
 
 def adapter_kind(factory: AdapterFactory) -> type[Adapter] | None:

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from lightning_peft.adapters.attention import has_in_proj
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.layers import why_not
+from lightning_peft.heads import KEPT as KEPT
 from lightning_peft.rank.budget import clean_name, layer_name
+from lightning_peft.regularizers.base import Regularizer
 
 # Attributes of the module that `inject` was called on.
 BEFORE = "_requires_grad_before_inject"
 """requires_grad before, by name, where inject changed it."""
-KEPT = "_kept_by_inject"
-"""Names of what stayed trainable beside the adapters."""
 STARTS = "_starts_of_large_parameters"
 """What processes compare of their adapters' large parameters, which are in pieces when they could."""
 
@@ -49,9 +49,11 @@ def adaptable(module: nn.Module) -> dict[str, nn.Module]:
 def trained(module: nn.Module) -> dict[str, nn.Parameter]:
     """What training changes, by name: adapters, what :func:`inject` kept trainable, and whatever requires a gradient.
 
-    Freezing a module when it is trained therefore takes nothing away.
+    And what terms train by themselves, which requires one only inside their own steps. Freezing a module when it is
+    trained therefore takes nothing away.
     """
     ids = {id(p) for adapter in adapters(module).values() for _, p in adapter.own_parameters()}
+    ids |= {id(p) for term in module.modules() if isinstance(term, Regularizer) for p in term.apart()}
     for owner in module.modules():
         kept = owner.__dict__.get(KEPT, ())
         if kept:

@@ -40,7 +40,7 @@ from lightning_peft.checkpoint import ENTRY, adapter_state_dict, digest, recipe
 from lightning_peft.inspection import report
 from lightning_peft.interop import to_hf_peft
 from lightning_peft.interop.host import trained_beside, whole_modules
-from lightning_peft.interop.layout import find_targets
+from lightning_peft.interop.targets import find_targets
 from lightning_peft.interop.verify import CONFIG, WEIGHTS, by_reading
 from lightning_peft.surgery import adapters, eject
 

@@ -173,7 +173,7 @@ def test_ours_is_written_as_adalora_and_read_again(model: Any, check: Any, tmp_p
 
 
 def test_the_check_without_peft_sees_a_changed_tensor(tmp_path: Path) -> None:
-    from lightning_peft.interop.layout import find_targets
+    from lightning_peft.interop.targets import find_targets
     from lightning_peft.interop.triplets import read_triplets
 
     ours = pruned(base())

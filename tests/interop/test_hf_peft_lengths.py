@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lightning_peft import Budget, LoRA, RankBudget, WeightDecomposed, inject, plan, save_merged, to_hf_peft
 from lightning_peft.adapters.base import Adapter
-from lightning_peft.interop.layout import Mode, find_targets
+from lightning_peft.interop.layout import Mode
+from lightning_peft.interop.targets import find_targets
 from lightning_peft.interop.verify import WEIGHTS, by_reading
 
 peft = pytest.importorskip("peft", reason="lightning-peft[hf] is not installed")

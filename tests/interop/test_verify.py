@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_peft import LoRA, inject
 from lightning_peft.interop import to_hf_peft
-from lightning_peft.interop.layout import Target, find_targets
+from lightning_peft.interop.targets import Target, find_targets
 from lightning_peft.interop.verify import CONFIG, WEIGHTS, by_reading
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from misuse import adopted, arguments, certificates, files, processes, trainers
+from misuse import adopted, arguments, certificates, files, information_terms, processes, trainers
 from misuse.setups import Rows, tell
 
 PAGE = Path(__file__).parents[2] / "docs" / "misuse.md"
 TOLD: dict[str, Rows] = {
     "Arguments": arguments.ROWS,
     "Trainer and module": trainers.ROWS,
+    "Terms of information": information_terms.ROWS,
     "Certificates": certificates.ROWS,
     "Files and the command line": files.ROWS,
     "A PEFT model of your own": adopted.ROWS,

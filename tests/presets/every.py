@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from lightning_peft import Adapter, AdapterInjection, PACBayes, Regularization, presets
+from lightning_peft import VIB, Adapter, AdapterInjection, PACBayes, Regularization, presets
 
 NAMES = [name for name in presets.__all__ if name != "Preset"]
 
@@ -21,6 +21,12 @@ _SMALL: dict[str, Any] = {
     "risk": "loss",
     "draws": 2,
     "measured": 8,
+    "features": 8,
+}
+
+
+_SMALL_OF: dict[str, dict[str, Any]] = {
+    "vib": {"beta": 1.0},  # with less, Adam divides gradients of the prior that are nearly 0
 }
 
 
@@ -33,7 +39,8 @@ def small(name: str, **also: Any) -> presets.Preset:
     """
     function = getattr(presets, name)
     known = inspect.signature(function).parameters
-    preset: presets.Preset = function(**{key: value for key, value in (_SMALL | also).items() if key in known})
+    options = _SMALL | _SMALL_OF.get(name, {}) | also
+    preset: presets.Preset = function(**{key: value for key, value in options.items() if key in known})
     return preset
 
 
@@ -48,6 +55,12 @@ def has_posterior(name: str) -> bool:
     """Whether the preset trains a distribution: what that is over, the head too, is to be whole."""
     terms = [term for each in small(name) if isinstance(each, Regularization) for term in each.terms.values()]
     return any(isinstance(term, PACBayes) for term in terms)
+
+
+def has_head_module(name: str) -> bool:
+    """Whether the preset puts several layers in the place of the head's one: PEFT builds the model with one."""
+    terms = [term for each in small(name) if isinstance(each, Regularization) for term in each.terms.values()]
+    return any(isinstance(term, VIB) for term in terms)
 
 
 def injection_of(name: str) -> AdapterInjection:

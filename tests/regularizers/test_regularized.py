@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_peft import DEM, LoRA, Orthogonality, UntilTail, regularized
+from lightning_peft import DEM, LoRA, Orthogonality, UntilTail, Warmup, regularized
 
 
 def test_it_is_the_weighted_sum() -> None:
@@ -36,6 +36,22 @@ def test_a_weight_until_the_tail(total: int) -> None:
     weight = UntilTail(0.3, tail=0.29)
     last = total - 29 * total // 100
     assert [weight(step, total) for step in range(1, total + 1)] == [0.3] * last + [0.0] * (total - last)
+
+
+@pytest.mark.parametrize(("share", "total"), [(0.1, 100), (0.29, 100), (1.0, 7), (0.1, 5), (0.0, 5)])
+def test_a_weight_that_warms_up(share: float, total: int) -> None:
+    length = round(share * 100) * total // 100
+    found = [Warmup(0.5, share)(step, total) for step in range(1, total + 1)]
+    assert found == [0.5 * min(1.0, step / length) if length else 0.5 for step in range(1, total + 1)]
+
+
+def test_schedules_of_weights_combine() -> None:
+    for weight in (Warmup(UntilTail(0.5, tail=0.2), share=0.4), UntilTail(Warmup(0.5, share=0.4), tail=0.2)):
+        found = [weight(step, 10) for step in range(1, 11)]
+        assert found == [0.125, 0.25, 0.375, *[0.5] * 5, 0.0, 0.0]
+    for share in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="share is the part of the run that warms up, from 0 to 1"):
+            Warmup(0.5, share)
 
 
 def test_a_weight_is_a_number_or_a_schedule() -> None:
