@@ -52,7 +52,7 @@ SEEDS, SEARCH_SEED = (0, 1, 2), 1000
 WEIGHTS = (0.1, 0.5, 1.0)
 FULL: dict[str, Any] = {
     "data": "reuters-r52", "words": 20, "vocabulary": 10_000, "batch": 32, "steps": 2500, "lr": 2e-3, "clip": 5.0,
-    "embedding": 64, "hidden": 128, "latent": 32, "dropout": 0.3, "start": 0.1, "spread": 0.1, "samples": 50,
+    "embedding": 64, "hidden": 128, "latent": 32, "dropout": 0.3, "start": 0.1, "spread": 0.1, "samples": 20,
     "scored": 1024, "validations": 10, "val_share": 0.05,
 }  # fmt: skip
 QUICK = {

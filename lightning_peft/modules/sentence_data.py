@@ -215,8 +215,8 @@ class SentenceData(PlannedData):
         found = [words for text in texts for words in self.cut(text)]
         if not found:
             raise ValueError(
-                f"{source!r} has no sentence that cut={self.cut!r} takes, in {len(texts)} text(s). Give other texts, or "
-                "another cut: Pieces(words=...) is for texts without punctuation."
+                f"{source!r} has no sentence that cut={self.cut!r} takes, in {len(texts)} text(s). Give other texts, "
+                "or another cut: Pieces(words=...) is for texts without punctuation."
             )
         if self.most is None or self.most >= len(found):
             return found

@@ -27,6 +27,9 @@ class Lagging:
     is one optimizer step, of one cost, for whatever counts steps (schedules, accumulation, checkpoints) and for all
     processes alike; and `max_steps` counts the encoder's turns too.
 
+    A checkpoint goes on exactly. One that is written at a step whose validation is still to come (ModelCheckpoint with
+    every_n_train_steps) goes on, by Lightning, without that validation, and so without what it would have ended.
+
     Args:
         inner: the encoder's turns at most, for one of the decoder.
         every: turns over which its loss is compared.

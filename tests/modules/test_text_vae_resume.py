@@ -62,11 +62,13 @@ def test_it_goes_on_bit_for_bit(write: Any, rows: Any, tmp_path: Path) -> None:
         return vae, trainer
 
     checkpoints = ModelCheckpoint(tmp_path / "all", "stop-{step}", every_n_train_steps=1, save_top_k=-1)
-    full, trainer = run(callbacks=[checkpoints])
+    validated = ModelCheckpoint(tmp_path / "all", "validated-{step}", every_n_epochs=1, save_top_k=-1)
+    full, trainer = run(callbacks=[checkpoints, validated])
     assert trainer.global_step == 18
     assert full.lagging is not None
-    for step in (1, 4, 8, 13):
-        resumed, other = run(str(tmp_path / "all" / f"stop-step={step}.ckpt"), enable_checkpointing=False)
+    # Of a step with a validation, the file behind it: from one before it Lightning goes on without that validation.
+    for step in ("stop-step=1", "stop-step=5", "validated-step=4", "stop-step=13"):
+        resumed, other = run(str(tmp_path / "all" / f"{step}.ckpt"), enable_checkpointing=False)
         for (name, a), b in zip(full.state_dict().items(), resumed.state_dict().values(), strict=True):
             assert torch.equal(a, b), (step, name)
         assert resumed.lagging is not None
@@ -76,7 +78,7 @@ def test_it_goes_on_bit_for_bit(write: Any, rows: Any, tmp_path: Path) -> None:
         }
 
     # The file holds tensors, numbers and strings, and with them the words.
-    path = tmp_path / "all" / "stop-step=8.ckpt"
+    path = tmp_path / "all" / "stop-step=9.ckpt"
     saved = torch.load(path, weights_only=True)
     assert saved["text_vae"]["words"][:5] == ["<pad>", "<s>", "</s>", "<unk>", "the"]
     alone = TextVAE.load_from_checkpoint(path, **parts())
