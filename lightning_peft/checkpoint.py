@@ -214,7 +214,7 @@ def check(
     if here.get("heads", []) != entry["recipe"].get("heads", []):
         raise AdapterFileError(
             f"{source} has {_heads(entry['recipe'])}, and this model {_heads(here)}: give the term that puts it in "
-            "(VIB) the settings that it was trained with."
+            "the settings that it was trained with."
         )
     saved = entry.get("derived", {})
     for name, derived in digests(module).items():

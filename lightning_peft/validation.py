@@ -248,7 +248,9 @@ def check_sizes(
             built = kind(_without_memory(layer), **arguments)
     except (TypeError, ValueError, OverflowError) as error:
         raise AdapterFileError(f"{source} asks for an adapter that cannot be: layer {path!r}: {error}") from error
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError) as error:
+        if "overflow" in str(error):  # more bytes than can be counted, and not a start that depends on values
+            raise AdapterFileError(f"{source} asks for more memory at {path!r} than there can be.") from error
         return
     for key, value in built.state_dict().items():
         saved = state.get(f"{path}.{key}")

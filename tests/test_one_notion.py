@@ -70,6 +70,7 @@ REASONED = {
     ("interop/from_peft.py", "weight_decomposed"): READS,
     ("interop/from_peft.py", "eva"): "PEFT's name of a start that leaves the base as it is",
     ("planning/command.py", "lora"): "the preset that is planned if none is named; all are known by their signatures",
+    ("regularizers/views.py", "MutualInformation"): "a part of this term: its errors say what to write",
     ("testing/trial.py", "DynamicDoRA"): "what laws of importances are tried on unless another adapter is given",
     ("testing/trial.py", "dynamic_dora"): "its import",
     ("testing/equations.py", "Taylor"): "a law about what the mask's gradient measures, which is this importance",

@@ -63,7 +63,7 @@ def build(sizes: Sizes, weight: float, seed: int) -> TextVAE:
     )
 
 
-def page(vae: TextVAE, data: SentenceData, figures: dict[str, float], told: str) -> str:
+def page(vae: TextVAE, data: SentenceData, figures: dict[str, float], told: str, picture: str) -> str:
     """What the model writes, as Markdown: nothing is chosen, the first of each kind are shown."""
     model = vae.model
     rows = data.collate()([data._split("test")[i] for i in range(2 * SHOWN)])
@@ -92,6 +92,7 @@ def page(vae: TextVAE, data: SentenceData, figures: dict[str, float], told: str)
         line = model.texts(model.interpolate(means[first], means[last], steps=6, beam=5))
         parts += [f"From *{_plain(texts[first])}* to *{_plain(texts[last])}*:", ""]
         parts += [*(f"{number}. {_plain(text)}" for number, text in enumerate(line, 1)), ""]
+    parts += ["## Latent space", "", f"![Posterior means of test texts' first pieces, by topic]({picture})", ""]
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -123,7 +124,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=0, help="optimizer steps; default 2500")
     parser.add_argument("--quick", action="store_true", help="tiny and short: to see that it runs")
     parser.add_argument("--out", type=Path, default=Path("runs/text_vae"), help="folder for results")
-    parser.add_argument("--page", type=Path, help="file for what the model writes; default: in --out")
+    parser.add_argument("--page", type=Path, help="file for what the model writes, with a picture beside it")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     try:
@@ -163,10 +164,11 @@ def main() -> int:
     told = f"{kind}, an LSTM of {sizes.hidden}, {steps:,} steps of 32 pieces of {words} words of Reuters R52."
     written = options.page or options.out / "samples.md"
     written.parent.mkdir(parents=True, exist_ok=True)
-    written.write_text(page(vae, data, figures, told), encoding="utf-8")
-    picture(vae, test, words, options.out / "latent.png")
+    drawn = written.with_suffix(".png")
+    written.write_text(page(vae, data, figures, told, drawn.name), encoding="utf-8")
+    picture(vae, test, words, drawn)
     print(f"\ntexts        {written}")
-    print(f"picture      {options.out / 'latent.png'}")
+    print(f"picture      {drawn}")
     print(f"TensorBoard  tensorboard --logdir {options.out / 'tensorboard'}")
     return 0
 

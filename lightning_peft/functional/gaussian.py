@@ -53,7 +53,7 @@ def gaussian_log_densities(mean: Tensor, log_variance: Tensor, z: Tensor) -> Ten
     dtype = _wide(mean).dtype
     for other in (log_variance, z):
         dtype = torch.promote_types(dtype, other.dtype)
-    exact = dtype if z.device.type == "mps" else torch.float64
+    exact = exact_dtype(z)
     with torch.autocast(z.device.type, enabled=False):
         mean, log_variance, z = mean.to(exact), log_variance.to(exact), z.to(exact)
         middle = z.detach().mean(0)
@@ -62,6 +62,11 @@ def gaussian_log_densities(mean: Tensor, log_variance: Tensor, z: Tensor) -> Ten
         own = (mean.square() * inverse + log_variance + _LOG_TAU).sum(1, keepdim=True)
         opened = inverse @ z.square().T - 2 * (mean * inverse) @ z.T
         return (-(own + opened) / 2).to(dtype)
+
+
+def exact_dtype(tensor: Tensor) -> torch.dtype:
+    """float64, or float32 on a device that has no float64."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_peft.functional.gaussian import gaussian_log_densities, gaussian_log_density
+from lightning_peft.functional.gaussian import exact_dtype, gaussian_log_densities, gaussian_log_density
 
 _LEAST = 1e-8  # standard deviations are no smaller than this inside a logarithm
 
@@ -97,7 +97,7 @@ def aggregate_mutual_information(
         )
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1. Got {chunk!r}.")
-    exact = torch.float32 if z.device.type == "mps" else torch.float64
+    exact = exact_dtype(z)
     mean, log_variance, z = mean.to(exact), log_variance.to(exact), z.to(exact)
     mixed = [gaussian_log_densities(mean, log_variance, some).logsumexp(0) for some in z.split(chunk)]
     if closed_entropy:
@@ -121,7 +121,7 @@ def unit_variances(means: Tensor) -> Tensor:
     """
     if means.ndim != 2 or len(means) < 2:
         raise ValueError(f"means must be (N, d) of at least 2 examples. Got {tuple(means.shape)}.")
-    means = means.to(torch.float32 if means.device.type == "mps" else torch.float64)
+    means = means.to(exact_dtype(means))
     return (means - means.mean(0)).square().sum(0) / (len(means) - 1)
 
 

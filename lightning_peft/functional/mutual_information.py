@@ -153,6 +153,10 @@ def dv_surrogate(scores: Tensor, log_moving: Tensor) -> Tensor:
     logarithm divides by it instead of by the few samples of one batch. With m = exp(lme(s)) the gradient is that of
     :func:`dv`. The value is of no use; report :func:`dv`.
 
+    For informations of more than about ln N(N - 1) it is the wrong choice: the mean exponential is then made of samples
+    that hardly any batch holds, m is that of the few that did, and nothing keeps the scores of the other batches down.
+    The critic diverges, as :func:`nwj`'s does. Train it with :func:`info_nce` or :func:`jsd`.
+
     Args:
         scores: (N, N), finite.
         log_moving: ln m, a scalar; minus infinity before the first step, when the batch's own takes its place.

@@ -26,11 +26,10 @@ from lightning_peft.functional.mutual_information import (
 )
 from lightning_peft.patterns import require_patterns
 from lightning_peft.regularizers.base import Regularizer, Weight
-from lightning_peft.regularizers.calls import Calls, with_logits
 from lightning_peft.regularizers.critics import Critic, CriticFactory, SeparableCritic
-from lightning_peft.regularizers.labels import labels_of
-from lightning_peft.regularizers.probes import Pool, Probes, only_probed, probed, probed_width, require_pool
-from lightning_peft.regularizers.wide import Wide, widened
+from lightning_peft.regularizers.probes import Pool, only_probed, probed, probed_width, require_pool
+from lightning_peft.regularizers.views import WORDS, Views
+from lightning_peft.regularizers.wide import Wide
 
 EstimatorName = Literal["info_nce", "jsd", "dv", "nwj", "smile"]
 _NAMES = ("info_nce", "jsd", "dv", "nwj", "smile")
@@ -152,8 +151,7 @@ class MutualInformation(Regularizer, Wide):
         self.register_buffer("log_moving", torch.empty(0))
         self._names: tuple[str, ...] = ()
         self._other: str | None = None
-        self._probes: Probes | None = None
-        self._calls: Calls | None = None
+        self._views: Views | None = None
         self._checked = False
         self._figures: dict[str, Tensor] = {}
 
@@ -165,7 +163,7 @@ class MutualInformation(Regularizer, Wide):
     def attach(self, module: nn.Module) -> None:
         """Make critics or embeddings, for a module that was not seen before."""
         names = tuple(probed(module, self.layers, "layers"))
-        self._other = None if self.of in ("labels", "dropout", "halves") else only_probed(module, self.of, "of")
+        self._other = None if self.of in WORDS else only_probed(module, self.of, "of")
         if names == self._names and any(child is self for child in module.modules()):
             return
         self._names = names
@@ -193,19 +191,14 @@ class MutualInformation(Regularizer, Wide):
     def begin(self, module: nn.Module) -> None:
         """Have the hooks in place."""
         self.end()
-        others = () if self._other is None else (self._other,)
-        self._probes = Probes(module, tuple(dict.fromkeys([*self._names, *others])), self.pool)
-        if self.of == "dropout":
-            self._calls = Calls(with_logits(module, self.called, "MutualInformation"))
-            self._calls.attach()
+        self._views = Views(module, self._names, self.of, self._other, self.pool, self.called)
         self._checked = False
 
     def end(self) -> None:
         """Take the hooks off."""
-        for heard in (self._probes, self._calls):
-            if heard is not None:
-                heard.detach()
-        self._probes = self._calls = None
+        if self._views is not None:
+            self._views.detach()
+        self._views = None
 
     def weight_at(self, step: int, total: int) -> float:
         weight = super().weight_at(step, total)
@@ -215,23 +208,12 @@ class MutualInformation(Regularizer, Wide):
     @contextmanager
     def watching(self, module: nn.Module) -> Iterator[None]:
         """Hear what the layers give inside the block; then, with of="dropout", what they give another time."""
-        with self._listening().listening():
-            if self._calls is None:
-                yield
-                return
-            self._calls.attach()
-            self._calls.taken()
-            self._calls.on = True
-            try:
-                yield
-            finally:
-                self._calls.on = False
-            root = with_logits(module, self.called, "MutualInformation")
-            for call in self._calls.taken():
-                root(*call.args, **call.kwargs)
+        with self._heard().listening(module):
+            yield
 
     def forward(self, module: nn.Module, batch: Any, outputs: Any) -> Tensor:
-        x, z = self._views(batch)
+        x, found = self._heard().pairs(batch, self.everyone, first=not self._checked)
+        z = self._of_labels(found) if isinstance(found, Tensor) else found
         n = len(x[0])
         self._require_pairs(n)
         scores, values, objectives = self._grouped(x, z), [], []
@@ -253,60 +235,6 @@ class MutualInformation(Regularizer, Wide):
 
     def figures(self) -> Mapping[str, Tensor]:
         return self._figures
-
-    def _views(self, batch: Any) -> tuple[list[Tensor], list[Tensor]]:
-        """x and z of every layer, of the rows of all processes: (N, d) each."""
-        probes = self._listening()
-        if self.of == "dropout":
-            heard = probes.heard(batch)
-            odd = next((name for name, rows in heard.items() if len(rows) != 2), None)
-            if odd is not None:
-                raise RuntimeError(
-                    f"{odd!r} was called {len(heard[odd])} times in a training_step and the pass after it, and each "
-                    "is to call it once. Say which module calls it: MutualInformation(called='model')."
-                )
-            x, z = [heard[name][0] for name in self._names], [heard[name][1] for name in self._names]
-            if not self._checked and all(torch.equal(one, other) for one, other in zip(x, z, strict=True)):
-                raise RuntimeError(
-                    "of='dropout' compares two passes under two dropout masks, and both gave the same features: no "
-                    "dropout is at work. Give the model or the adapters some, or take views of='halves'."
-                )
-        else:
-            once = probes.heard_once(batch)
-            x = [once[name] for name in self._names]
-            if self.of == "labels":
-                labels = labels_of(batch)
-                if labels is None or labels.shape != x[0].shape[:1]:
-                    raise RuntimeError(
-                        f"of='labels' needs a label for each of {len(x[0])} examples, and the batch, a "
-                        f"{type(batch).__name__}, has no such integers under 'labels' nor for the second of two."
-                    )
-                return self._gathered(x), self._of_labels(self.everyone.gather(labels))
-            if self.of == "halves":
-                if len(x[0]) % 2:
-                    raise RuntimeError(
-                        f"of='halves' pairs the first half of a batch with the second, and a batch has {len(x[0])} "
-                        "examples. Give an even number, and drop_last=True."
-                    )
-                half = len(x[0]) // 2
-                x, z = [each[:half] for each in x], [each[half:] for each in x]
-            else:
-                assert self._other is not None
-                z = [once[self._other].detach()] * len(x)
-        rows = self._gathered([*x, *z])
-        return rows[: len(x)], rows[len(x) :]
-
-    def _gathered(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """The rows of all processes, in one message."""
-        dtype = widened(parts[0], *parts[1:])
-        count = len(parts[0])
-        odd = next((part for part in parts if len(part) != count), None)
-        if odd is not None:
-            raise RuntimeError(
-                f"layers gave features of {count} and of {len(odd)} examples. Name layers with one row for each."
-            )
-        everything = self.everyone.gather(torch.cat([part.to(dtype) for part in parts], 1))
-        return list(everything.split([part.shape[1] for part in parts], 1))
 
     def _of_labels(self, labels: Tensor) -> list[Tensor]:
         if self.cosine:
@@ -384,10 +312,10 @@ class MutualInformation(Regularizer, Wide):
             )
         self._checked = True
 
-    def _listening(self) -> Probes:
-        if self._probes is None:
+    def _heard(self) -> Views:
+        if self._views is None:
             raise RuntimeError("MutualInformation hears no layer yet: begin(module) comes before a step.")
-        return self._probes
+        return self._views
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MutualInformation:
         # A moving average in bfloat16 would not move.

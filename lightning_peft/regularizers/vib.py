@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Literal
 
@@ -13,172 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.arguments import require_integer, require_number
+from lightning_peft.arguments import require_number
 from lightning_peft.functional.latent import gaussian_kl_to
-from lightning_peft.head_modules import HeadModule, find_linear_head, head_modules, replace_head
+from lightning_peft.head_modules import find_linear_head, head_modules, replace_head
 from lightning_peft.patterns import matches
 from lightning_peft.regularizers.base import Regularizer, Weight, weight_at
+from lightning_peft.regularizers.bottleneck import Activation, BottleneckHead, Passed, require_bottleneck
 from lightning_peft.regularizers.labels import labels_of
-
-Activation = Literal["relu", "tanh", "sigmoid"]
-_ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
-
-
-@dataclass(frozen=True)
-class Passed:
-    """What went through a bottleneck in one call.
-
-    Attributes:
-        mean: mu, (N, K).
-        std: (N, K).
-        logits: of all samples, (S, N, classes); the first are those that the model got.
-    """
-
-    mean: Tensor
-    std: Tensor
-    logits: Tensor
-
-
-class BottleneckHead(HeadModule):
-    """A classifier that sees a noisy sample of K numbers, and their mean outside of training.
-
-        e = MLP(x),   mu = W_1 e + b_1,   std = softplus(W_2 e + b_2),   z = mu + std eps,   logits = W z + b
-
-    MLP has two linear layers, an activation after each. The prior of z is N(mu_p, softplus(s_p)^2), both learnt, with
-    a normal start. In training the logits are those of the first of S samples; :class:`VIB` takes the others.
-
-    The noise is counted: that of a call depends on the seed and on how many calls in training there were before, which
-    a checkpoint knows. It is drawn for the batches of all processes together, and each takes its rows.
-
-    Args:
-        base: the linear layer in whose place it stands, of which sizes, dtype and device count.
-        features: K.
-        hidden: width of e; 0 for (d + K) / 2, d the layer's inputs. The MLP's other layer has (d + hidden) / 2.
-        activation: "relu", "tanh" or "sigmoid".
-        samples: S.
-        seed: of the noise.
-
-    Raises:
-        TypeError: an argument is of another type.
-        ValueError: one is out of range.
-
-    Shape:
-        (N, d) -> (N, classes).
-
-    Reference:
-        Karimi Mahabadi, Belinkov, Henderson, 2021, arXiv 2106.05469, and its code. Departure: linear layers start as
-        torch starts them, which the code leaves to BERT.
-    """
-
-    draws: Tensor
-
-    def __init__(
-        self,
-        base: nn.Module,
-        features: int = 128,
-        hidden: int = 0,
-        activation: Activation = "relu",
-        samples: int = 5,
-        seed: int = 0,
-    ) -> None:
-        super().__init__()
-        require_bottleneck(features, hidden, activation, samples, seed)
-        if type(base) is not nn.Linear:
-            raise TypeError(f"a bottleneck stands in the place of an nn.Linear. Got a {type(base).__name__}.")
-        self.features, self.hidden, self.activation = features, hidden, activation
-        self.samples, self.seed = samples, seed
-        d = base.in_features
-        as_base: dict[str, Any] = {"device": base.weight.device, "dtype": base.weight.dtype}
-        width = hidden or (d + features) // 2
-        between = (d + width) // 2
-        kind = _ACTIVATIONS[activation]
-        self.mlp = nn.Sequential(nn.Linear(d, between, **as_base), kind(), nn.Linear(between, width, **as_base), kind())
-        self.mean = nn.Linear(width, features, **as_base)
-        self.std = nn.Linear(width, features, **as_base)
-        self.prior_mean = nn.Parameter(torch.empty(features, **as_base))
-        self.prior_std = nn.Parameter(torch.empty(features, **as_base))
-        self.classifier = nn.Linear(features, base.out_features, **as_base)
-        self.register_buffer("draws", torch.zeros((), dtype=torch.int64, device=base.weight.device))
-        self.reset_parameters()
-        self.rank, self.world = 0, 1
-        """This process, of how many: whose rows of the noise it takes."""
-        self.heard: list[Passed] | None = None
-        """What went through since a list was put here; ``None`` while nobody asks."""
-        self._count: int | None = None
-
-    def reset_parameters(self) -> None:
-        """Start the prior anew; the linear layers start themselves."""
-        for parameter in (self.prior_mean, self.prior_std):
-            nn.init.normal_(parameter)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            mean_logits: Tensor = self.classifier(self.mean(self.mlp(x)))
-            return mean_logits
-        if x.dim() != 2:
-            raise RuntimeError(
-                f"a bottleneck takes pooled features, (N, {self.mlp[0].in_features}), and got {tuple(x.shape)}: name "
-                "the head of a classifier of whole inputs."
-            )
-        if torch._C._current_graph_task_id() != -1:
-            raise RuntimeError(
-                "the bottleneck is computed again in the backward pass by activation checkpointing, where its noise "
-                "would be another. Leave the head out of what is checkpointed."
-            )
-        e = self.mlp(x)
-        mean, raw = self.mean(e), self.std(e)
-        wide = torch.promote_types(mean.dtype, torch.float32)
-        mean, std = mean.to(wide), F.softplus(raw.to(wide))
-        z = mean + std * self.noise(mean)
-        logits: Tensor = self.classifier(z.to(x.dtype))
-        if self.heard is not None:
-            self.heard.append(Passed(mean, std, logits))
-        return logits[0]
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def noise(self, like: Tensor) -> Tensor:
-        """eps of the next call: (S, N, K), for N rows of K numbers."""
-        count = int(self.draws) if self._count is None else self._count
-        self._count = count + 1
-        self.draws.fill_(self._count)
-        text = f"lightning_peft/vib/v1|{self.seed}|{count}"
-        number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
-        generator = torch.Generator(like.device).manual_seed(number)
-        n, k = like.shape
-        shape = (self.samples, self.world * n, k)
-        return torch.randn(shape, generator=generator, device=like.device, dtype=like.dtype)[
-            :, self.rank * n : (self.rank + 1) * n
-        ]
-
-    def prior(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the prior, each (K,), in float32 or wider."""
-        wide = torch.promote_types(self.prior_mean.dtype, torch.float32)
-        return self.prior_mean.to(wide), F.softplus(self.prior_std.to(wide))
-
-    def plain(self) -> nn.Sequential:
-        """The path of the mean: MLP, mu, classifier. What gives std, and the prior, are left behind."""
-        return nn.Sequential(*self.mlp, self.mean, self.classifier)
-
-    def restored(self) -> None:
-        """Go on from the number of draws in the buffer: a strategy that shards copies into it, and calls nobody."""
-        self._put_down()
-        self._count = None
-
-    def _put_down(self) -> None:
-        # Buffers may have been put back after steps that were only looked at.
-        if self._count is not None:
-            self.draws.fill_(self._count)
-
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._put_down()
-        super()._save_to_state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._count = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"heard": None}  # what was heard is inside the graph of a step
 
 
 class VIB(Regularizer):
@@ -186,14 +25,18 @@ class VIB(Regularizer):
 
         loss = mean over samples of CE  +  beta_e E_x KL( N(mu, std^2) || N(mu_p, std_p^2) )
 
-    A :class:`BottleneckHead` comes in the place of the head's last linear layer before adapters are put in, for every
-    entry point, and stays. It is trained beside them. With one sample `training_step` may return any loss of the
-    logits. With more its loss is that of the first sample, and the term brings in the others':
+    A :class:`~lightning_peft.regularizers.bottleneck.BottleneckHead` comes in the place of the head's last linear layer
+    before adapters are put in, for every entry point, and stays. It is trained beside them. With one sample
+    `training_step` may return any loss of the logits. With more its loss is that of the first sample, and the term
+    brings in the others':
 
         term = ( loss + sum_(s > 1) CE_s ) / S - loss + beta_e KL
 
     Gradients of the sum are those of the equation above, bit for bit. Outside of training the mean is used, without
     noise. Logged beside the term: `kl`, in nats per example, an upper bound on what z tells of x; and `beta`.
+
+    A :class:`~lightning_peft.Distillation` in the same run comes before it among the terms: its teacher then is the
+    model with the head that it had.
 
     :func:`lightning_peft.merge` and :func:`lightning_peft.head_modules.fold_heads` leave plain layers of the mean.
 
@@ -219,8 +62,9 @@ class VIB(Regularizer):
 
     Reference:
         Karimi Mahabadi, Belinkov, Henderson, Variational information bottleneck for effective low-resource
-        fine-tuning, ICLR 2021, arXiv 2106.05469, and its code. Departures: see :class:`BottleneckHead`. Epochs are
-        counted from 1 in beta_e = min(1, epoch beta): our choice.
+        fine-tuning, ICLR 2021, arXiv 2106.05469, and its code. Departures: see
+        :class:`~lightning_peft.regularizers.bottleneck.BottleneckHead`. Epochs are counted from 1 in
+        beta_e = min(1, epoch beta): our choice.
 
     Example:
         >>> VIB("classifier", features=64, beta=1e-4, samples=1).samples
@@ -375,22 +219,6 @@ class VIB(Regularizer):
                 "callback does, before there is an optimizer."
             )
         return found
-
-
-def require_bottleneck(features: object, hidden: object, activation: object, samples: object, seed: object) -> None:
-    """Check the sizes of a bottleneck.
-
-    Raises:
-        TypeError: a number is none.
-        ValueError: one is out of range, or the activation is unknown.
-    """
-    for name, value, least in (("features", features, 1), ("hidden", hidden, 0), ("samples", samples, 1)):
-        require_integer(name, value)
-        if value < least:  # type: ignore[operator]
-            raise ValueError(f"{name} of a bottleneck must be at least {least}. Got {value}.")
-    require_integer("seed", seed)
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"activation={activation!r}: choose {', '.join(map(repr, _ACTIVATIONS))}.")
 
 
 def _difference(has: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

@@ -54,7 +54,7 @@ def test_example_writes_what_comes(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert "MI-VAE with w = 1, an LSTM of 8, 3 steps of 32 pieces of 20 words" in page
     assert page.count("\n| ") == 2 + 2 * run.SHOWN  # two heads, and a row of each kind
     assert page.count("\n6. ") == 2
-    with Image.open("out/latent.png") as picture:
+    with Image.open("page.png") as picture:
         assert picture.size == (600, 600)
 
 

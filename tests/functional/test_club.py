@@ -3,10 +3,12 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_peft.functional.club import categorical_log_densities, club, club_sample
 from lightning_peft.functional.gaussian import gaussian_log_densities, gaussian_log_density
@@ -69,6 +71,30 @@ def test_categorical_densities_are_those_of_labels() -> None:
     # With all of the label in x, and a q that knows it, CLUB is at least the label's entropy.
     known, of = torch.eye(4).repeat(16, 1), torch.arange(4).repeat(16)
     assert float(club(categorical_log_densities(20 * known, of))) > math.log(4)
+
+
+class Largest(TorchDispatchMode):
+    """The size of the largest tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(tensor, Tensor):
+                self.numbers = max(self.numbers, tensor.numel())
+        return made
+
+
+def test_no_tensor_holds_every_unit_of_every_pair() -> None:
+    x, z = torch.randn(2, 40, 24).unbind()
+    x.requires_grad_()
+    with Largest() as largest:
+        club(gaussian_log_densities(x, torch.zeros_like(x), z)).backward()  # type: ignore[no-untyped-call]
+        club(categorical_log_densities(x, torch.arange(40) % 24)).backward()  # type: ignore[no-untyped-call]
+    assert largest.numbers == 40 * 40
 
 
 def test_property_15_q_and_encoder_are_trained_apart() -> None:

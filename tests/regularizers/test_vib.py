@@ -30,9 +30,10 @@ from lightning_peft import (
     save_merged,
     to_hf_peft,
 )
+from lightning_peft.checkpoint import ENTRY, digest
 from lightning_peft.head_modules import head_modules, replace_head
 from lightning_peft.heads import find_head
-from lightning_peft.regularizers.vib import BottleneckHead
+from lightning_peft.regularizers.bottleneck import BottleneckHead
 
 ADAPTER = partial(LoRA, rank=2)
 
@@ -86,7 +87,7 @@ class ByHand(Module):
         mean, raw = head.mean(e), head.std(e)
         wide = torch.promote_types(mean.dtype, torch.float32)
         mean, std = mean.to(wide), F.softplus(raw.to(wide))
-        text = f"lightning_peft/vib/v1|3|{head.calls}"
+        text = f"lightning_peft/bottleneck/v1|3|{head.calls}"
         number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
         head.calls += 1
         noise = torch.randn(self.samples, *mean.shape, generator=torch.Generator().manual_seed(number), dtype=wide)
@@ -438,3 +439,28 @@ def test_a_bottleneck_is_not_computed_again() -> None:
     x = torch.randn(2, 8, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"computed again in the backward pass by activation checkpointing"):
         checkpoint(head, x, use_reentrant=False).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"path": "net.9"}, "has a head in the place of 'net.9', no linear layer of this model"),
+        ({"class": "torch.nn:Linear"}, "was made with the head class 'torch.nn:Linear', which is not imported"),
+        ({"arguments": {"depth": 3}}, "gives BottleneckHead the argument 'depth', which it does not have"),
+        ({"arguments": {"features": 10**7}}, "'net.4.prior_mean' has shape"),
+        ({"arguments": {"features": 10**12}}, "asks for more memory at 'net.4' than there can be"),
+        ({"arguments": []}, "its arguments is"),
+    ],
+)
+def test_a_head_of_a_file_is_checked_before_it_is_built(change: dict[str, Any], text: str, tmp_path: Path) -> None:
+    run = fit(Module(), injection(), Regularization({"vib": term()}), AdapterCheckpoint(), max_steps=1)
+    run.save_checkpoint(tmp_path / "some.ckpt")
+    content = torch.load(tmp_path / "some.ckpt", weights_only=True)
+    content[ENTRY]["recipe"]["heads"][0] |= change
+    content[ENTRY]["digest"] = digest(content["state_dict"], content[ENTRY])
+    torch.save(content, tmp_path / "some.ckpt")
+    module = Module()
+    with pytest.raises(AdapterFileError, match=text):
+        load(module, tmp_path / "some.ckpt")
+    assert type(module.net[4]) is nn.Linear
+    assert not any(isinstance(m, LoRA) for m in module.modules())
