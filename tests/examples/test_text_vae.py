@@ -82,7 +82,7 @@ def test_job_on_the_command_line(tmp_path: Path) -> None:
         "--model.samples=2",
         "--trainer.max_steps=3",
         "--trainer.log_every_n_steps=1",
-        "--trainer.val_check_interval=1",
+        "--trainer.val_check_interval=3",
         "--trainer.enable_progress_bar=false",
         "--trainer.enable_model_summary=false",
     ]
