@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_peft.callbacks.examples import count_examples
-from lightning_peft.callbacks.order import require_before, require_one
+from lightning_peft.callbacks.order import callbacks_of, require_before, require_one
 from lightning_peft.callbacks.placement import AdapterPlacement
 from lightning_peft.callbacks.preflight import Preflight, optimized
 from lightning_peft.callbacks.reentrant import recomputes, with_early_gradients
-from lightning_peft.distributed import Processes, broadcast, world_size
+from lightning_peft.distributed import Processes, average_gradients, broadcast, is_shard, world_size
 from lightning_peft.regularizers.base import Regularizer, regularized
 from lightning_peft.seams import when_built, wrap_method
-from lightning_peft.strategies import counts_gradients, is_sharded, keep_whole
+from lightning_peft.strategies import averaged, counts_gradients, is_sharded, keep_whole
 
 _PROGRESS = "lightning_peft_terms"
 """The key, in a checkpoint, of where terms stand beside their parameters and buffers."""
@@ -68,6 +68,7 @@ class Regularization(Preflight):
         self._total_steps: int | None = None
         self._recomputes: bool | None = None
         self._begun = False
+        self._averaged: list[nn.Parameter] = []
 
     def before_adapters(self, module: LightningModule) -> None:
         for term in self._each().values():
@@ -126,8 +127,11 @@ class Regularization(Preflight):
             )
         self._total_steps = _steps(trainer)
         if is_sharded(trainer.strategy):
-            broadcast(list(self.terms.buffers()))  # made of adapters that have process 0's start by now
-            broadcast([p for term in self._each().values() for p in term.apart()])
+            # Made of adapters that have process 0's start by now.
+            broadcast([*self.terms.buffers(), *(p for p in self.terms.parameters() if not is_shard(p))])
+            if not any(isinstance(c, Preflight) and c.averages_gradients for c in callbacks_of(trainer)):
+                own = {id(p) for p in self.terms.parameters()}
+                self._averaged = [p for p in averaged(trainer.strategy, pl_module) if id(p) in own]
         self._begin(trainer, pl_module)
 
     def _begin(self, trainer: Trainer, module: LightningModule) -> None:
@@ -193,6 +197,11 @@ class Regularization(Preflight):
                 held.enter_context(term.recomputing(module))
             call(*args, **kwargs)
 
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Where there are no adapters, whose callback averages all that is whole.
+        if self._averaged and not trainer.fit_loop._should_accumulate():
+            average_gradients(self._averaged)
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         for term in self._each().values():
             for parameter in term.resting():
@@ -240,7 +249,7 @@ class Regularization(Preflight):
         self._unwrap()
 
     def _unwrap(self) -> None:
-        self._begun = False
+        self._begun, self._averaged = False, []
         for term in self._each().values():
             term.end()
             term.__dict__.pop("everyone", None)

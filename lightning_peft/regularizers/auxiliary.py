@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.optim import Adam, Optimizer
 
 from lightning_peft.arguments import require_integer, require_number
 from lightning_peft.regularizers.base import Regularizer, Weight
+from lightning_peft.regularizers.probes import Pool, Probes
 from lightning_peft.regularizers.wide import Wide, widened
 
 
@@ -33,7 +35,8 @@ class Auxiliary(Regularizer, Wide):
     Several processes fit on the rows of all of them, and average gradients all the same, so that rounding cannot let
     them drift apart. FSDP keeps the parameters whole.
 
-    To write one, give :meth:`build`, :meth:`features`, :meth:`fitting` and :meth:`penalty`.
+    To write one, give :meth:`build`, :meth:`features`, :meth:`fitting` and :meth:`penalty`; and :meth:`hears`, if it
+    is of what layers give.
 
     Args:
         weight: what the term is multiplied by: a number, or a function of (step, total).
@@ -69,6 +72,10 @@ class Auxiliary(Regularizer, Wide):
         self._optimizer: Optimizer | None = None
         self._restored: Mapping[str, Any] | None = None
         self._fit_loss: Tensor | None = None
+        self._probes: Probes | None = None
+
+    pool: Pool = "mean"
+    """How positions of what is heard become one row, see :class:`~lightning_peft.regularizers.probes.Probes`."""
 
     @abstractmethod
     def build(self, module: nn.Module) -> None:
@@ -85,6 +92,14 @@ class Auxiliary(Regularizer, Wide):
     @abstractmethod
     def penalty(self, *features: Tensor) -> Tensor:
         """The term's value, of features of all processes, with own parameters fixed: a scalar."""
+
+    def hears(self, module: nn.Module) -> Sequence[str]:
+        """Names of layers to hear, as :func:`~lightning_peft.regularizers.probes.only_probed` gives them."""
+        return ()
+
+    def heard(self, batch: Any) -> dict[str, Tensor]:
+        """What these layers have given in this step: (N, d) each, by name, in the order of :meth:`hears`."""
+        return self._listening().heard_once(batch)
 
     def optimizer(self, parameters: Sequence[nn.Parameter]) -> Optimizer:
         """What takes the inner steps; anew for every fit."""
@@ -104,8 +119,27 @@ class Auxiliary(Regularizer, Wide):
             parameter.requires_grad_(False)
 
     def begin(self, module: nn.Module) -> None:
-        """Begin with an optimizer without a state, or with the one that a checkpoint brings."""
+        """Begin with an optimizer without a state, or with the one that a checkpoint brings; hear layers."""
         self._optimizer = None
+        self.end()
+        self._probes = Probes(module, self.hears(module), self.pool)
+
+    def end(self) -> None:
+        """Hear no more."""
+        if self._probes is not None:
+            self._probes.detach()
+        self._probes = None
+
+    @contextmanager
+    def watching(self, module: nn.Module) -> Iterator[None]:
+        """Hear what layers give."""
+        with self._listening().listening():
+            yield
+
+    def _listening(self) -> Probes:
+        if self._probes is None:
+            raise RuntimeError(f"{type(self).__name__} hears no layer yet: begin(module) comes before a step.")
+        return self._probes
 
     def forward(self, module: nn.Module, batch: Any, outputs: Any) -> Tensor:
         rows = [self.everyone.gather(_in_float(tensor)) for tensor in self.features(module, batch, outputs)]

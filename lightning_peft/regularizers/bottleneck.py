@@ -127,7 +127,7 @@ class BottleneckHead(HeadModule):
         logits: Tensor = self.classifier(z.to(x.dtype))
         if self.heard is not None:
             self.heard.append(Passed(mean, std, logits))
-        return logits[0]
+        return logits[0].clone()  # no view: FSDP2 hooks the output of what it wraps
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def noise(self, like: Tensor) -> Tensor:

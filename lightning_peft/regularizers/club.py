@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,7 +14,7 @@ from lightning_peft.functional.club import categorical_log_densities, club, club
 from lightning_peft.functional.gaussian import gaussian_log_densities, gaussian_log_density
 from lightning_peft.regularizers.auxiliary import Auxiliary
 from lightning_peft.regularizers.base import Weight
-from lightning_peft.regularizers.probes import Pool, Probes, only_probed, probed_width, require_pool
+from lightning_peft.regularizers.probes import Pool, only_probed, probed_width, require_pool
 
 Negatives = Literal["all", "sample"]
 Read = Callable[[Any], Tensor]
@@ -104,34 +102,6 @@ class _CLUB(Auxiliary):
         self.layer, self.width, self.pool, self.hidden = layer, features, pool, hidden
         self.negatives, self.seed = negatives, seed
         self.q: nn.Module | None = None
-        self._probes: Probes | None = None
-
-    @abstractmethod
-    def _names(self, module: nn.Module) -> list[str]:
-        """Names of the layers that are heard."""
-
-    def begin(self, module: nn.Module) -> None:
-        """Have the hooks in place."""
-        super().begin(module)
-        self.end()
-        self._probes = Probes(module, self._names(module), self.pool)
-
-    def end(self) -> None:
-        """Take the hooks off."""
-        if self._probes is not None:
-            self._probes.detach()
-        self._probes = None
-
-    @contextmanager
-    def watching(self, module: nn.Module) -> Iterator[None]:
-        """Hear what the layers give."""
-        with self._listening().listening():
-            yield
-
-    def _listening(self) -> Probes:
-        if self._probes is None:
-            raise RuntimeError(f"{type(self).__name__} hears no layer yet: begin(module) comes before a step.")
-        return self._probes
 
     def _q(self) -> nn.Module:
         if self.q is None:
@@ -215,13 +185,13 @@ class CLUB(_CLUB):
         self.given, self.given_width = given, given_features
 
     def build(self, module: nn.Module) -> None:
-        names = self._names(module)
+        names = self.hears(module)
         d_z = probed_width(module, names[0], self.width)
         d_x = self.given_width if callable(self.given) else probed_width(module, names[1], self.given_width)
         assert d_x is not None
         self.q = GaussianQ(d_x, d_z, self.hidden)
 
-    def _names(self, module: nn.Module) -> list[str]:
+    def hears(self, module: nn.Module) -> list[str]:
         names = [only_probed(module, self.layer, "layer")]
         if isinstance(self.given, str):
             names.append(only_probed(module, self.given, "given"))
@@ -230,7 +200,7 @@ class CLUB(_CLUB):
         return names
 
     def features(self, module: nn.Module, batch: Any, outputs: Any) -> Sequence[Tensor]:
-        z, *others = self._listening().heard_once(batch).values()
+        z, *others = self.heard(batch).values()
         x = self.given(batch) if callable(self.given) else others[0]
         if not isinstance(x, Tensor) or x.dim() != 2 or not x.is_floating_point():
             kind = f"a tensor of shape {tuple(x.shape)} and {x.dtype}" if isinstance(x, Tensor) else repr(x)
@@ -313,13 +283,13 @@ class CategoricalCLUB(_CLUB):
         self.label, self.classes = label, classes
 
     def build(self, module: nn.Module) -> None:
-        self.q = CategoricalQ(probed_width(module, self._names(module)[0], self.width), self.classes, self.hidden)
+        self.q = CategoricalQ(probed_width(module, self.hears(module)[0], self.width), self.classes, self.hidden)
 
-    def _names(self, module: nn.Module) -> list[str]:
+    def hears(self, module: nn.Module) -> list[str]:
         return [only_probed(module, self.layer, "layer")]
 
     def features(self, module: nn.Module, batch: Any, outputs: Any) -> Sequence[Tensor]:
-        (x,) = self._listening().heard_once(batch).values()
+        (x,) = self.heard(batch).values()
         return x, self._labels(batch)
 
     def _labels(self, batch: Any) -> Tensor:

@@ -40,10 +40,12 @@ class Critic(Wide, ABC):
         self.d_x, self.d_z = d_x, d_z
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        if x.dim() != 2 or z.dim() != 2 or (x.shape[1], z.shape[1]) != (self.d_x, self.d_z):
+        flat = x.dim() == 2 and z.dim() == 2
+        if not flat or (x.shape[1], z.shape[1]) != (self.d_x, self.d_z):
+            advice = "make it of these widths" if flat else "pool sequences to one row per example"
             raise ValueError(
                 f"this {type(self).__name__} compares rows of {self.d_x} features with rows of {self.d_z}. Got shapes "
-                f"{tuple(x.shape)} and {tuple(z.shape)}: pool sequences to one row per example, or say features=..."
+                f"{tuple(x.shape)} and {tuple(z.shape)}: {advice}."
             )
         dtype = widened(x, z)
         with torch.autocast(x.device.type, enabled=False):

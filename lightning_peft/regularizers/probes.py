@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter
+from lightning_peft.patterns import matches
 from lightning_peft.rank.budget import clean_name
 from lightning_peft.regularizers.base import BESIDE_MODEL
 from lightning_peft.regularizers.calls import Calls
@@ -35,9 +36,9 @@ def probed(module: nn.Module, patterns: Sequence[str], argument: str = "layers")
     layers = dict(_layers(module))
     chosen: set[str] = set()
     for pattern in patterns:
-        found = {name for name in layers if re.fullmatch(rf"(.*\.)?({pattern})", name)}
+        found = {name for name in layers if matches([pattern], name)}
         if not found:
-            near = difflib.get_close_matches(pattern, layers, n=5, cutoff=0.4) or list(layers)[:8]
+            near = list(dict.fromkeys([*difflib.get_close_matches(pattern, layers, n=5, cutoff=0.4), *layers]))[:8]
             raise ValueError(
                 f"{argument}={pattern!r} matches no layer of {type(module).__name__}; there are "
                 f"{', '.join(map(repr, near)) or 'none'}{', ...' if len(layers) > len(near) else ''}."

@@ -10,11 +10,13 @@ from misuse.setups import LORA, Encoder, Rows, adapted, fit, pruning
 from torch import nn
 
 from lightning_peft import (
+    CLUB,
     DEM,
     EVA,
     AdapterInjection,
     Budget,
     Calibration,
+    CategoricalCLUB,
     Cubic,
     Distillation,
     DynamicDoRA,
@@ -29,6 +31,7 @@ from lightning_peft import (
     RankSelection,
     Regularization,
     RLoRA,
+    SeparableCritic,
     SoftThreshold,
     Taylor,
     WeightDecomposed,
@@ -276,6 +279,14 @@ ROWS: Rows = {
         ),
         TypeError,
     ),
+    "`CLUB` without its inner steps": (lambda: CLUB(layer="norm", given="query", inner_steps=0), ValueError),
+    "`CLUB` with a negative weight, to maximise it": (lambda: CLUB(-0.1, layer="norm", given="query"), ValueError),
+    "`CLUB` given a part of the batch, of unknown width": (
+        lambda: CLUB(layer="norm", given=lambda batch: batch["age"]),
+        ValueError,
+    ),
+    "a nuisance label of one class": (lambda: CategoricalCLUB(layer="norm", label="domain", classes=1), ValueError),
+    "a critic on sequences": (lambda: SeparableCritic(8, 8)(torch.zeros(2, 5, 8), torch.zeros(2, 8)), ValueError),
     "a misspelt loss of distillation": (lambda: Distillation(loss="ce"), ValueError),  # type: ignore[arg-type]
     "a temperature of 0": (lambda: Distillation(temperature=0), ValueError),
     "a teacher by its name": (lambda: Distillation(teacher="bert-base-uncased"), TypeError),  # type: ignore[arg-type]

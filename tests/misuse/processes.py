@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from lightning_peft import (
+    CLUB,
     DEM,
     AdapterCheckpoint,
     AdapterInjection,
@@ -123,6 +124,13 @@ class Uneven(Net):
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         return DataLoader(torch.randn(16 + 2 * self.trainer.global_rank, 8), batch_size=2)  # type: ignore[arg-type]
+
+
+class Short(Net):
+    """The last batch of one process is smaller."""
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        return DataLoader(torch.randn(16 - self.trainer.global_rank, 8), batch_size=2)  # type: ignore[arg-type]
 
 
 class Ignored(Net):
@@ -285,6 +293,13 @@ ROWS: dict[str, tuple[Callable[[], None], str]] = {
         "'net.0.A' is not trained in the same way on all processes: they have other adapters, or froze other "
         "parameters. Call inject and requires_grad_ on every process alike, whatever its rank.",
     ),
+    "a term of pairs, and batches of unequal sizes": (
+        lambda: fit(
+            Short, DDPStrategy, injection, lambda: Regularization({"club": CLUB(layer="net.1", given="net.0")})
+        ),
+        "this term compares the examples of all processes, and their batches are of unequal sizes: (2, 8) on process "
+        "0, (1, 8) on process 1. Give every process as many: drop_last=True, or a sampler that shares them evenly.",
+    ),
     "constants are drawn from another seed on each process": (
         lambda: fit(DrawsApart, DDPStrategy, injection),
         "the adapter at 'net.0' derives other constants on some processes than on others, as its digest tells: give "
@@ -372,5 +387,5 @@ def kind(sentence: str) -> str:
     """The class of what says it."""
     if sentence.startswith("layer "):
         return "ValueError"
-    state = ("on all processes", "between processes", "Skipping")
+    state = ("on all processes", "between processes", "of all processes", "Skipping")
     return "RuntimeError" if any(part in sentence for part in state) else "MisconfigurationException"

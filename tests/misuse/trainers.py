@@ -19,12 +19,14 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_peft import (
+    CLUB,
     DEM,
     EVA,
     AdapterCheckpoint,
     AdapterInjection,
     BudgetPenalty,
     Calibration,
+    CategoricalCLUB,
     Distillation,
     Factorized,
     PACBayes,
@@ -65,6 +67,11 @@ class BuiltTooEarly(Encoder):
 
     def configure_optimizers(self) -> Any:
         return self.optimizer
+
+
+class Thaws(callbacks.Callback):
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        pl_module.requires_grad_(True)
 
 
 class NoLoss(Encoder):
@@ -311,6 +318,22 @@ ROWS: Rows = {
     "a layer that is compressed already": (lambda: fit(compressed(), *factors()), RuntimeError),
     "`RankPruning` without adapters": (lambda: fit(Encoder(), pruning(rank=2)), MisconfigurationException),
     "`RankMonitor` without adapters": (lambda: fit(Encoder(), RankMonitor()), MisconfigurationException),
+    "`CLUB` on a layer that does not exist": (
+        lambda: fit(Encoder(), Regularization({"club": CLUB(layer="pooler", given="query")})),
+        ValueError,
+    ),
+    "`CLUB` on a pattern that names two layers": (
+        lambda: fit(Encoder(), Regularization({"club": CLUB(layer="query|value", given="norm")})),
+        ValueError,
+    ),
+    "`CategoricalCLUB` of a label that the batch does not have": (
+        lambda: fit(Encoder(), Regularization({"domain": CategoricalCLUB(layer="norm", label="domain", classes=2)})),
+        RuntimeError,
+    ),
+    "a term's own network is thawed with the module": (
+        lambda: fit(Encoder(), Thaws(), Regularization({"club": CLUB(layer="norm", given="query")})),
+        MisconfigurationException,
+    ),
     "`Regularization` without adapters": (lambda: fit(Encoder(), Regularization({"dem": DEM()})), RuntimeError),
     "distillation where several children have parameters": (
         lambda: fit(Encoder(), AdapterInjection(LORA), Regularization({"teacher": Distillation()})),

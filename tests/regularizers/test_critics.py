@@ -105,7 +105,10 @@ def test_property_16_scores_are_in_float32_under_autocast_and_in_half_precision(
 @pytest.mark.parametrize(
     ("shapes", "says"),
     [
-        (((4, 6), (4, 3)), r"rows of 5 features with rows of 3. Got shapes \(4, 6\) and \(4, 3\)"),
+        (
+            ((4, 6), (4, 3)),
+            r"Got shapes \(4, 6\) and \(4, 3\): make it of these widths",
+        ),
         (((4, 9, 5), (4, 3)), r"Got shapes \(4, 9, 5\) and \(4, 3\): pool sequences to one row per example"),
     ],
 )

@@ -45,7 +45,7 @@ def test_layers_are_named_as_targets_are() -> None:
     ("pattern", "says"),
     [
         ("second", r"layer='second' matches no layer of Net; there are 'first', 'block', 'block.0', 'block.1'\."),
-        ("frist", r"layer='frist' matches no layer of Net; there are 'first', \.\.\.\."),
+        ("frist", r"layer='frist' matches no layer of Net; there are 'first', 'block', 'block.0', 'block.1'\."),
         (r"block.*", "layer='block.*' names 3 layers, 'block' and 'block.0' among them, and one is meant"),
     ],
 )
