@@ -4,7 +4,32 @@ from __future__ import annotations
 
 from lightning_peft.modules.language_data import LanguageData
 from lightning_peft.modules.language_model import LanguageModel
+from lightning_peft.modules.sentence_data import SentenceData
+from lightning_peft.modules.sentences import Pieces, Sentences
 from lightning_peft.modules.text_classifier import TextClassifier
 from lightning_peft.modules.text_data import TextData
+from lightning_peft.modules.text_vae import TextVAE
+from lightning_peft.modules.text_vae_decoders import LSTMDecoder, TransformerDecoder
+from lightning_peft.modules.text_vae_encoders import LSTMEncoder, PretrainedEncoder
+from lightning_peft.modules.text_vae_information import LatentInformation
+from lightning_peft.modules.text_vae_lagging import Lagging
+from lightning_peft.modules.text_vae_objective import FreeBits, LinearAnnealing
 
-__all__ = ["LanguageData", "LanguageModel", "TextClassifier", "TextData"]
+__all__ = [
+    "FreeBits",
+    "LSTMDecoder",
+    "LSTMEncoder",
+    "Lagging",
+    "LanguageData",
+    "LanguageModel",
+    "LatentInformation",
+    "LinearAnnealing",
+    "Pieces",
+    "PretrainedEncoder",
+    "SentenceData",
+    "Sentences",
+    "TextClassifier",
+    "TextData",
+    "TextVAE",
+    "TransformerDecoder",
+]

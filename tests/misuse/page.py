@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from misuse import adopted, arguments, certificates, files, information, information_terms, processes, trainers
+from misuse import (
+    adopted,
+    arguments,
+    certificates,
+    files,
+    information,
+    information_terms,
+    processes,
+    sentences,
+    trainers,
+)
 from misuse.setups import Rows, tell
 
 PAGE = Path(__file__).parents[2] / "docs" / "misuse.md"
@@ -16,6 +26,7 @@ TOLD: dict[str, Rows] = {
     "Measures of information": information.ROWS,
     "Files and the command line": files.ROWS,
     "A PEFT model of your own": adopted.ROWS,
+    "Sentences and their VAE": sentences.ROWS,
 }
 SEVERAL = "Several processes"
 _HEAD = """# What went wrong?
