@@ -24,7 +24,7 @@ from lightning.pytorch.loggers import TensorBoardLogger  # noqa: E402
 from lightning_peft import ConcatCritic  # noqa: E402
 from lightning_peft.modules import LatentInformation, LSTMDecoder, LSTMEncoder, Pieces, SentenceData, TextVAE  # noqa: E402
 from lightning_peft.modules.text_files import read_file  # noqa: E402
-from lightning_peft.modules.text_vae_board import latent_picture  # noqa: E402
+from lightning_peft.modules.text_vae import latent_picture  # noqa: E402
 
 SHOWN = 6  # sentences of each kind
 TOPICS = ("earn", "acq", "crude", "trade", "money-fx", "grain")  # that the picture tells apart

@@ -8,12 +8,17 @@ from lightning_peft.modules.sentence_data import SentenceData
 from lightning_peft.modules.sentences import Pieces, Sentences
 from lightning_peft.modules.text_classifier import TextClassifier
 from lightning_peft.modules.text_data import TextData
-from lightning_peft.modules.text_vae import TextVAE
-from lightning_peft.modules.text_vae_decoders import LSTMDecoder, TransformerDecoder
-from lightning_peft.modules.text_vae_encoders import LSTMEncoder, PretrainedEncoder
-from lightning_peft.modules.text_vae_information import LatentInformation
-from lightning_peft.modules.text_vae_lagging import Lagging
-from lightning_peft.modules.text_vae_objective import FreeBits, LinearAnnealing
+from lightning_peft.modules.text_vae import (
+    FreeBits,
+    Lagging,
+    LatentInformation,
+    LinearAnnealing,
+    LSTMDecoder,
+    LSTMEncoder,
+    PretrainedEncoder,
+    TextVAE,
+    TransformerDecoder,
+)
 
 __all__ = [
     "FreeBits",

@@ -17,15 +17,15 @@ from lightning_peft.distributed import Processes, world_size
 from lightning_peft.functional.latent import active_units, gaussian_kl_per_unit
 from lightning_peft.modules.optimization import Schedule, adamw, require_schedule
 from lightning_peft.modules.sentence_data import SentenceBatch
-from lightning_peft.modules.text_vae_board import LatentBoard
-from lightning_peft.modules.text_vae_decoders import DecoderFactory, LSTMDecoder
-from lightning_peft.modules.text_vae_encoders import Encoded, EncoderFactory, LSTMEncoder
-from lightning_peft.modules.text_vae_information import LatentInformation
-from lightning_peft.modules.text_vae_lagging import Lagging
-from lightning_peft.modules.text_vae_metrics import LatentLanguageMetrics
-from lightning_peft.modules.text_vae_model import SentenceVAE
-from lightning_peft.modules.text_vae_noise import generator_of, normal_rows, private
-from lightning_peft.modules.text_vae_objective import FreeBits
+from lightning_peft.modules.text_vae.board import LatentBoard
+from lightning_peft.modules.text_vae.decoders import DecoderFactory, LSTMDecoder
+from lightning_peft.modules.text_vae.encoders import Encoded, EncoderFactory, LSTMEncoder
+from lightning_peft.modules.text_vae.information import LatentInformation
+from lightning_peft.modules.text_vae.lagging import Lagging
+from lightning_peft.modules.text_vae.metrics import LatentLanguageMetrics
+from lightning_peft.modules.text_vae.model import SentenceVAE
+from lightning_peft.modules.text_vae.noise import generator_of, normal_rows, private
+from lightning_peft.modules.text_vae.objective import FreeBits
 from lightning_peft.modules.vocabulary import Vocabulary
 from lightning_peft.regularizers.base import Weight
 from lightning_peft.regularizers.everyone import Everyone

@@ -28,12 +28,11 @@ from lightning_peft.modules import (
     TextVAE,
     TransformerDecoder,
 )
-from lightning_peft.modules.text_vae_board import latent_picture
-from lightning_peft.modules.text_vae_decoding import beam_search, one_by_one
-from lightning_peft.modules.text_vae_encoders import Encoded
-from lightning_peft.modules.text_vae_metrics import LatentLanguageMetrics
-from lightning_peft.modules.text_vae_noise import generator_of, normal_rows
-from lightning_peft.modules.text_vae_objective import sentence_losses
+from lightning_peft.modules.text_vae import Encoded, latent_picture
+from lightning_peft.modules.text_vae.decoding import beam_search, one_by_one
+from lightning_peft.modules.text_vae.metrics import LatentLanguageMetrics
+from lightning_peft.modules.text_vae.noise import generator_of, normal_rows
+from lightning_peft.modules.text_vae.objective import sentence_losses
 from lightning_peft.modules.vocabulary import END, PAD, START
 
 QUIET: dict[str, Any] = {

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from lightning_peft.modules.text_vae_encoders import start_uniform
-from lightning_peft.modules.text_vae_noise import PrivateDropout
+from lightning_peft.modules.text_vae.encoders import start_uniform
+from lightning_peft.modules.text_vae.noise import PrivateDropout
 
 State = tuple[Tensor, ...]
 """What a decoder knows of the words so far; the first dimension of each tensor is the batch."""

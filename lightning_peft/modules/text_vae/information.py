@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from lightning_peft.arguments import require_integer, require_number
 from lightning_peft.functional.mutual_information import dv_surrogate, estimate, jsd, next_log_moving, nwj
-from lightning_peft.modules.text_vae_encoders import Encoded, TextEncoder
+from lightning_peft.modules.text_vae.encoders import Encoded, TextEncoder
 from lightning_peft.regularizers.critics import ConcatCritic, Critic, CriticFactory
 
 Name = Literal["dv", "jsd", "nwj"]

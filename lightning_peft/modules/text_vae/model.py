@@ -12,11 +12,11 @@ from lightning_peft.functional.gaussian import gaussian_log_density
 from lightning_peft.functional.latent import importance_weighted_nll
 from lightning_peft.modules.sentence_data import Collate, SentenceBatch
 from lightning_peft.modules.sentences import words_of
-from lightning_peft.modules.text_vae_decoders import DecoderFactory
-from lightning_peft.modules.text_vae_decoding import beam_search, one_by_one
-from lightning_peft.modules.text_vae_encoders import Encoded, EncoderFactory
-from lightning_peft.modules.text_vae_noise import generator_of
-from lightning_peft.modules.text_vae_objective import sentence_losses
+from lightning_peft.modules.text_vae.decoders import DecoderFactory
+from lightning_peft.modules.text_vae.decoding import beam_search, one_by_one
+from lightning_peft.modules.text_vae.encoders import Encoded, EncoderFactory
+from lightning_peft.modules.text_vae.noise import generator_of
+from lightning_peft.modules.text_vae.objective import sentence_losses
 from lightning_peft.modules.vocabulary import Vocabulary
 
 

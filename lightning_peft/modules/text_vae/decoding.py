@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_peft.modules.text_vae_decoders import TextDecoder
+from lightning_peft.modules.text_vae.decoders import TextDecoder
 from lightning_peft.modules.vocabulary import END, PAD, START
 
 

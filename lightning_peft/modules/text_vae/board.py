@@ -15,8 +15,8 @@ from lightning_peft.modules.sentence_data import SentenceBatch
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from lightning_peft.modules.text_vae_metrics import LatentLanguageMetrics
-    from lightning_peft.modules.text_vae_model import SentenceVAE
+    from lightning_peft.modules.text_vae.metrics import LatentLanguageMetrics
+    from lightning_peft.modules.text_vae.model import SentenceVAE
 
 _SHOWN = 8  # sentences of each kind
 _POINTS = 2000  # of the picture
