@@ -10,6 +10,7 @@ from lightning_peft.modules.text_classifier import TextClassifier
 from lightning_peft.modules.text_data import TextData
 from lightning_peft.modules.text_vae import (
     FreeBits,
+    GaussianCritic,
     Lagging,
     LatentInformation,
     LinearAnnealing,
@@ -22,6 +23,7 @@ from lightning_peft.modules.text_vae import (
 
 __all__ = [
     "FreeBits",
+    "GaussianCritic",
     "LSTMDecoder",
     "LSTMEncoder",
     "Lagging",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning_peft.modules.text_vae.board import latent_picture
+from lightning_peft.modules.text_vae.critics import GaussianCritic
 from lightning_peft.modules.text_vae.decoders import LSTMDecoder, TextDecoder, TransformerDecoder
 from lightning_peft.modules.text_vae.encoders import Encoded, LSTMEncoder, PretrainedEncoder, TextEncoder
 from lightning_peft.modules.text_vae.information import LatentInformation
@@ -14,6 +15,7 @@ from lightning_peft.modules.text_vae.objective import FreeBits, LinearAnnealing
 __all__ = [
     "Encoded",
     "FreeBits",
+    "GaussianCritic",
     "LSTMDecoder",
     "LSTMEncoder",
     "Lagging",

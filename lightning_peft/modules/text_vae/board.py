@@ -35,7 +35,7 @@ class LatentBoard:
 
     def place(self, metrics: LatentLanguageMetrics) -> None:
         """Note this process's posterior means."""
-        means = metrics.mean
+        means = metrics.means
         self._means = torch.cat(list(means))[:_POINTS].cpu() if len(means) else None
 
     def write(self, loggers: Iterable[TensorBoardLogger], vae: SentenceVAE, step: int, seed: int) -> None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities.data import dim_zero_cat
+from torchmetrics import Metric, MetricCollection
 
-from lightning_peft.functional.latent import active_units, aggregate_mutual_information, perplexity
+from lightning_peft.metrics import ActiveUnits, AggregateMutualInformation, ImportanceWeightedNLL, PriorDivergence
 
 
-class LatentLanguageMetrics(Metric):
-    """Figures of a whole set, over batches and processes, each with the number that it is over.
+class LatentLanguageMetrics(MetricCollection):
+    """Figures of a whole set, over batches and processes, with the numbers that they are over.
 
-    - ``nll``: mean negative log-likelihood of a sentence, in nats, as it was given: importance weighted, or the ELBO;
+    - ``nll``: mean negative log-likelihood of a sentence, in nats: importance weighted, or as the ELBO has it;
     - ``ppl``: exp of its total over all predicted words, the end of a sentence being one and its start none;
     - ``reconstruction``, ``kl``: means over sentences, in nats;
     - ``mi``: I(x; z) by the aggregate posterior over all n sentences; its ceiling is ln n;
@@ -24,25 +23,21 @@ class LatentLanguageMetrics(Metric):
         chunk: sentences whose densities are in memory at once.
     """
 
-    full_state_update = False
-    is_differentiable = False
-    sums: Tensor
-    mean: list[Tensor]
-    log_variance: list[Tensor]
-    z: list[Tensor]
-
     def __init__(self, chunk: int = 1024) -> None:
-        super().__init__()
-        self.chunk = chunk
-        self.add_state("sums", torch.zeros(5, dtype=torch.float64), dist_reduce_fx="sum")
-        for name in ("mean", "log_variance", "z"):
-            self.add_state(name, [], dist_reduce_fx="cat")
+        parts: dict[str, Metric | MetricCollection] = {
+            "likelihood": ImportanceWeightedNLL(),
+            "reconstruction": _Reconstruction(),
+            "divergence": PriorDivergence(),
+            "information": AggregateMutualInformation(chunk=chunk, name="mi"),
+            "units": ActiveUnits(),
+        }
+        super().__init__(parts, compute_groups=False)
 
-    def update(
+    def add(
         self,
-        nll: Tensor,
+        log_joint: Tensor,
+        log_posterior: Tensor,
         reconstruction: Tensor,
-        kl: Tensor,
         words: Tensor,
         mean: Tensor,
         log_variance: Tensor,
@@ -51,25 +46,45 @@ class LatentLanguageMetrics(Metric):
         """Add a batch.
 
         Shape:
-            nll, reconstruction, kl, words: (batch,); mean, log_variance, z: (batch, latent), z one draw.
+            log_joint, log_posterior: (batch, draws); reconstruction, words: (batch,); mean, log_variance, z:
+            (batch, latent), z one draw.
         """
-        parts = [part.detach().double().sum().to(self.sums) for part in (nll, reconstruction, kl, words)]
-        # Not in place: states that were moved in inference mode could not be changed in training.
-        self.sums = self.sums + torch.stack([*parts, parts[0].new_tensor(len(nll))])
-        for state, value in ((self.mean, mean), (self.log_variance, log_variance), (self.z, z)):
-            state.append(value.detach().float())
+        self["likelihood"].update(log_joint, log_posterior, words)
+        self["reconstruction"].update(reconstruction)
+        self["divergence"].update(mean, (log_variance / 2).exp())
+        self["information"].update(mean, log_variance, z)
+        self["units"].update(mean)
+
+    @property
+    def means(self) -> list[Tensor]:
+        """This process's posterior means, a tensor for each batch."""
+        units = self["units"]
+        assert isinstance(units, ActiveUnits)
+        return list(units.means)
 
     def compute(self) -> dict[str, Tensor]:
         """The figures by name."""
-        mean, log_variance, z = (dim_zero_cat(state) for state in (self.mean, self.log_variance, self.z))
-        nll, reconstruction, kl, words, n = self.sums
-        return {
-            "nll": nll / n,
-            "ppl": perplexity(nll, words),
-            "reconstruction": reconstruction / n,
-            "kl": kl / n,
-            "mi": aggregate_mutual_information(mean, log_variance, z, chunk=self.chunk),
-            "au": active_units(mean).double(),
-            "n": n,
-            "words": words,
-        }
+        found = super().compute()
+        figures = {name: found[name] for name in ("nll", "ppl", "reconstruction", "kl", "mi", "au")}
+        return {**figures, "n": found["nll_n"], "words": found["ppl_n"]}
+
+
+class _Reconstruction(Metric):
+    """Mean of -ln p(x | z) over sentences."""
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = False
+    sums: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, reconstruction: Tensor) -> None:
+        of_batch = torch.stack([reconstruction.detach().sum(), reconstruction.new_tensor(len(reconstruction))])
+        # Not in place: states that were moved in inference mode could not be changed in training.
+        self.sums = self.sums + of_batch.to(self.sums)
+
+    def compute(self) -> Tensor:
+        return self.sums[0] / self.sums[1]

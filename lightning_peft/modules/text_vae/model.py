@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.functional.gaussian import gaussian_log_density
-from lightning_peft.functional.latent import importance_weighted_nll
 from lightning_peft.modules.sentence_data import Collate, SentenceBatch
 from lightning_peft.modules.sentences import words_of
 from lightning_peft.modules.text_vae.decoders import DecoderFactory
@@ -152,8 +151,8 @@ class SentenceVAE(nn.Module):
     @torch.no_grad()
     def importance_weighted(
         self, tokens: Tensor, mean: Tensor, log_variance: Tensor, samples: int, generator: torch.Generator, rows: int
-    ) -> Tensor:
-        """-ln of the mean over draws z ~ q(z | x) of p(x, z) / q(z | x), per sentence.
+    ) -> tuple[Tensor, Tensor]:
+        """ln p(x, z) and ln q(z | x) of draws z ~ q(z | x): what `importance_weighted_nll` is given.
 
         Args:
             tokens: (batch, length).
@@ -164,7 +163,7 @@ class SentenceVAE(nn.Module):
             rows: sentences that are decoded at a time, which bounds memory.
 
         Returns:
-            (batch,), in nats.
+            (batch, samples) each, in nats.
         """
         count, zero = len(tokens), torch.zeros_like(mean)
         joint: list[Tensor] = []
@@ -178,7 +177,7 @@ class SentenceVAE(nn.Module):
             likelihood = -self.reconstruction(z.flatten(0, 1), repeated).view(draws, count)
             joint.append(likelihood + gaussian_log_density(zero, zero, z))
             posterior.append(gaussian_log_density(mean, log_variance, z))
-        return importance_weighted_nll(torch.cat(joint).T, torch.cat(posterior).T)
+        return torch.cat(joint).T, torch.cat(posterior).T
 
 
 @contextmanager

@@ -307,11 +307,12 @@ class TextVAE(LightningModule):
         z = mean + (log_variance / 2).exp() * noise.to(mean)[new]
         reconstruction = self.model.reconstruction(z, tokens)
         kl = gaussian_kl_per_unit(mean, (log_variance / 2).exp(), 0.0, 1.0).sum(1)
-        nll = reconstruction + kl
+        # The ELBO, whose divergence is exact, takes the place of one draw's ln p(x, z) - ln q(z | x).
+        joint, posterior = -(reconstruction + kl)[:, None], torch.zeros_like(kl)[:, None]
         if samples:
             generator = generator_of(self.seed, batch_idx, _SAMPLES, rank)
-            nll = self.model.importance_weighted(tokens, mean, log_variance, samples, generator, self.rows)
-        metrics.update(nll, reconstruction, kl, batch["lengths"], mean, log_variance, z)
+            joint, posterior = self.model.importance_weighted(tokens, mean, log_variance, samples, generator, self.rows)
+        metrics.add(joint, posterior, reconstruction, batch["lengths"], mean, log_variance, z)
 
     def _new(self, batch: SentenceBatch) -> Tensor:
         """Which sentences a distributed sampler does not repeat: repeated ones would bias MI and AU."""

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 
 from lightning_peft import AdapterInjection, ConcatCritic, LoRA, SeparableCritic
+from lightning_peft.functional.latent import importance_weighted_nll
 from lightning_peft.functional.mutual_information import dv
 from lightning_peft.modules import (
     FreeBits,
@@ -240,8 +241,8 @@ def test_property_12_planted_units_are_active() -> None:
     mean = torch.cat([torch.randn(n, planted), 0.05 * torch.randn(n, 32 - planted)], 1)
     metrics = LatentLanguageMetrics()
     for part in mean.split(100):
-        one = torch.ones(len(part))
-        metrics.update(one, one, one, one, part, torch.zeros_like(part), part + torch.randn_like(part))
+        one, draw = torch.ones(len(part)), torch.ones(len(part), 1)
+        metrics.add(-draw, 0 * draw, one, one, part, torch.zeros_like(part), part + torch.randn_like(part))
     figures = metrics.compute()
     assert figures["au"].item() == planted
     assert figures["n"].item() == n
@@ -263,9 +264,8 @@ def test_property_13_more_draws_give_a_lower_bound() -> None:
         kl = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum(1)
 
         def nll(samples: int) -> float:
-            return float(
-                vae.model.importance_weighted(tokens, mean, log_variance, samples, generator_of(5), rows=64).mean()
-            )
+            draws = vae.model.importance_weighted(tokens, mean, log_variance, samples, generator_of(5), rows=64)
+            return float(importance_weighted_nll(*draws).mean())
 
         elbo, few, many = float((reconstruction + kl).mean()), nll(5), nll(100)
     assert many < few < elbo
