@@ -34,9 +34,9 @@ import runs  # noqa: E402
 from inputs import reuters  # noqa: E402
 from lightning.pytorch import Trainer, seed_everything  # noqa: E402
 
-from lightning_peft import ConcatCritic  # noqa: E402
 from lightning_peft.modules import (  # noqa: E402
     FreeBits,
+    GaussianCritic,
     Lagging,
     LatentInformation,
     LinearAnnealing,
@@ -52,7 +52,7 @@ SEEDS, SEARCH_SEED = (0, 1, 2), 1000
 WEIGHTS = (0.1, 0.5, 1.0)
 FULL: dict[str, Any] = {
     "data": "reuters-r52", "words": 20, "vocabulary": 10_000, "batch": 32, "steps": 2500, "lr": 2e-3, "clip": 5.0,
-    "embedding": 64, "hidden": 128, "latent": 32, "dropout": 0.3, "start": 0.1, "spread": 0.1, "samples": 20,
+    "embedding": 64, "hidden": 128, "latent": 32, "dropout": 0.3, "start": 0.1, "spread": 1.0, "samples": 20,
     "scored": 1024, "validations": 10, "val_share": 0.05,
 }  # fmt: skip
 QUICK = {
@@ -76,13 +76,12 @@ class Method:
     settings: Mapping[str, Any]
 
 
-INFORMATION = {"estimator": "dv", "critic_hidden": 128, "critic_lr": 1e-3, "critic_steps": 4, "warmup": 0.0}
+INFORMATION = {"estimator": "dv", "critic": "GaussianCritic", "critic_lr": 1e-3, "critic_steps": 4, "warmup": 0.0}
 
 
 def information(weight: float) -> dict[str, Any]:
     """MI-VAE's term."""
-    critic = partial(ConcatCritic, hidden=128)
-    return {"information": LatentInformation(weight, "dv", critic, warmup=0.0, lr=1e-3, critic_steps=4)}
+    return {"information": LatentInformation(weight, "dv", GaussianCritic, warmup=0.0, lr=1e-3, critic_steps=4)}
 
 
 METHODS = {

@@ -21,8 +21,15 @@ from inputs import reuters  # noqa: E402
 from lightning.pytorch import Trainer, seed_everything  # noqa: E402
 from lightning.pytorch.loggers import TensorBoardLogger  # noqa: E402
 
-from lightning_peft import ConcatCritic  # noqa: E402
-from lightning_peft.modules import LatentInformation, LSTMDecoder, LSTMEncoder, Pieces, SentenceData, TextVAE  # noqa: E402
+from lightning_peft.modules import (  # noqa: E402
+    GaussianCritic,
+    LatentInformation,
+    LSTMDecoder,
+    LSTMEncoder,
+    Pieces,
+    SentenceData,
+    TextVAE,
+)
 from lightning_peft.modules.text_files import read_file  # noqa: E402
 from lightning_peft.modules.text_vae import latent_picture  # noqa: E402
 
@@ -49,14 +56,15 @@ QUICK = Sizes(vocabulary=500, embedding=8, hidden=8, latent=4, steps=8, most=400
 def build(sizes: Sizes, weight: float, seed: int) -> TextVAE:
     """The model of vae.yaml; with weight 0 a plain VAE."""
     both = {"embedding": sizes.embedding, "hidden": sizes.hidden, "start": 0.1}
-    critic = partial(ConcatCritic, hidden=128)
     return TextVAE(
         sizes.vocabulary,
         sizes.latent,
         partial(LSTMEncoder, **both),
         partial(LSTMDecoder, **both, dropout=0.3),
-        information=LatentInformation(weight, critic=critic, warmup=0.0, lr=1e-3, critic_steps=4) if weight else None,
-        spread=0.1,
+        information=LatentInformation(weight, critic=GaussianCritic, warmup=0.0, lr=1e-3, critic_steps=4)
+        if weight
+        else None,
+        spread=1.0,
         lr=2e-3,
         samples=sizes.samples,
         seed=seed,

@@ -66,7 +66,8 @@ class SentenceVAE(nn.Module):
 
     def reconstruction(self, z: Tensor, tokens: Tensor) -> Tensor:
         """-ln p(x | z) of each sentence: (batch,), in nats."""
-        return sentence_losses(self.decoder(z, tokens[:, :-1]), tokens[:, 1:])
+        # z is kept in float32 at least; a decoder of a model of lower precision takes its own type.
+        return sentence_losses(self.decoder(z.to(self.posterior.weight), tokens[:, :-1]), tokens[:, 1:])
 
     @torch.no_grad()
     def decode(
@@ -82,14 +83,19 @@ class SentenceVAE(nn.Module):
 
         Returns:
             (batch, at most `longest`) words; :meth:`texts` writes them.
+
+        Raises:
+            ValueError: z is of another width, or both a beam and a temperature are given.
         """
         if beam > 1 and temperature > 0:
             raise ValueError(
                 f"beam={beam} looks for likely sentences, and temperature={temperature} draws: choose one."
             )
+        if z.ndim != 2 or z.shape[1] != self.latent:
+            raise ValueError(f"z must be (batch, {self.latent}), one point in each row. Got {tuple(z.shape)}.")
         known = None if self.vocabulary is None else len(self.vocabulary)
         with _evaluating(self):
-            z = z.to(self.device)
+            z = z.to(self.posterior.weight)
             if beam != 1:
                 return beam_search(self.decoder, z, self.longest, beam, known)
             return one_by_one(self.decoder, z, self.longest, temperature, generator, known)
@@ -135,7 +141,17 @@ class SentenceVAE(nn.Module):
         return [vocabulary.decode(row) for row in tokens]
 
     def read(self, sentences: Sequence[str]) -> SentenceBatch:
-        """A batch of sentences that somebody wrote, for an encoder that reads words."""
+        """A batch of sentences that somebody wrote, for an encoder that reads words.
+
+        Raises:
+            TypeError: it is one string.
+            ValueError: there is none.
+            RuntimeError: the vocabulary is not known.
+        """
+        if isinstance(sentences, str):
+            raise TypeError(f"sentences={sentences!r}: give a list of sentences, [{sentences!r}].")
+        if not sentences:
+            raise ValueError("sentences is empty: give at least one.")
         vocabulary = self._require_vocabulary()
         batch = Collate(None)([{"tokens": torch.tensor(vocabulary.encode(words_of(text)))} for text in sentences])
         return {"tokens": batch["tokens"].to(self.device), "lengths": batch["lengths"].to(self.device)}

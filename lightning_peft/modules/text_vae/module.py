@@ -129,6 +129,7 @@ class TextVAE(LightningModule):
         self._board = LatentBoard()
         self._seen = -1  # the last evaluated place: a distributed sampler begins anew to fill its last batch
         self._noted: tuple[Tensor, Tensor] | None = None
+        self._left_over = -1  # the epoch of the last batch of a single sentence
 
     # Training
 
@@ -174,7 +175,7 @@ class TextVAE(LightningModule):
         figures["beta"] = beta
         if len(mean) > 1:
             figures["au"] = active_units(mean.detach()).float()
-        if self.information is not None:
+        if self.information is not None and self._has_negatives(len(tokens) * world):
             loss = loss - self._inform(self.information, self.information.features(encoded), z, step, total)
         if self.lagging is not None and self.lagging.active:
             sums = torch.stack([(reconstruction + beta * kl.sum(1)).sum().detach(), batch["lengths"].sum().to(loss)])
@@ -183,6 +184,18 @@ class TextVAE(LightningModule):
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(tokens))
         self.log_dict({f"train/{name}": value for name, value in figures.items()}, batch_size=len(tokens))
         return loss
+
+    def _has_negatives(self, sentences: int) -> bool:
+        """Whether a global batch has pairs to compare: one of an epoch, what is left over, may be one sentence."""
+        if sentences > 1:
+            return True
+        if self._left_over == self.current_epoch or self.trainer.num_training_batches == 1:
+            raise ValueError(
+                "information compares each sentence with the others of its batch, and batches have 1. Give "
+                "SentenceData a batch_size of 2 or more (32 or 64 are usual), or leave out information."
+            )
+        self._left_over = self.current_epoch
+        return False
 
     def _inform(self, information: LatentInformation, h: Tensor, z: Tensor, step: int, total: int) -> Tensor:
         scores = information.scores(self.everyone.gather(h), self.everyone.gather(z))
@@ -198,7 +211,7 @@ class TextVAE(LightningModule):
     def _train_critic(self, encoded: Encoded, mean: Tensor, log_variance: Tensor, place: tuple[int, ...]) -> None:
         """The critic's steps on this batch before the last, which is everybody's: on all processes alike."""
         information, world = self.information, self.everyone.world
-        if information is None or information.critic_steps == 1:
+        if information is None or information.critic_steps == 1 or len(mean) * world == 1:
             return
         h, mean, std = (
             self.everyone.gather(t) for t in (information.features(encoded), mean, (log_variance / 2).exp())

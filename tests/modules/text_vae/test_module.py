@@ -18,6 +18,7 @@ from lightning_peft.functional.latent import importance_weighted_nll
 from lightning_peft.functional.mutual_information import dv
 from lightning_peft.modules import (
     FreeBits,
+    GaussianCritic,
     Lagging,
     LatentInformation,
     LinearAnnealing,
@@ -376,6 +377,29 @@ def first_log_moving(vae: TextVAE, data: SentenceData) -> Tensor:
     return other.logsumexp(0) - math.log(len(other))
 
 
+def test_one_sentence_left_over_is_trained_on_without_the_term(write: Any) -> None:
+    source = write("t.csv", [(f"the {word} is red", "a") for word in ("car", "sky", "tree", "sea", "road")])
+
+    def trained(batch_size: int) -> dict[str, Tensor]:
+        data = SentenceData(source, cut=Sentences(fewest=2), vocabulary_size=WORDS, batch_size=batch_size, val_share=0)
+        vae = make(information=LatentInformation(critic=GaussianCritic, critic_steps=2))
+        return fit(vae, data, steps=2, max_epochs=1).callback_metrics
+
+    figures = trained(4)
+    assert figures["mi/n"].item() == 4
+    assert figures["train/loss"].isfinite()
+    with pytest.raises(ValueError, match=r"information compares each sentence .* Give SentenceData a batch_size of 2"):
+        trained(1)
+
+
+def test_it_trains_and_writes_in_half_precision(data: SentenceData) -> None:
+    vae = make(information=LatentInformation(critic=GaussianCritic, critic_steps=2))
+    trainer = fit(vae, data, steps=2, precision="bf16-true", val_check_interval=1)
+    assert vae.model.posterior.weight.dtype == torch.bfloat16
+    assert math.isfinite(trainer.callback_metrics["val/nll"])
+    assert vae.model.decode(torch.zeros(2, LATENT), beam=2).shape[0] == 2
+
+
 def test_the_critics_own_steps_move_nothing_else(data: SentenceData) -> None:
     """Three steps of the critic beside one of all, in one optimizer: the critic's count is its own."""
     vae = make(information=LatentInformation(critic=partial(ConcatCritic, hidden=8), critic_steps=4))
@@ -511,12 +535,22 @@ def test_the_encoder_does_not_look_at_filling() -> None:
         (lambda: LSTMDecoder(9, 2, dropout=1.0), r"dropout=1\.0: it is a share of the entries"),
         (lambda: TransformerDecoder(9, 2, width=9, heads=2), r"heads=2 do not divide width=9"),
         (lambda: make().model.interpolate(torch.zeros(4), torch.ones(4), steps=1), r"steps=1: a line has at least 2"),
+        (
+            lambda: make().model.decode(torch.zeros(2, 3)),
+            r"z must be \(batch, 4\), one point in each row. Got \(2, 3\)",
+        ),
+        (lambda: make().model.read([]), r"sentences is empty: give at least one"),
         (lambda: make().model.sample(1, temperature=-1.0), r"temperature=-1\.0: it is 0 for the likeliest words"),
     ],
 )
 def test_bad_arguments(make_it: Any, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         make_it()
+
+
+def test_one_string_is_no_list_of_sentences() -> None:
+    with pytest.raises(TypeError, match=r"sentences='the sky': give a list of sentences, \['the sky'\]"):
+        make().model.read("the sky")
 
 
 def test_one_critic_is_not_for_two(data: SentenceData) -> None:
