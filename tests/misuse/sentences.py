@@ -56,6 +56,17 @@ def long_sentence() -> None:
     tested(TextVAE(20, 2, SMALL["encoder"], decoder, samples=1), data())
 
 
+def lonely() -> None:
+    vae = TextVAE(20, 2, **SMALL, information=LatentInformation())
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(accelerator="cpu", max_epochs=1, enable_checkpointing=False, **quiet)
+    trainer.fit(vae, datamodule=data(batch_size=1))
+
+
+def one_string() -> None:
+    TextVAE(20, 2, **SMALL).model.read("The sky is blue.")
+
+
 def nameless() -> None:
     vae = TextVAE(20, 2, **SMALL)
     vae.model.texts(vae.model.sample(1))
@@ -75,6 +86,8 @@ ROWS: Rows = {
         lambda: LatentInformation(estimator="club"),  # type: ignore[arg-type]
         ValueError,
     ),
+    "information in batches of one sentence": (lonely, ValueError),
+    "one string as sentences": (one_string, TypeError),
     "one critic for two sentence VAEs": (shared, RuntimeError),
     "a negative weight of a VAE's divergence": (lambda: TextVAE(20, 2, **SMALL, kl_weight=-1.0), ValueError),
     "free bits of nothing": (lambda: FreeBits(0.0), ValueError),
