@@ -241,7 +241,7 @@ class Compression:
         weighting = self.weighting or chosen.weighting
         plan = Plan(self.ratio, self.targets, self.calibration, weighting, steps, self.seed)
         training = chosen.training or Training(self.lr, _HEAD_LR if task.missing(module) else self.lr)
-        saving = Saving(done.checkpoint("compression"), self.save_every)
+        saving = Saving(done, "compression", self.save_every)
         return self._fit(module, data, task, chosen.callbacks(plan), steps or 1, training, saving)
 
     def _fine_tune(self, module: Any, data: PlannedData, task: Task, done: Progress) -> float:
@@ -250,7 +250,7 @@ class Compression:
             teacher = task.module(data)
             callbacks = [Regularization({"distillation": Distillation(self.distill, teacher, of="model")})]
         self._say(f"Fine-tuning for {self.fine_tuning} steps.")
-        saving = Saving(done.checkpoint("fine-tuning"), self.save_every)
+        saving = Saving(done, "fine-tuning", self.save_every)
         return self._fit(module, data, task, callbacks, self.fine_tuning, Training(self.lr, self.lr), saving)
 
     def _fit(

@@ -108,6 +108,26 @@ def test_it_goes_on_to_the_same_bits(
     assert sorted(path.name for path in Path().iterdir() if "out" in path.name) == ["out"]
 
 
+@pytest.mark.filterwarnings("ignore:masks have learned to keep")
+def test_it_goes_on_where_the_dense_model_has_no_quality_to_measure(
+    models: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its head is new, so that the first thing that is kept is a checkpoint."""
+    steps = Steps(monkeypatch)
+    options: dict[str, Any] = {"task": "classification", "method": "rankdyna", "steps": 20}
+    run(models.headless, models.csv, "whole", **options)
+    steps.until(17)
+    with pytest.raises(Stopped):
+        run(models.headless, models.csv, **options)
+    with pytest.raises(FileExistsError, match=r"steps was 20 and is 30\."):
+        run(models.headless, models.csv, **(options | {"steps": 30}))
+    steps.until(0)
+    run(models.headless, models.csv, **options)
+    assert steps.count == 4
+    assert same("out", "whole")
+    assert not LEFT.exists()
+
+
 def test_a_full_disk_at_the_end_costs_the_writing_alone(
     models: SimpleNamespace, encoder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
