@@ -118,7 +118,7 @@ class Compression:
             raise ValueError(f"weighting={self.weighting!r}: {self.method} has its own.")
 
     @isolate_rng()  # the caller's generators are left as they were
-    def run(self, model: str, source: Source | str, out: str | Path, overwrite: bool = False) -> Report:
+    def run(self, model: str | Path, source: Source | str | Path, out: str | Path, overwrite: bool = False) -> Report:
         """Compress a model.
 
         What was stopped goes on: called again with the same arguments, a job begins where it stood when it last kept
@@ -142,12 +142,12 @@ class Compression:
         with nullcontext() if self.progress else silence():
             return self._run(model, source, Path(out), overwrite)
 
-    def _run(self, model: str, source: Source | str, out: Path, overwrite: bool) -> Report:
+    def _run(self, model: str | Path, source: Source | str | Path, out: Path, overwrite: bool) -> Report:
         refuse_to_overwrite(out, overwrite)  # now, not after an hour
         task = task_of(str(model), self.task)
         full = components(skeleton(task.folder, task.architecture()), self.targets, self.ratio)
         clock, chosen = Clock(), method(self.method)
-        source = Source(source, seed=self.seed) if isinstance(source, str) else source
+        source = source if isinstance(source, Source) else Source(str(source), seed=self.seed)
         with clock.stage("reading"):
             self._draw_anew()
             data = task.data(source)
@@ -311,7 +311,9 @@ class Compression:
             rank_zero_info(text)
 
 
-def compress(model: str, source: Source | str, out: str | Path, overwrite: bool = False, **options: Any) -> Report:
+def compress(
+    model: str | Path, source: Source | str | Path, out: str | Path, overwrite: bool = False, **options: Any
+) -> Report:
     """Compress a transformers model in a folder; see :class:`Compression` for the options and `run` for the rest.
 
     Example:

@@ -250,6 +250,13 @@ def test_what_a_killed_process_leaves_is_cleared(models: SimpleNamespace, encode
     assert not LEFT.exists()
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_texts_may_be_named_by_a_path(models: SimpleNamespace, encoder: str, whole: bool) -> None:
+    csv = Path(models.csv)
+    compress(encoder, Source(csv, test=csv) if whole else csv, "out", progress=False, method="svd")
+    assert Path("out/report.json").is_file()
+
+
 def test_a_job_that_cannot_begin_leaves_nothing(models: SimpleNamespace) -> None:
     with pytest.raises(ValueError, match=r"has no weights for classifier"):
         compress(models.headless, models.csv, "out", task="classification", method="svd", progress=False)
