@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -69,14 +69,16 @@ def find_head(module: nn.Module) -> Head:
             languages.append(name)
             outputs.append(names.get(id(output), ""))  # inside the backbone where a model is its own base (T5)
 
-    def below(name: str, roots: list[str]) -> bool:
+    def below(name: str, roots: Sequence[str]) -> bool:
         return any(not root or name == root or name.startswith(root + ".") for root in roots)
 
     outside = tuple(
-        n for n in names.values() if n and (n in outputs or not (below(n, backbones) or _above(n, backbones)))
+        n
+        for n in names.values()
+        if n and (n in outputs or below(n, made) or not (below(n, backbones) or _above(n, backbones)))
     )
     parameters = (clean_name(n) for n, _ in module.named_parameters())
-    trained = (n for n in parameters if not below(n, backbones) and not below(n, languages))
+    trained = (n for n in parameters if below(n, made) or not (below(n, backbones) or below(n, languages)))
     return Head(frozenset(trained), outside)
 
 

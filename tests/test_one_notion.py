@@ -177,7 +177,9 @@ def test_the_methods_are_found() -> None:
 def test_shared_code_names_no_method() -> None:
     files = [path.relative_to(PACKAGE).as_posix() for path in shared()]
     wanted = (
-        "checkpoint.py",
+        "checkpoint/entry.py",
+        "checkpoint/checks.py",
+        "checkpoint/loading.py",
         "export.py",
         "compaction.py",
         "resizing.py",

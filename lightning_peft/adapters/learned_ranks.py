@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from math import floor
 from typing import Literal
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.arguments import require_integer
+from lightning_peft.default_dtype import float32_by_default
 from lightning_peft.functional.rank_masks import require_ratio, select_ranks, whole_ranks
 from lightning_peft.rank.budget import RankBudget, Unit
 from lightning_peft.rank.sampling import KeepProbability, MaskSampler, SamplingPolicy
@@ -111,7 +111,7 @@ class LearnedRanks(SamplingPolicy):
         sampler, gates = self._kept.sampler, [site.gate for site in budget.values()]
         # Those of another model have learned something else, though they be as many and as long.
         if sampler is None or sampler.layers != layers or gates != [site.gate for site in self._budget.values()]:
-            with _on_cpu():
+            with float32_by_default(), torch.device("cpu"):  # whatever `configure_model` runs with
                 sampler = self._kept.sampler = self._new(layers)
             if budget:
                 sampler.to(next(iter(budget.values())).gate.mask.device)
@@ -205,15 +205,3 @@ class LearnedRanks(SamplingPolicy):
                 "the learning rate, or raise the weight of the budget's penalty.",
                 stacklevel=4,
             )
-
-
-@contextmanager
-def _on_cpu() -> Iterator[None]:
-    """New tensors are float32 and on the CPU, whatever default `configure_model` runs with."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.device("cpu"):
-            yield
-    finally:
-        torch.set_default_dtype(before)

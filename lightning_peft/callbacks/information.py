@@ -27,11 +27,11 @@ _PICTURES = 100
 class InformationMonitor(Preflight):
     """Show what each adapted layer still tells of what its base would have given, over training.
 
-        mi/<layer> = I_hat( base(x); adapted(x) ),    InfoNCE with cosine / temperature, x what the layer is called with
+        mi/kept/<layer> = I_hat( base(x); adapted(x) ),    InfoNCE with cosine / temperature, x the layer's input
 
-    In nats, a lower bound, with the ceiling ln n: `mi/ceiling` is logged beside it, and `mi/examples`, which is n. An
-    adapter that does nothing leaves a layer at the value that its base's features have with themselves; what falls
-    below has been overwritten. In TensorBoard `mi/heatmap` has a row per layer and a column per measurement.
+    In nats, a lower bound, with the ceiling ln n: `mi/kept/ceiling` is logged beside it, and `mi/kept/examples`, which
+    is n. An adapter that does nothing leaves a layer at the value that its base's features have with themselves; what
+    falls below has been overwritten. In TensorBoard `mi/heatmap` has a row per layer and a column per measurement.
 
     At every validation, of its first examples, or every so many steps, of the step's own. Each process looks at its own
     examples, and process 0 writes. Nothing is trained and no random number is drawn: the run is the same without it.
@@ -83,6 +83,7 @@ class InformationMonitor(Preflight):
         self._mask: Any = None
         self._rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._hooks: list[Any] = []
+        self._due = 0  # the step that is listened to
         self._drawn = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -107,6 +108,7 @@ class InformationMonitor(Preflight):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.every is not None and (trainer.global_step + 1) % self.every == 0:
+            self._due = trainer.global_step + 1
             self._listen(pl_module)
             self._see(batch)
 
@@ -114,7 +116,7 @@ class InformationMonitor(Preflight):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self._hooks and self.every is not None and trainer.global_step % self.every == 0:
+        if self._hooks and self.every is not None and trainer.global_step >= self._due:  # after its last micro-batch
             self._measure(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -162,6 +164,8 @@ class InformationMonitor(Preflight):
         left = self.examples - sum(len(one) for one, _ in rows)
         if left <= 0 or not args or not isinstance(output, Tensor):
             return
+        if torch._C._current_graph_task_id() != -1:
+            return  # activation checkpointing computes again what was heard
         before = pooled(adapter.base(args[0]), adapter, name, self._mask, self.pool)
         after = pooled(output, adapter, name, self._mask, self.pool)
         rows.append((before[:left].detach().clone(), after[:left].detach().clone()))
@@ -186,8 +190,8 @@ class InformationMonitor(Preflight):
         self.history[step] = {name: values[name] for name in rows if name in values}
         if not trainer.is_global_zero:
             return
-        metrics = {f"mi/{name}": value for name, value in self.history[step].items()}
-        metrics |= {"mi/ceiling": log(n), "mi/examples": float(n)}
+        metrics = {f"mi/kept/{name}": value for name, value in self.history[step].items()}
+        metrics |= {"mi/kept/ceiling": log(n), "mi/kept/examples": float(n)}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step)
         # Often enough to be seen grow, and no picture of every step.

@@ -17,6 +17,7 @@ from lightning_peft.callbacks.order import callbacks_of, require_before, require
 from lightning_peft.callbacks.placement import AdapterPlacement
 from lightning_peft.callbacks.preflight import Preflight, optimized
 from lightning_peft.callbacks.reentrant import recomputes, with_early_gradients
+from lightning_peft.default_dtype import float32_by_default
 from lightning_peft.distributed import Processes, average_gradients, broadcast, is_shard, world_size
 from lightning_peft.regularizers.base import Regularizer, regularized
 from lightning_peft.seams import when_built, wrap_method
@@ -88,8 +89,10 @@ class Regularization(Preflight):
             self._undo = [wrap_method(pl_module, name, link) for name, link in links]
 
     def _attach(self, module: LightningModule) -> None:
-        for term in self._each().values():
-            term.attach(module)
+        # In whatever dtype `configure_model` runs: terms decide for themselves what the Trainer may cast.
+        with float32_by_default():
+            for term in self._each().values():
+                term.attach(module)
 
     def _register(self, module: LightningModule) -> None:
         # Terms may own parameters: as a child of the module they reach optimizer, strategy and checkpoint. They stay

@@ -175,8 +175,8 @@ def require_not_selected(monitors: Sequence[str], tried: int) -> None:
     if tried > 1:
         return
     for monitor in monitors:
-        head = monitor.replace("-", "/").split("/")[0].split("_")[0].lower()
-        if head not in _VALIDATION:
+        head = monitor.replace("-", "/").split("/")[0].lower()
+        if not f"{head}_".startswith(tuple(f"{name}_" for name in _VALIDATION)):
             raise MisconfigurationException(
                 f"checkpoints are kept by {monitor!r}, which may be a figure of the bound set, so the best of several "
                 "would be certified as if it were the only one. Say how many were compared (tried=...), or monitor a "

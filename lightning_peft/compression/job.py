@@ -118,7 +118,7 @@ class Compression:
             raise ValueError(f"weighting={self.weighting!r}: {self.method} has its own.")
 
     @isolate_rng()  # the caller's generators are left as they were
-    def run(self, model: str, source: Source | str, out: str | Path, overwrite: bool = False) -> Report:
+    def run(self, model: str | Path, source: Source | str | Path, out: str | Path, overwrite: bool = False) -> Report:
         """Compress a model.
 
         What was stopped goes on: called again with the same arguments, a job begins where it stood when it last kept
@@ -142,12 +142,12 @@ class Compression:
         with nullcontext() if self.progress else silence():
             return self._run(model, source, Path(out), overwrite)
 
-    def _run(self, model: str, source: Source | str, out: Path, overwrite: bool) -> Report:
+    def _run(self, model: str | Path, source: Source | str | Path, out: Path, overwrite: bool) -> Report:
         refuse_to_overwrite(out, overwrite)  # now, not after an hour
         task = task_of(str(model), self.task)
         full = components(skeleton(task.folder, task.architecture()), self.targets, self.ratio)
         clock, chosen = Clock(), method(self.method)
-        source = Source(source, seed=self.seed) if isinstance(source, str) else source
+        source = source if isinstance(source, Source) else Source(str(source), seed=self.seed)
         with clock.stage("reading"):
             self._draw_anew()
             data = task.data(source)
@@ -241,7 +241,7 @@ class Compression:
         weighting = self.weighting or chosen.weighting
         plan = Plan(self.ratio, self.targets, self.calibration, weighting, steps, self.seed)
         training = chosen.training or Training(self.lr, _HEAD_LR if task.missing(module) else self.lr)
-        saving = Saving(done.checkpoint("compression"), self.save_every)
+        saving = Saving(done, "compression", self.save_every)
         return self._fit(module, data, task, chosen.callbacks(plan), steps or 1, training, saving)
 
     def _fine_tune(self, module: Any, data: PlannedData, task: Task, done: Progress) -> float:
@@ -250,7 +250,7 @@ class Compression:
             teacher = task.module(data)
             callbacks = [Regularization({"distillation": Distillation(self.distill, teacher, of="model")})]
         self._say(f"Fine-tuning for {self.fine_tuning} steps.")
-        saving = Saving(done.checkpoint("fine-tuning"), self.save_every)
+        saving = Saving(done, "fine-tuning", self.save_every)
         return self._fit(module, data, task, callbacks, self.fine_tuning, Training(self.lr, self.lr), saving)
 
     def _fit(
@@ -311,7 +311,9 @@ class Compression:
             rank_zero_info(text)
 
 
-def compress(model: str, source: Source | str, out: str | Path, overwrite: bool = False, **options: Any) -> Report:
+def compress(
+    model: str | Path, source: Source | str | Path, out: str | Path, overwrite: bool = False, **options: Any
+) -> Report:
     """Compress a transformers model in a folder; see :class:`Compression` for the options and `run` for the rest.
 
     Example:

@@ -24,8 +24,9 @@ _CONTENTS = "the contents of "
 class Progress:
     """The stages of a job that are over, with what they gave, and where its fits stand.
 
-    The folder is there from the first stage that is over until the job is done. Every file in it is written whole or
-    not at all, and says nothing that another must agree with, so a job may be stopped at any moment.
+    The folder is there from the first checkpoint, or the first stage that is over, until the job is done. Every file in
+    it is written whole or not at all, and says nothing that another must agree with, so a job may be stopped at any
+    moment.
 
     Args:
         out: folder that the job will write; this one is beside it, `<out>.unfinished`.
@@ -90,13 +91,21 @@ class Progress:
         start = time.perf_counter()
         value = call()
         self._stages[stage] = {"value": value, "seconds": time.perf_counter() - start}
+        self._write()
+        return value, 0.0
+
+    def _write(self) -> None:
         content = {"arguments": self.arguments, "stages": self._stages}
         write_whole(self.folder / _JOB, (json.dumps(content, indent=2) + "\n").encode())
-        return value, 0.0
 
     def checkpoint(self, stage: str) -> Path:
         """The file of where a stage that trains stands."""
         return self.folder / f"{stage}.ckpt"
+
+    def claim(self) -> None:
+        """Say whose folder it is, before a checkpoint is written there, if no stage that is over has said so."""
+        if not (self.folder / _JOB).is_file():
+            self._write()
 
     def clear(self) -> None:
         """The job is done. Killed in between, this leaves a job that has kept less, and no other one."""
@@ -109,15 +118,18 @@ class Saving(Callback):
     """Keep where a fit stands: when the statistics are there, every few minutes, and when it is over.
 
     Args:
-        path: file to write, whole or not at all.
+        done: the job's progress.
+        stage: of the job, that the fit is.
         minutes: between two checkpoints.
 
     Attributes:
+        path: file to write, whole or not at all.
         seconds_before: time that the fit took in earlier runs, up to the checkpoint that this one goes on from.
     """
 
-    def __init__(self, path: Path, minutes: float) -> None:
-        self.path, self.minutes = path, minutes
+    def __init__(self, done: Progress, stage: str, minutes: float) -> None:
+        self.path, self.minutes = done.checkpoint(stage), minutes
+        self._done = done
         self.seconds_before = 0.0
         self._start = self._saved = time.perf_counter()
 
@@ -137,6 +149,7 @@ class Saving(Callback):
         self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
+        self._done.claim()
         trainer.save_checkpoint(self.path)
         self._saved = time.perf_counter()
 

@@ -6,6 +6,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,6 +40,11 @@ class Source:
     length: int | None = None
     batch_size: int | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("train", "test"):
+            if isinstance(path := getattr(self, name), PathLike):
+                object.__setattr__(self, name, fspath(path))
 
 
 class Task(ABC):

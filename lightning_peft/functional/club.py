@@ -76,7 +76,7 @@ def club_sample(log_densities: Tensor, permutation: Tensor) -> Tensor:
         A scalar, in nats.
 
     Raises:
-        ValueError: the densities are not square, fewer than 2 x 2, or the permutation is not one of N.
+        ValueError: the densities are not square, fewer than 2 x 2, or the permutation has not N entries.
     """
     log_densities = _checked(log_densities)
     if permutation.shape != log_densities.shape[:1]:

@@ -92,7 +92,7 @@ def to_hf_peft(
     paths = [target.path for target in targets]
     if head:
         refuse_head_modules(host, "to_hf_peft", "Give head=False, and save the layers of fold_heads(module) yourself.")
-    trained = head_modules(module, name, host) if head else {}
+    trained = kept_modules(module, name, host) if head else {}
     statistics = with_statistics(host, trained)
     kept = _states(trained | statistics) if head else {}
     base = base_model_name_or_path or getattr(getattr(host, "config", None), "_name_or_path", None) or None
@@ -171,7 +171,7 @@ def _how_to_check(check: Check) -> Check:
     return check if check != "auto" else "peft" if installed else "files"
 
 
-def head_modules(module: nn.Module, name: str, host: nn.Module) -> dict[str, nn.Module]:
+def kept_modules(module: nn.Module, name: str, host: nn.Module) -> dict[str, nn.Module]:
     """The modules that are kept beside the adapters, by name in the host, which is called `name` in the module.
 
     Raises:

@@ -8,7 +8,8 @@ from math import ceil
 
 from torch import Tensor, nn
 
-from lightning_peft.interop.hf_peft import head_modules
+from lightning_peft.head_modules import refuse_head_modules
+from lightning_peft.interop.hf_peft import kept_modules
 from lightning_peft.interop.host import find_host, with_statistics
 from lightning_peft.interop.targets import PREFIX, all_targets, has_lengths
 from lightning_peft.rank.budget import clean_name
@@ -28,7 +29,8 @@ def exported_bytes(module: nn.Module, share: float | None, width: Callable[[Tens
     try:
         name, host = find_host(module, "to_hf_peft")
         targets = all_targets(host)
-        head = head_modules(module, name, host)
+        refuse_head_modules(host, "to_hf_peft", "")
+        head = kept_modules(module, name, host)
         head |= with_statistics(host, head)
     except (TypeError, ValueError):  # not a fault: the adapters are trained and merged all the same
         return None

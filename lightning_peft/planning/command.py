@@ -74,6 +74,8 @@ def run(options: argparse.Namespace) -> str:
     """
     injection, policy, terms = _method(options)
     module = skeleton(options.model, options.architecture, options.dtype)
+    for term in terms.values():
+        term.before_adapters(module)
     inject(module, injection.adapter, options.targets, injection.train if options.train is None else options.train)
     for term in terms.values():
         term.attach(module)

@@ -58,7 +58,8 @@ def plan(
     Not counted: activations, the weights that FSDP gathers for a moment, casts of mixed precision, what a calibration
     holds before the first step (GoRA: a float32 gradient of every adapted weight), and what the libraries themselves
     take. What a callback has opened or closed is not known: all components count, unless there is a final budget. What
-    a callback adds to the module (what draws masks, terms with parameters) counts if it is there: add it first.
+    a callback adds to the module (what draws masks, terms with parameters) counts if it is there: add it first, a
+    term's by `before_adapters(module)` before :func:`~lightning_peft.inject` and `attach(module)` after it.
 
     Args:
         module: a module with adapters, on any device; nothing is allocated, no mask is read.

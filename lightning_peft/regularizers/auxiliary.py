@@ -14,7 +14,7 @@ from torch.optim import Adam, Optimizer
 from lightning_peft.arguments import require_integer, require_number
 from lightning_peft.regularizers.base import Regularizer, Weight
 from lightning_peft.regularizers.probes import Pool, Probes
-from lightning_peft.regularizers.wide import Wide, widened
+from lightning_peft.regularizers.wide import Wide
 
 
 class Auxiliary(Regularizer, Wide):
@@ -142,7 +142,7 @@ class Auxiliary(Regularizer, Wide):
         return self._probes
 
     def forward(self, module: nn.Module, batch: Any, outputs: Any) -> Tensor:
-        rows = [self.everyone.gather(_in_float(tensor)) for tensor in self.features(module, batch, outputs)]
+        rows = [self.everyone.gather(self._cast(tensor)) for tensor in self.features(module, batch, outputs)]
         counts = sorted({len(each) for each in rows})
         if len(counts) > 1:
             raise RuntimeError(
@@ -153,6 +153,9 @@ class Auxiliary(Regularizer, Wide):
             if torch.is_grad_enabled():
                 self._fit([each.detach() for each in rows])
             return self.penalty(*rows)
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.computes_in(tensor)) if tensor.is_floating_point() else tensor
 
     def _fit(self, rows: Sequence[Tensor]) -> None:
         own = list(self.apart())
@@ -215,7 +218,3 @@ class Auxiliary(Regularizer, Wide):
     def figures(self) -> Mapping[str, Tensor]:
         """`fit`: what own parameters minimise, before the last inner step."""
         return {} if self._fit_loss is None else {"fit": self._fit_loss}
-
-
-def _in_float(tensor: Tensor) -> Tensor:
-    return tensor.to(widened(tensor)) if tensor.is_floating_point() else tensor

@@ -108,6 +108,12 @@ class _CLUB(Auxiliary):
             raise RuntimeError(f"{type(self).__name__} has no q yet: attach(module) makes it, once adapters are in.")
         return self.q
 
+    def _require_width(self, what: str, tensor: Tensor, width: int, argument: str = "features") -> None:
+        if tensor.shape[1] != width:
+            raise RuntimeError(
+                f"{what} is {tensor.shape[1]} wide, and q was made for {width}: say {argument}={tensor.shape[1]}."
+            )
+
     def _require_pairs(self, count: int) -> None:
         if count < 2:
             raise RuntimeError(
@@ -205,6 +211,10 @@ class CLUB(_CLUB):
         if not isinstance(x, Tensor) or x.dim() != 2 or not x.is_floating_point():
             kind = f"a tensor of shape {tuple(x.shape)} and {x.dtype}" if isinstance(x, Tensor) else repr(x)
             raise RuntimeError(f"given must give floating-point numbers, (N, d). Got {kind}.")
+        q: Any = self._q()
+        given = "given" if callable(self.given) else repr(self.given)
+        self._require_width(given, x, q.mean[0].in_features, "given_features")
+        self._require_width(repr(self.layer), z, q.mean[-1].out_features)
         return x, z
 
     def fitting(self, *features: Tensor) -> Tensor:
@@ -290,6 +300,8 @@ class CategoricalCLUB(_CLUB):
 
     def features(self, module: nn.Module, batch: Any, outputs: Any) -> Sequence[Tensor]:
         (x,) = self.heard(batch).values()
+        q: Any = self._q()
+        self._require_width(repr(self.layer), x, q.logits[0].in_features)
         return x, self._labels(batch)
 
     def _labels(self, batch: Any) -> Tensor:
@@ -309,8 +321,18 @@ class CategoricalCLUB(_CLUB):
             raise RuntimeError(f"the nuisance label must be (N,) integers. Got {kind}.")
         return found
 
+    def _require_classes(self, y: Tensor) -> None:
+        # Here, of the rows of all processes: they stop together.
+        for found in torch.stack(y.aminmax()).tolist():
+            if not 0 <= found < self.classes:
+                raise RuntimeError(
+                    f"nuisance labels go from 0 to {self.classes - 1}, as classes={self.classes} says. Got {found}: "
+                    "give as many classes as there are, and one of its own to examples whose label is not known."
+                )
+
     def fitting(self, *features: Tensor) -> Tensor:
         x, y = features
+        self._require_classes(y.long())
         return F.cross_entropy(self._q()(x), y.long())
 
     def penalty(self, *features: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_peft.arguments import require_integer
-from lightning_peft.regularizers.wide import Wide, widened
+from lightning_peft.regularizers.wide import Wide
 
 
 class Critic(Wide, ABC):
@@ -47,7 +47,7 @@ class Critic(Wide, ABC):
                 f"this {type(self).__name__} compares rows of {self.d_x} features with rows of {self.d_z}. Got shapes "
                 f"{tuple(x.shape)} and {tuple(z.shape)}: {advice}."
             )
-        dtype = widened(x, z)
+        dtype = self.computes_in(x, z)
         with torch.autocast(x.device.type, enabled=False):
             return self.scores(x.to(dtype), z.to(dtype))
 

@@ -80,8 +80,8 @@ class MutualInformation(Regularizer, Wide):
         TypeError: an argument is of another type.
         ValueError: one is out of range, or a pattern matches no layer; the weight is negative: to have less
             information, an upper bound is made less.
-        RuntimeError: while training: a layer was not called once; there are no labels; the batch is too small for what
-            is asked; the two views are the same; batches of processes are of unequal sizes.
+        RuntimeError: while training: a layer was not called once; there are no labels, or others; the batch is too
+            small for what is asked; the two views are the same; batches of processes are of unequal sizes.
 
     Reference:
         van den Oord et al., 2018, arXiv 1807.03748 (InfoNCE); Hjelm et al., ICLR 2019, arXiv 1808.06670 (JSD);
@@ -212,8 +212,8 @@ class MutualInformation(Regularizer, Wide):
             yield
 
     def forward(self, module: nn.Module, batch: Any, outputs: Any) -> Tensor:
-        x, found = self._heard().pairs(batch, self.everyone, first=not self._checked)
-        z = self._of_labels(found) if isinstance(found, Tensor) else found
+        x, other = self._heard().pairs(batch, self.everyone, first=not self._checked)
+        z = self._of_labels(other) if isinstance(other, Tensor) else other
         n = len(x[0])
         self._require_pairs(n)
         scores, values, objectives = self._grouped(x, z), [], []
@@ -237,13 +237,21 @@ class MutualInformation(Regularizer, Wide):
         return self._figures
 
     def _of_labels(self, labels: Tensor) -> list[Tensor]:
+        assert self.classes is not None
+        if not self._checked or labels.device.type == "cpu":  # elsewhere once in a fit: to look waits for the device
+            odd = labels[(labels < 0) | (labels >= self.classes)].tolist()
+            if odd:
+                raise RuntimeError(
+                    f"of='labels' with classes={self.classes} takes labels from 0 to {self.classes - 1}, and this step "
+                    f"has {odd[0]}. Say how many there are, MutualInformation(classes=...), and leave out examples "
+                    "that have none."
+                )
         if self.cosine:
             weights: list[Tensor] = [each.weight for each in self.embeddings]  # type: ignore[misc]
             if len({weight.shape for weight in weights}) == 1:
-                return list(torch.stack(weights)[:, labels].unbind())
+                return list(torch.stack(weights).index_select(1, labels.long()).unbind())
             return [F.embedding(labels, weight) for weight in weights]
-        assert self.classes is not None
-        return [F.one_hot(labels, self.classes).to(self.log_moving.dtype)] * len(self._names)
+        return [F.one_hot(labels.long(), self.classes).to(self.log_moving.dtype)] * len(self._names)
 
     def _grouped(self, x: Sequence[Tensor], z: Sequence[Tensor]) -> list[tuple[list[int], Tensor]]:
         """Scores of all pairs, (L, N, N), of layers of equal widths, with these layers' places."""

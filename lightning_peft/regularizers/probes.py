@@ -179,13 +179,12 @@ def pooled(output: Tensor, layer: nn.Module, name: str, mask: Any = None, pool: 
     if getattr(attention, "batch_first", True) is False:  # torch's own: positions come first, examples second
         output = output.transpose(0, 1)
     shown = mask if isinstance(mask, Tensor) and mask.shape == output.shape[:2] else None
-    if pool == "first":
-        return output[:, 0]
-    if pool == "last":
+    if pool in ("first", "last"):
         if shown is None:
-            return output[:, -1]
-        positions = torch.arange(output.shape[1], device=output.device)
-        return output[torch.arange(len(output), device=output.device), (shown.bool() * positions).argmax(1)]
+            return output[:, 0 if pool == "first" else -1]
+        ahead = torch.arange(output.shape[1], device=output.device) + 1
+        chosen = (shown.bool() * (ahead if pool == "last" else ahead.flip(0))).argmax(1)
+        return output[torch.arange(len(output), device=output.device), chosen]
     if shown is None:
         return output.mean(1)
     weights = shown.to(torch.promote_types(output.dtype, torch.float32)).unsqueeze(2)

@@ -91,8 +91,7 @@ class VIB(Regularizer):
             raise ValueError(f"growth={growth!r}: choose 'linear' (per epoch, as in the paper's runs) or 'none'.")
         if not callable(beta):
             require_number("beta", beta)
-            if not (beta >= 0 and isfinite(beta)):
-                raise ValueError(f"beta is the weight of a divergence, at least 0 and finite. Got {beta}.")
+            _require_penalty(beta)
         self.head, self.features, self.beta, self.growth = head, features, beta, growth
         self.samples, self.hidden, self.activation, self.loss, self.seed = samples, hidden, activation, loss, seed
         self._beta = 0.0
@@ -130,6 +129,7 @@ class VIB(Regularizer):
 
     def prepare(self, module: nn.Module, batch: Any, step: int, total: int) -> None:
         self._beta = weight_at(self.beta, step, total)
+        _require_penalty(self._beta)
         if self.growth == "linear" and not callable(self.beta):
             epoch: int = getattr(module, "current_epoch", 0) + 1
             self._beta = min(1.0, epoch * self._beta)
@@ -219,6 +219,11 @@ class VIB(Regularizer):
                 "callback does, before there is an optimizer."
             )
         return found
+
+
+def _require_penalty(beta: float) -> None:
+    if not (beta >= 0 and isfinite(beta)):
+        raise ValueError(f"beta is the weight of a divergence, at least 0 and finite. Got {beta}.")
 
 
 def _difference(has: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

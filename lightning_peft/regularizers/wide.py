@@ -21,6 +21,10 @@ class Wide(nn.Module):
                 p.data = before[name].to(p.device)
         return self
 
+    def computes_in(self, tensor: Tensor, *others: Tensor) -> torch.dtype:
+        """The dtype of its parameters, whatever it is given; the widest of what it is given, where it has none."""
+        return next((p.dtype for p in self.parameters()), widened(tensor, *others))
+
 
 def widened(tensor: Tensor, *others: Tensor) -> torch.dtype:
     """The dtype to compute in: the widest of these, float32 at least."""

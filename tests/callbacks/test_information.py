@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_peft import AdapterCheckpoint, AdapterInjection, Factorized, InformationMonitor, LoRA
@@ -106,9 +107,9 @@ def test_it_is_measured_at_every_validation_and_does_not_touch_the_run(tmp_path:
     for name in ("first", "second"):
         assert monitor.history[12][name] < monitor.history[0][name] < log(16)
     last = last_values(tmp_path)
-    assert last["mi/ceiling"] == pytest.approx(log(16))
-    assert last["mi/examples"] == 16
-    assert last["mi/second"] == pytest.approx(monitor.history[12]["second"])
+    assert last["mi/kept/ceiling"] == pytest.approx(log(16))
+    assert last["mi/kept/examples"] == 16
+    assert last["mi/kept/second"] == pytest.approx(monitor.history[12]["second"])
     plain, _ = fit()
     assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), module.parameters(), strict=True))
     assert not any(child._forward_hooks for child in module.modules())
@@ -121,7 +122,33 @@ def test_it_is_measured_every_so_many_steps(tmp_path: Path) -> None:
     fit(monitor, accumulate_grad_batches=2, max_epochs=4, logger=CSVLogger(tmp_path))
     assert list(monitor.history) == [3, 6]
     assert set(monitor.history[3]) == {"first"}
-    assert last_values(tmp_path)["mi/examples"] == 12  # both micro-batches of the step
+    assert last_values(tmp_path)["mi/kept/examples"] == 12  # both micro-batches of the step
+
+
+def test_every_step_is_measured_once_and_whole(tmp_path: Path) -> None:
+    monitor = InformationMonitor(every=1)
+    fit(monitor, accumulate_grad_batches=2, max_epochs=1, logger=CSVLogger(tmp_path))
+    assert list(monitor.history) == [1, 2]
+    assert last_values(tmp_path)["mi/kept/examples"] == 12
+
+
+class Checkpointed(Module):
+    """Its second layer is called again in the backward pass."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = checkpoint(lambda h: self.second(h).relu(), self.first(x).relu(), use_reentrant=False)  # type: ignore[assignment]
+        logits: Tensor = self.head(hidden.mean(1))
+        return logits
+
+
+def test_what_is_computed_again_is_not_measured_twice() -> None:
+    found = []
+    for kind in (Module, Checkpointed):
+        monitor = InformationMonitor(every=2)
+        torch.manual_seed(1)
+        trainer(injection(), monitor, max_epochs=1).fit(kind(), data(), data())
+        found.append(monitor.history)
+    assert found[0] == found[1]
 
 
 def test_a_picture_grows_with_training(tmp_path: Path) -> None:
@@ -130,7 +157,7 @@ def test_a_picture_grows_with_training(tmp_path: Path) -> None:
     read = EventAccumulator(str(folder), size_guidance={"images": 0})
     read.Reload()
     assert [picture.step for picture in read.Images("mi/heatmap")] == [0, 4, 8, 12]
-    assert {"mi/first", "mi/second", "mi/ceiling", "mi/examples"} <= set(read.Tags()["scalars"])
+    assert {"mi/kept/first", "mi/kept/second", "mi/kept/ceiling", "mi/kept/examples"} <= set(read.Tags()["scalars"])
 
 
 def test_a_picture_of_many_moments_shows_the_first_and_the_last() -> None:

@@ -108,6 +108,26 @@ def test_it_goes_on_to_the_same_bits(
     assert sorted(path.name for path in Path().iterdir() if "out" in path.name) == ["out"]
 
 
+@pytest.mark.filterwarnings("ignore:masks have learned to keep")
+def test_it_goes_on_where_the_dense_model_has_no_quality_to_measure(
+    models: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its head is new, so that the first thing that is kept is a checkpoint."""
+    steps = Steps(monkeypatch)
+    options: dict[str, Any] = {"task": "classification", "method": "rankdyna", "steps": 20}
+    run(models.headless, models.csv, "whole", **options)
+    steps.until(17)
+    with pytest.raises(Stopped):
+        run(models.headless, models.csv, **options)
+    with pytest.raises(FileExistsError, match=r"steps was 20 and is 30\."):
+        run(models.headless, models.csv, **(options | {"steps": 30}))
+    steps.until(0)
+    run(models.headless, models.csv, **options)
+    assert steps.count == 4
+    assert same("out", "whole")
+    assert not LEFT.exists()
+
+
 def test_a_full_disk_at_the_end_costs_the_writing_alone(
     models: SimpleNamespace, encoder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -228,6 +248,13 @@ def test_what_a_killed_process_leaves_is_cleared(models: SimpleNamespace, encode
     (LEFT / ".0123.part").write_bytes(b"half")
     run(encoder, models.csv, method="svd")
     assert not LEFT.exists()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_texts_may_be_named_by_a_path(models: SimpleNamespace, encoder: str, whole: bool) -> None:
+    csv = Path(models.csv)
+    compress(encoder, Source(csv, test=csv) if whole else csv, "out", progress=False, method="svd")
+    assert Path("out/report.json").is_file()
 
 
 def test_a_job_that_cannot_begin_leaves_nothing(models: SimpleNamespace) -> None:

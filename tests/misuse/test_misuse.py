@@ -23,6 +23,14 @@ def test_a_mistake_is_told_as_the_page_says(mistake: str, wrong: Callable[[], ob
     assert kind == error.__name__
 
 
+def test_what_is_said_does_not_depend_on_the_random_numbers_before_it() -> None:
+    wrong, _ = ROWS["a run too short for masks to learn their budget"]
+    torch.manual_seed(1)
+    first = tell(wrong)
+    torch.manual_seed(2)
+    assert tell(wrong) == first
+
+
 def test_the_page_holds_these_mistakes_and_no_other() -> None:
     page = PAGE.read_text(encoding="utf-8")
     mistakes = [mistake for rows in [*TOLD.values(), processes.ROWS] for mistake in rows]

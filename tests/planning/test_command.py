@@ -185,3 +185,14 @@ def test_what_a_term_trains_is_planned(llama: Path, capsys: pytest.CaptureFixtur
     bayes = figures(capsys, llama, "--method", "blob")["start"]
     down = 8 * (4 * 64 + 3 * 64 - 64 + 96)  # a number for every entry of A, of seven layers, one of which has 96 inputs
     assert bayes["trained_parameters"] - plain["trained_parameters"] == 2 * down
+
+
+def test_what_a_term_puts_into_the_head_is_planned(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    classifier = ("--architecture", "LlamaForSequenceClassification")
+    vib = figures(capsys, llama, *classifier, "--method", "vib")
+    between, width, features = 80, 96, 128  # of 64 inputs: (64 + 96) / 2, (64 + 128) / 2, the default
+    sizes = [(64, between), (between, width), (width, features), (width, features), (features, 2)]
+    head = sum((inner + 1) * outer for inner, outer in sizes) + 2 * features
+    assert vib["start"]["trained_parameters"] == head
+    assert vib["start"]["exported"] is None  # to_hf_peft refuses it, as stock PEFT could not build the head
+    assert figures(capsys, llama, *classifier, "--method", "lora")["start"]["exported"] is not None

@@ -374,10 +374,13 @@ def test_a_plan_of_every_preset_is_what_it_takes(name: str, tmp_path: Path) -> N
     policy = next((each.policy for each in pruning(preset())), None)
     with torch.device("meta"):
         shapes = MODELS["bert"]()
+    every = [each.terms for each in preset() if isinstance(each, Regularization)]
+    for term in (term for terms in every for term in terms.values()):
+        term.before_adapters(shapes)  # type: ignore[operator]
     inject(shapes, injection.adapter, train=injection.train)
     if isinstance(policy, SamplingPolicy):  # what draws masks is trained, too, and a plan counts what is in the module
         shapes.add_module("peft_masks", policy.build(RankBudget.of(shapes)))
-    for terms in (each.terms for each in preset() if isinstance(each, Regularization)):
+    for terms in every:
         for term in terms.values():
             term.attach(shapes)  # type: ignore[operator]
         shapes.add_module("peft_terms", terms)

@@ -178,6 +178,21 @@ def test_no_random_numbers_but_its_own() -> None:
     assert first != second
 
 
+def test_what_is_read_of_the_batch_may_be_of_another_precision() -> None:
+    """A column of a table is often float64, and a model of 64 bits may be given float32."""
+    values = []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        term = gaussian(given=lambda batch, dtype=dtype: batch["x"].bfloat16().to(dtype))
+        torch.manual_seed(0)
+        _, step = begun(term)
+        values.append(float(step().detach()))
+        assert term.q.mean[0].weight.dtype == torch.float32
+    assert values[0] == values[1] == values[2]
+    _, step = begun(term)
+    term.double()
+    assert step().dtype == torch.float64
+
+
 NAMES: dict[str, Any] = {"layer": "encoder.2", "given": lambda batch: batch["x"], "given_features": 4}
 LABEL: dict[str, Any] = {"layer": "encoder.2", "label": "domain", "classes": 2}
 
@@ -211,6 +226,31 @@ LABEL: dict[str, Any] = {"layer": "encoder.2", "label": "domain", "classes": 2}
         (lambda: fit(CLUB(**{**NAMES, "layer": "encoder.1"})), ValueError, "'encoder.1' is a Tanh, which does not say"),
         (lambda: fit(CLUB(layer="head", given="head")), ValueError, "layer and given both name 'head', which has all"),
         (lambda: fit(CLUB(**{**NAMES, "given": lambda b: b["domain"]})), RuntimeError, r"given must give .* \(64,\)"),
+        (
+            lambda: fit(CLUB(**{**NAMES, "given": lambda b: b["x"][:, :1]})),
+            RuntimeError,
+            "given is 1 wide, and q was made for 4: say given_features=1.",
+        ),
+        (
+            lambda: fit(CLUB(**NAMES, features=3)),
+            RuntimeError,
+            "'encoder.2' is 4 wide, and q was made for 3: say features=4.",
+        ),
+        (
+            lambda: fit(CategoricalCLUB(**LABEL, features=3)),
+            RuntimeError,
+            "'encoder.2' is 4 wide, and q was made for 3: say features=4.",
+        ),
+        (
+            lambda: fit(CategoricalCLUB(**{**LABEL, "label": lambda b: b["domain"] - 100 * b["labels"]})),
+            RuntimeError,
+            "nuisance labels go from 0 to 1, as classes=2 says. Got -100: ",
+        ),
+        (
+            lambda: fit(CategoricalCLUB(**{**LABEL, "label": lambda b: b["domain"] + 1})),
+            RuntimeError,
+            "nuisance labels go from 0 to 1, as classes=2 says. Got 2: ",
+        ),
         (lambda: fit(CategoricalCLUB(**{**LABEL, "label": "speaker"})), RuntimeError, "the batch has no 'speaker'; it"),
         (
             lambda: fit(CategoricalCLUB(**{**LABEL, "label": lambda b: b["x"]})),

@@ -45,6 +45,14 @@ def test_a_score_is_of_its_own_pair(factory: CriticFactory) -> None:
             torch.testing.assert_close(scores[i, j], critic(x[i : i + 1], z[j : j + 1])[0, 0])
 
 
+@each
+def test_features_may_be_of_another_precision_than_the_critic(factory: CriticFactory) -> None:
+    critic, x, z = started(factory), torch.randn(4, 5), torch.randn(7, 3)
+    assert torch.equal(critic(x.double(), z), critic(x, z))
+    wide = started(factory).double()
+    assert wide(x, z).dtype == torch.float64
+
+
 def test_concat_is_the_network_on_concatenated_pairs() -> None:
     critic, x, z = (
         started(partial(ConcatCritic, hidden=16)).double(),

@@ -224,6 +224,23 @@ def test_property_16_it_is_in_float32_in_a_module_of_bfloat16(estimator: Any) ->
     assert mutual.log_moving.dtype == torch.float32
 
 
+class Configured(LightningModule):
+    """Its layers are built where Lightning has set the default dtype to that of the run."""
+
+    def configure_model(self) -> None:
+        self.net = Module().net.to(torch.get_default_dtype())
+
+    training_step, configure_optimizers = Module.training_step, Module.configure_optimizers
+
+
+@pytest.mark.parametrize("options", [{"estimator": "dv"}, {}], ids=str)
+def test_property_16_critics_are_in_float32_whatever_the_default_is(options: dict[str, Any]) -> None:
+    mutual = term(**options)
+    fit(Configured(), Regularization({"mi": mutual}), precision="bf16-true", max_steps=1)
+    assert [p.dtype for p in mutual.parameters()] == [torch.float32] * len(list(mutual.parameters()))
+    assert mutual.log_moving.dtype == torch.float32
+
+
 def test_views_of_another_dropout_mask_are_two_passes_of_the_model() -> None:
     module = Module(dropout=0.3)
     calls: list[Tensor] = []
@@ -344,5 +361,12 @@ def test_what_cannot_be_estimated_is_told(
 def test_labels_are_needed_for_labels() -> None:
     with pytest.raises(RuntimeError, match=r"needs a label for each of 12 examples, and the batch, a list"):
         heard(term(), Module(), [some()[0]])
+    x, labels = some()
+    for estimator in ("info_nce", "jsd"):
+        for wrong in (-100, -1, 3):
+            labels[5] = wrong
+            says = rf"classes=3 takes labels from 0 to 2, and this step has {wrong}\. Say how many there are"
+            with pytest.raises(RuntimeError, match=says):
+                heard(term(estimator=estimator), Module(), [x, labels])
     with pytest.raises(RuntimeError, match=r"hears no layer yet: begin\(module\) comes before a step"):
         term()(Module(), some(), None)

@@ -71,7 +71,10 @@ def test_positions_are_pooled_as_the_mask_shows_them() -> None:
     torch.testing.assert_close(heard(net, "first", x), y.mean(1))
     wanted = torch.stack([y[0, :2].mean(0), y[1, 1:].mean(0)])
     torch.testing.assert_close(heard(net, "first", x, batch), wanted)
-    assert torch.equal(heard(net, "first", x, batch, pool="first"), y[:, 0])
+    assert torch.equal(
+        heard(net, "first", x, batch, pool="first"), torch.stack([y[0, 0], y[1, 1]])
+    )  # padded on the left
+    assert torch.equal(heard(net, "first", x, pool="first"), y[:, 0])
     assert torch.equal(heard(net, "first", x, batch, pool="last"), torch.stack([y[0, 1], y[1, 2]]))
     assert torch.equal(heard(net, "first", x, pool="last"), y[:, -1])
 

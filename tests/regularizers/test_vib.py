@@ -227,6 +227,11 @@ def test_beta_grows_by_epochs_or_as_it_is_told() -> None:
     assert found[2] == pytest.approx([0.25, 0.5, 0.75, 1.0])
 
 
+def test_a_beta_that_would_reward_the_divergence_is_refused_when_it_is_known() -> None:
+    with pytest.raises(ValueError, match=r"beta is the weight of a divergence, at least 0 and finite. Got -0.1"):
+        fit(Module(), Regularization({"vib": term(beta=lambda step, total: -0.1)}))
+
+
 class StopAt(Callback):
     def __init__(self, step: int, path: Path) -> None:
         self.step, self.path = step, path
@@ -347,6 +352,11 @@ def test_heads_of_transformers_are_found() -> None:
     term().before_adapters(roberta)
     assert list(head_modules(roberta)) == ["classifier.out_proj"]
     assert "classifier.dense.weight" in find_head(roberta).trained
+    inside = bert()
+    term(head="pooler.dense").before_adapters(inside)
+    assert not [n for n in inject(inside, ADAPTER).adapted if "pooler" in n]
+    assert all(p.requires_grad for p in inside.bert.pooler.dense.parameters())
+    assert all(p.requires_grad for p in inside.classifier.parameters())
 
 
 def test_a_file_for_other_tools_is_refused_where_they_could_not_build_the_head(tmp_path: Path) -> None:
