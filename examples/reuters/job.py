@@ -20,6 +20,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_peft import Export, presets, to_hf_peft
+from lightning_peft.head_modules import head_modules
 from lightning_peft.modules import TextClassifier, TextData
 from lightning_peft.modules.text_files import read_file
 
@@ -54,6 +55,7 @@ METHODS = {
     "pac-bayes": Method("LoRA r=8, PAC-Bayes", lambda: presets.pac_bayes(rank=8, targets=ENCODER)),
     "pac-tuning": Method("LoRA r=8, PAC-tuning", lambda: presets.pac_tuning(rank=8, targets=ENCODER)),
     "blob": Method("BLoB r=8", lambda: presets.blob(rank=8, batch_size=32, targets=ENCODER)),
+    "vib": Method("LoRA r=8, VIB", lambda: presets.vib(rank=8, targets=ENCODER)),
 }
 
 
@@ -137,7 +139,9 @@ def train(job: Job, name: str) -> Result:
     metrics = trainer.test(classifier, datamodule=data, verbose=False)[0]
 
     trainable = sum(p.numel() for p in classifier.parameters() if p.requires_grad)
-    export = to_hf_peft(classifier.eval(), job.out / f"{name}-adapter", mode="compact") if callbacks else None
+    # PEFT builds a linear head, and none that was put in its place: that one is in the checkpoint.
+    head, folder = not head_modules(classifier), job.out / f"{name}-adapter"
+    export = to_hf_peft(classifier.eval(), folder, mode="compact", head=head) if callbacks else None
     rows = len(data.test_dataloader().dataset)
     return Result(
         title=method.title,

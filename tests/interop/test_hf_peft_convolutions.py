@@ -137,7 +137,7 @@ def test_lengths_of_rows_beside_convolutions(first: Any, tmp_path: Path) -> None
 
 
 def test_a_peft_that_moves_kernels_otherwise_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("lightning_peft.interop.layout._not_by_peft", lambda layer: None)
+    monkeypatch.setattr("lightning_peft.interop.targets._not_by_peft", lambda layer: None)
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, padding_mode="circular"))
     inject(model, LORA, ["0"], train=[])
     fill(model)
