@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_peft.adapters.rows import input_rows, output_rows, sample_rows
+from lightning_peft.padding import text_of
 from lightning_peft.rank.budget import RankBudget, Site
 from lightning_peft.rank.probe import Probe
 
@@ -21,12 +22,11 @@ def positions(batch: Any) -> Tensor | None:
     Where a batch, or a part of it, is a mapping with an `attention_mask` of two dimensions, those that it shows; and of
     these, if there are `labels` of the same shape, those whose label is not -100, as in PEFT.
     """
-    parts = [batch, *batch] if isinstance(batch, list | tuple) else [batch]
-    found = next((part for part in parts if isinstance(part, Mapping) and "attention_mask" in part), None)
-    mask = None if found is None else found["attention_mask"]
-    if found is None or not isinstance(mask, Tensor) or mask.dim() != 2:
+    text = text_of(batch)
+    if text is None:
         return None
-    labels = found.get("labels")
+    mask: Tensor = text["attention_mask"]
+    labels = text.get("labels")
     if isinstance(labels, Tensor) and labels.shape == mask.shape:
         return torch.logical_and(mask, labels != -100)
     return mask.bool()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import log
 from typing import Any
@@ -17,6 +17,7 @@ from lightning_peft.arguments import require_integer, require_number
 from lightning_peft.callbacks.board import boards, draw_information
 from lightning_peft.callbacks.preflight import Preflight
 from lightning_peft.functional.kept_information import kept_information
+from lightning_peft.padding import attention_mask_of
 from lightning_peft.patterns import matches, require_patterns
 from lightning_peft.regularizers.probes import Pool, pooled, require_pool
 from lightning_peft.surgery.layers import adapters
@@ -148,7 +149,7 @@ class InformationMonitor(Preflight):
         }
 
     def _see(self, batch: Any) -> None:
-        self._mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        self._mask = attention_mask_of(batch)
 
     def _listen(self, module: nn.Module) -> None:
         if self._hooks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter
+from lightning_peft.padding import attention_mask_of
 from lightning_peft.patterns import matches
 from lightning_peft.rank.budget import clean_name
 from lightning_peft.regularizers.base import BESIDE_MODEL
@@ -104,14 +105,14 @@ class Probes:
         """Each layer's features, (N, d) for every call of it in the last :meth:`listening`.
 
         Args:
-            batch: whose `attention_mask`, (N, L), says which positions count; another batch has none.
+            batch: whose `attention_mask`, (N, L), or that of a part of it, says which positions count.
 
         Raises:
             RuntimeError: a layer was not called, ran without gradients while others are to be had, or gave something
                 that cannot be pooled.
         """
         inside = self._calls.taken_inside()
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        mask = attention_mask_of(batch)
         found = {}
         for name in self.names:
             outputs = inside.get(name, [])

@@ -71,6 +71,7 @@ def test_positions_are_pooled_as_the_mask_shows_them() -> None:
     torch.testing.assert_close(heard(net, "first", x), y.mean(1))
     wanted = torch.stack([y[0, :2].mean(0), y[1, 1:].mean(0)])
     torch.testing.assert_close(heard(net, "first", x, batch), wanted)
+    torch.testing.assert_close(heard(net, "first", x, (batch, torch.tensor([0, 1]))), wanted)  # inputs and labels
     assert torch.equal(
         heard(net, "first", x, batch, pool="first"), torch.stack([y[0, 0], y[1, 1]])
     )  # padded on the left
