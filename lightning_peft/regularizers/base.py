@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from lightning_peft.adapters.low_rank import LowRank
 from lightning_peft.arguments import require_number
 from lightning_peft.rank.schedule import share_of
+from lightning_peft.regularizers.counted import told_by
 from lightning_peft.regularizers.everyone import Everyone
 
 BESIDE_MODEL = ("peft_terms", "peft_masks")
@@ -174,8 +174,7 @@ class Regularizer(nn.Module, ABC):
         """
         text = f"lightning_peft/regularizer/v1|{type(self).__name__}|{self.seed}|{self.draws}"
         self.draws += 1
-        number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
-        return torch.Generator(device).manual_seed(number)
+        return told_by(text, device)
 
     def progress(self) -> dict[str, Any]:
         """Where the term stands, beside its parameters and buffers: plain values and tensors, for a checkpoint."""

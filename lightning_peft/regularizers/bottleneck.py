@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_peft.arguments import require_integer
 from lightning_peft.head_modules import HeadModule
+from lightning_peft.regularizers.counted import CountedDraws, told_by
 
 Activation = Literal["relu", "tanh", "sigmoid"]
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
@@ -32,7 +32,7 @@ class Passed:
     logits: Tensor
 
 
-class BottleneckHead(HeadModule):
+class BottleneckHead(CountedDraws, HeadModule):
     """A classifier that sees a noisy sample of K numbers, and their mean outside of training.
 
         e = MLP(x),   mu = W_1 e + b_1,   std = softplus(W_2 e + b_2),   z = mu + std eps,   logits = W z + b
@@ -63,8 +63,6 @@ class BottleneckHead(HeadModule):
         Karimi Mahabadi, Belinkov, Henderson, 2021, arXiv 2106.05469, and its code. Departure: linear layers start as
         torch starts them, which the code leaves to BERT.
     """
-
-    draws: Tensor
 
     def __init__(
         self,
@@ -98,7 +96,6 @@ class BottleneckHead(HeadModule):
         """This process, of how many: whose rows of the noise it takes."""
         self.heard: list[Passed] | None = None
         """What went through since a list was put here; ``None`` while nobody asks."""
-        self._count: int | None = None
 
     def reset_parameters(self) -> None:
         """Start the prior anew; the linear layers start themselves."""
@@ -132,12 +129,7 @@ class BottleneckHead(HeadModule):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def noise(self, like: Tensor) -> Tensor:
         """eps of the next call: (S, N, K), for N rows of K numbers."""
-        count = int(self.draws) if self._count is None else self._count
-        self._count = count + 1
-        self.draws.fill_(self._count)
-        text = f"lightning_peft/bottleneck/v1|{self.seed}|{count}"
-        number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
-        generator = torch.Generator(like.device).manual_seed(number)
+        generator = told_by(f"lightning_peft/bottleneck/v1|{self.seed}|{self.next_draw()}", like.device)
         n, k = like.shape
         shape = (self.samples, self.world * n, k)
         return torch.randn(shape, generator=generator, device=like.device, dtype=like.dtype)[
@@ -152,24 +144,6 @@ class BottleneckHead(HeadModule):
     def plain(self) -> nn.Sequential:
         """The path of the mean: MLP, mu, classifier. What gives std, and the prior, are left behind."""
         return nn.Sequential(*self.mlp, self.mean, self.classifier)
-
-    def restored(self) -> None:
-        """Go on from the number of draws in the buffer: a strategy that shards copies into it, and calls nobody."""
-        self._put_down()
-        self._count = None
-
-    def _put_down(self) -> None:
-        # Buffers may have been put back after steps that were only looked at.
-        if self._count is not None:
-            self.draws.fill_(self._count)
-
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._put_down()
-        super()._save_to_state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._count = None
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"heard": None}  # what was heard is inside the graph of a step

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from lightning_peft.arguments import require_integer, require_number
 from lightning_peft.functional.dziugaite_roy import prior_sigma_cost, prior_sigma_neighbours
 from lightning_peft.functional.pac_bayes import gaussian_kl
 from lightning_peft.functional.perturbation import HIGHEST, LOWEST, log_sigma
+from lightning_peft.regularizers.counted import CountedDraws, told_by
 from lightning_peft.regularizers.noise import Draw
 from lightning_peft.regularizers.places import chosen, parts, require_whole, trained
 
@@ -30,7 +30,7 @@ Unit = Literal["batch", "example"]
 _WIDEST = (log(0.1) - 1 / 100) / 2  # log lambda of j = 1 on the grid of learnt scales, with its default b and c
 
 
-class Posterior(nn.Module):
+class Posterior(CountedDraws):
     """Q = N(w, diag sigma^2) over the trained parameters of a module, beside a prior P = N(w_0, diag lambda^2).
 
         log sigma = start + speed * v,  v trained from 0;     -12 <= log sigma <= 0
@@ -73,7 +73,6 @@ class Posterior(nn.Module):
     start: Tensor
     prior_mean: Tensor
     prior_start: Tensor
-    draws: Tensor
 
     def __init__(
         self,
@@ -103,7 +102,7 @@ class Posterior(nn.Module):
         self._module = weakref.ref(module)
         self._draw: Draw | None = None
         self._inside = False
-        self._count: int | None = 0  # how many draws there were; None to look into the buffer
+        self._count = 0
         device = self._parts[0].value.device
         self.offset = nn.Parameter(torch.zeros(sum(self._sizes), device=device))
         self.register_buffer("start", self._log(sigma, "sigma").clamp(LOWEST, HIGHEST))
@@ -265,13 +264,8 @@ class Posterior(nn.Module):
         """
         place = f"step {step}"
         if step is None:
-            count = int(self.draws) if self._count is None else self._count
-            place = f"{count}"
-            self._count = count + 1
-            self.draws.fill_(self._count)
-        text = f"lightning_peft/posterior/v1|{self.seed}|{stream}|{place}"
-        number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
-        return torch.Generator(self.offset.device).manual_seed(number)
+            place = f"{self.next_draw()}"
+        return told_by(f"lightning_peft/posterior/v1|{self.seed}|{stream}|{place}", self.offset.device)
 
     @contextmanager
     def sampled(
@@ -359,24 +353,6 @@ class Posterior(nn.Module):
     def forget(self) -> None:
         """Let go of the last draw, and of the graph behind it."""
         self._draw = None
-
-    def restored(self) -> None:
-        """Go on from the number of draws in the buffer: a strategy that shards copies into it, and calls nobody."""
-        self._put_down()
-        self._count = None
-
-    def _put_down(self) -> None:
-        # Buffers may have been put back after steps that were only looked at.
-        if self._count is not None:
-            self.draws.fill_(self._count)
-
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._put_down()
-        super()._save_to_state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._count = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Posterior:
         # `module.to(bfloat16)` casts all: steps of sigma would be lost. The prior's mean is rounded as the means are.
