@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
-from lightning_peft.modules.batching import LengthGrouped, PlannedLoader, Sized
+from lightning_peft.modules.batching import ByLength, LengthGrouped, PlannedLoader, Sized
 
 NEEDED = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 """Splits that each stage of a Trainer needs."""
@@ -99,12 +99,20 @@ class PlannedData(LightningDataModule, ABC):
         return -(-len(self._split("train")) // self.batch_size)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Validation rows."""
-        return self.in_order(self._split("val"))
+        """Validation rows, from short to long."""
+        return self.in_order(self.by_length(self._split("val")))
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Test rows."""
-        return self.in_order(self._split("test"))
+        """Test rows, from short to long."""
+        return self.in_order(self.by_length(self._split("test")))
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Rows to predict, in the order of the file."""
+        return self.in_order(self._split("predict"))
+
+    def by_length(self, rows: Any) -> Sized:
+        """Rows for evaluation, from short to long: it does not depend on the order, and little is padded."""
+        return ByLength(rows, self.lengths(rows))
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the training data; with it a checkpoint can be taken inside an epoch."""
