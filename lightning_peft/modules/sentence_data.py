@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from lightning_peft.modules.batching import Sized
 from lightning_peft.modules.planned_data import NEEDED, PlannedData
+from lightning_peft.modules.pretrained import padding_of
 from lightning_peft.modules.sentences import Cut, Sentences
 from lightning_peft.modules.text_data import Pad, Tokens
 from lightning_peft.modules.text_files import read_dataset, read_texts
@@ -87,7 +88,8 @@ class Placed(Dataset[Row]):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Row:
-        return {**self._rows[index], "position": index}
+        row: Row = self._rows[index]
+        return {**row, "position": index}
 
 
 class Collate:
@@ -191,8 +193,7 @@ class SentenceData(PlannedData):
         """Fills sentences up to the longest of them."""
         if not self.tokenizer:
             return Collate(None)
-        tokenizer = self.load_tokenizer()
-        return Collate(Pad(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id))
+        return Collate(Pad(padding_of(self.load_tokenizer())))
 
     def by_length(self, rows: Rows) -> Placed:
         """Sentences for evaluation, from short to long, each with its place."""

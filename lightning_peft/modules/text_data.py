@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_peft.modules.planned_data import NEEDED, PlannedData
+from lightning_peft.modules.pretrained import padding_of
 from lightning_peft.modules.text_files import Row, read_dataset, read_file
 
 if TYPE_CHECKING:
@@ -157,8 +158,7 @@ class TextData(PlannedData):
 
     def collate(self) -> Pad:
         """Pads rows to the longest of them."""
-        tokenizer = self.load_tokenizer()
-        return Pad(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
+        return Pad(padding_of(self.load_tokenizer()))
 
     def _read(self, source: str) -> list[Row]:
         if self.dataset is not None:
