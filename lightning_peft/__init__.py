@@ -24,6 +24,7 @@ from lightning_peft.adapters import (
     RLoRA,
     SoftThreshold,
     SoRA,
+    SpaRTA,
     TripletImportance,
     WeightDecomposed,
 )
@@ -98,7 +99,7 @@ from lightning_peft.regularizers import (
     Warmup,
     regularized,
 )
-from lightning_peft.surgery import Injection, eject, inject, small_parameters
+from lightning_peft.surgery import Injection, eject, follow, inject, refresh, small_parameters
 
 __version__ = "0.1.0"
 
@@ -178,6 +179,7 @@ __all__ = [
     "SlowCubic",
     "SoRA",
     "SoftThreshold",
+    "SpaRTA",
     "Taylor",
     "TripletImportance",
     "UntilTail",
@@ -190,6 +192,7 @@ __all__ = [
     "convert",
     "eject",
     "fold_heads",
+    "follow",
     "from_hf_peft",
     "inject",
     "load",
@@ -198,6 +201,7 @@ __all__ = [
     "posterior_predict",
     "presets",
     "rank_heat_map",
+    "refresh",
     "regularized",
     "release",
     "save_compressed",

@@ -15,6 +15,7 @@ from lightning_peft.adapters.partly_open import PartlyOpen
 from lightning_peft.adapters.rankdyna import GroupImportance
 from lightning_peft.adapters.rlora import RLoRA
 from lightning_peft.adapters.sora import SoftThreshold, SoRA
+from lightning_peft.adapters.sparta import SpaRTA
 from lightning_peft.adapters.thin import ThinLinear
 from lightning_peft.adapters.weight_decomposed import WeightDecomposed
 
@@ -42,6 +43,7 @@ __all__ = [
     "RLoRA",
     "SoRA",
     "SoftThreshold",
+    "SpaRTA",
     "ThinLinear",
     "TripletImportance",
     "WeightDecomposed",
