@@ -31,6 +31,13 @@ def constants(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def leave_constants(module: nn.Module) -> None:
+    """Tell DDP, which reads it from this attribute, to leave constants alone: it sends buffers at every forward."""
+    listed = module.__dict__.get("_ddp_params_and_buffers_to_ignore", ())
+    if more := [name for name in constants(module) if name not in listed]:
+        module.__dict__["_ddp_params_and_buffers_to_ignore"] = [*listed, *more]
+
+
 def require_alike(module: nn.Module) -> None:
     """Check that all processes train the same parameters, of the same shapes, and what is sharded from one start.
 

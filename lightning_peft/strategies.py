@@ -33,7 +33,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._common_utils import clean_tensor_name
 from torch.optim import Optimizer
 
-from lightning_peft.agreement import constants, masks
+from lightning_peft.agreement import masks
 from lightning_peft.checkpoint import adapter_state_dict
 from lightning_peft.distributed import is_shard, like, whole
 from lightning_peft.rank.budget import clean_name
@@ -124,13 +124,6 @@ def keep_whole(strategy: Strategy, module: nn.Module) -> None:
     strategy.kwargs["ignored_states"] = [*(p for p in given if id(p) not in ids), *small]
     for tensor in [*small, *masks(module).values()]:
         tensor.data = tensor.data.to(strategy.root_device)  # FSDP1 does not move what it ignores
-
-
-def leave_constants(strategy: Strategy, module: nn.Module) -> None:
-    """Have DDP leave alone what adapters never change: it would send every buffer at every forward."""
-    if isinstance(strategy, DDPStrategy):
-        listed = module.__dict__.setdefault("_ddp_params_and_buffers_to_ignore", [])
-        listed += [name for name in constants(module) if name not in listed]
 
 
 def keep_masks_wide(call: Callable[..., Any], strategy: Strategy, *args: Any, **kwargs: Any) -> None:
@@ -296,8 +289,7 @@ def _load_state(call: Callable[..., Any], strategy: Any, checkpoint: Mapping[str
         call(checkpoint, strict=strict)  # loaded by now, from a folder
         return
     module: LightningModule = strategy.lightning_module
-    state = checkpoint["state_dict"]
-    own = adapter_state_dict(module)
+    state, own = checkpoint["state_dict"], adapter_state_dict(module)
     with torch.no_grad(), bases_restored(module):
         for name, value in own.items():
             if isinstance(value, Tensor):

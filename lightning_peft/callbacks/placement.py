@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_peft.agreement import constants, small
+from lightning_peft.agreement import constants, leave_constants, small
 from lightning_peft.callbacks.order import callbacks_of, require_before
 from lightning_peft.callbacks.preflight import Preflight
 from lightning_peft.distributed import average_gradients, broadcast, world_size
@@ -26,7 +26,6 @@ from lightning_peft.strategies import (
     is_sharded,
     keep_masks_wide,
     keep_whole,
-    leave_constants,
 )
 from lightning_peft.surgery.layers import adapters, is_flattened
 from lightning_peft.surgery.refresh import follow
@@ -85,7 +84,7 @@ class AdapterPlacement(Preflight, ABC):
                 )
         when_built(pl_module, partial(self._place_unwrapped, callbacks_of(trainer)))
         when_built(pl_module, lambda module: keep_whole(trainer.strategy, module))
-        when_built(pl_module, lambda module: leave_constants(trainer.strategy, module))
+        when_built(pl_module, leave_constants)
         if is_sharded(trainer.strategy) and not self._undo:
             self._undo = [
                 wrap_method(trainer.precision_plugin, "clip_grad_by_norm", clip_by_norm),
