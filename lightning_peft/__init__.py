@@ -26,6 +26,7 @@ from lightning_peft.adapters import (
     SoftPrompt,
     SoftThreshold,
     SoRA,
+    SpaRTA,
     TripletImportance,
     WeightDecomposed,
 )
@@ -100,7 +101,7 @@ from lightning_peft.regularizers import (
     Warmup,
     regularized,
 )
-from lightning_peft.surgery import Injection, eject, inject, small_parameters
+from lightning_peft.surgery import Injection, eject, follow, inject, refresh, small_parameters
 
 __version__ = "0.1.0"
 
@@ -182,6 +183,7 @@ __all__ = [
     "SoRA",
     "SoftPrompt",
     "SoftThreshold",
+    "SpaRTA",
     "Taylor",
     "TripletImportance",
     "UntilTail",
@@ -194,6 +196,7 @@ __all__ = [
     "convert",
     "eject",
     "fold_heads",
+    "follow",
     "from_hf_peft",
     "inject",
     "load",
@@ -202,6 +205,7 @@ __all__ = [
     "posterior_predict",
     "presets",
     "rank_heat_map",
+    "refresh",
     "regularized",
     "release",
     "save_compressed",

@@ -19,6 +19,7 @@ from lightning_peft import (
     RLoRA,
     SoftPrompt,
     SoRA,
+    SpaRTA,
     Taylor,
     WeightDecomposed,
 )
@@ -56,6 +57,8 @@ test_soft_prompt = laws(partial(SoftPrompt, length=4))
 test_soft_prompt_after_the_first_token = laws(
     partial(SoftPrompt, length=3, init="random", prompt_position="after_cls"), ("encoder_model",)
 )
+test_sparta = laws(partial(SpaRTA, density=0.25, block=24))
+test_sparta_entry_by_entry = laws(partial(SpaRTA, k=12, seed=1, scaling=2.0), ("linear", "attention_in"))
 
 test_taylor = importance_laws(Taylor)
 test_taylor_of_lora = importance_laws(Taylor, partial(LoRA, rank=4))
