@@ -11,8 +11,8 @@ from misuse import (
     files,
     information,
     information_terms,
+    models_with_prompts,
     processes,
-    prompts,
     sentences,
     trainers,
 )
@@ -27,8 +27,8 @@ TOLD: dict[str, Rows] = {
     "Measures of information": information.ROWS,
     "Files and the command line": files.ROWS,
     "A PEFT model of your own": adopted.ROWS,
+    "A model with a prompt": models_with_prompts.ROWS,
     "Sentences and their VAE": sentences.ROWS,
-    "Prompts": prompts.ROWS,
 }
 SEVERAL = "Several processes"
 _HEAD = """# What went wrong?
