@@ -38,7 +38,7 @@ def find_embeddings(root: nn.Module, patterns: Sequence[str] | None = None) -> E
     tables: list[str] = []
     for path, child in root.named_modules():
         name = layer_name(path, paths)
-        if path.partition(".")[0] not in BESIDE_MODEL:
+        if path and path.partition(".")[0] not in BESIDE_MODEL:
             children.setdefault(name, child)  # what is called: the adapter or wrapper, not what it holds
             if isinstance(child, nn.Embedding) and name not in tables:
                 tables.append(name)

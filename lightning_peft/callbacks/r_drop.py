@@ -97,7 +97,7 @@ class RDrop(RepeatedStep):
             divergence = torch.stack([self._divergence(one, other) for one, other in pairs]).mean()
         if self._unlooked:
             self._unlooked = False
-            if float(divergence) == 0:  # once in a fit: to look waits for the device
+            if float(divergence.detach()) == 0:  # once in a fit: to look waits for the device
                 rank_zero_warn(
                     "both passes of RDrop give the same predictions, so it only costs time: the model has no dropout, "
                     "or is in eval mode. Give it some (hidden_dropout_prob, LoRA's dropout), or take RDrop out."

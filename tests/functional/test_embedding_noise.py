@@ -102,7 +102,9 @@ def test_property_4_the_share_of_changed_cells_is_p(options: dict[str, Any], p: 
     # first token has only itself.
     expected = {"token": p * (1 - 1 / 64)}.get(options["scope"], p)
     if options.get("causal"):
-        expected = p * (1 - 1 / 32 if options["scope"] == "dim" else 1 - sum(1 / (64 * (t + 1)) for t in range(32)) / 32)
+        expected = p * (
+            1 - 1 / 32 if options["scope"] == "dim" else 1 - sum(1 / (64 * (t + 1)) for t in range(32)) / 32
+        )
     assert abs(changed - expected) < 5 * (p * (1 - p) / E.numel()) ** 0.5
 
 
@@ -234,7 +236,10 @@ def test_cutoff_takes_whole_tokens() -> None:
     [
         (lambda E: random_position_noise(E, 1.5), r"p is the share that noise takes, from 0 to 1. Got 1.5."),
         (lambda E: random_position_noise(E, 0.1, scope="row"), "scope='row': choose 'batch', 'sample', 'token' or"),
-        (lambda E: random_position_noise(E, 0.1, sources="all"), "sources='all': choose 'independent' or 'permutation'"),
+        (
+            lambda E: random_position_noise(E, 0.1, sources="all"),
+            "sources='all': choose 'independent' or 'permutation'",
+        ),
         (
             lambda E: random_position_noise(E, 0.1, sources="permutation"),
             "sources='permutation' moves cells over the whole batch, and scope is 'sample'. Use scope='batch', or",
