@@ -21,6 +21,7 @@ from callbacks.noise_hosts import (
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import default_collate
@@ -394,6 +395,18 @@ def test_what_is_logged_and_measured_is_the_clean_pass() -> None:
         logged.append({name: run.callback_metrics[name] for name in ("train/loss_epoch", "accuracy")})
         assert ("loss/noisy" in run.callback_metrics) == bool(callbacks)
     assert logged[0] == logged[1]
+
+
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
+def test_a_step_that_takes_its_batches_itself_is_refused() -> None:
+    class Takes(TextCNN):
+        def training_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]
+            raise AssertionError
+
+    with pytest.raises(
+        MisconfigurationException, match="takes a dataloader_iter, of which every pass of RandomPositio"
+    ):
+        fit(Takes(), RandomPositionNoise())
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
