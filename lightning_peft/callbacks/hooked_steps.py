@@ -19,6 +19,7 @@ from lightning_peft.functional.embedding_noise import noisy_tokens
 from lightning_peft.padding import attention_mask_of
 from lightning_peft.patterns import require_patterns
 from lightning_peft.regularizers.counted import told_by
+from lightning_peft.surgery.layers import adapters
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class HookedStep(RepeatedStep):
         self.embedding, self.protect_ids, self.padding, self.seed = embedding, tuple(protect_ids), padding, seed
         self._hook = EmbeddingHook(self._change)
         self._layers: dict[str, nn.Module] = {}
+        self._left_alone: tuple[int, ...] = ()
         self._passes: dict[int, Pass] = {}
         self._batch = (-1, -1)
         self._next = 0
@@ -98,6 +100,9 @@ class HookedStep(RepeatedStep):
 
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
         if not self._hook.attached:
+            # What is embedded for a prompt's columns is replaced: noise leaves them alone, and does not read them.
+            own = {adapter.placeholder for adapter in adapters(module).values()}
+            self._left_alone = (*self.protect_ids, *(token for token in own if token is not None))
             self._layers = dict(find_embeddings(module, self.embedding))
             self._hook.attach(self._layers)
 
@@ -154,7 +159,7 @@ class HookedStep(RepeatedStep):
             mask = None
             if self.padding == "keep" and isinstance(padding, int) and ids is not None:
                 mask = ids.ne(padding)
-        return noisy_tokens(ids, mask, self.protect_ids)
+        return noisy_tokens(ids, mask, self._left_alone)
 
     def numbers(self, called: Called, passed: int, device: torch.device) -> Numbers:
         """The random numbers of a call."""
