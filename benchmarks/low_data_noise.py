@@ -27,8 +27,8 @@ SAMPLE: dict[str, Any] = {"p": 0.1, "passes": 1, "scope": "sample"}
 ONE: dict[str, Any] = {"mode": "virtual", "passes": 1}
 ABOUT = (
     "100 and 500 labelled texts in all, as even over the classes as their number allows, drawn by the seed; five "
-    "seeds; and all texts of R8 with one. MiniLM-L6 with a new head, 200 steps of 8 texts (700 for all of R8, one epoch), "
-    "AdamW with warm-up and decay, LoRA of rank 8 on all linear layers of the encoder, embeddings frozen; "
+    "seeds; and all texts of R8 with one. MiniLM-L6 with a new head, 200 steps of 8 texts (700 for all of R8, one "
+    "epoch), AdamW with warm-up and decay, LoRA of rank 8 on all linear layers of the encoder, embeddings frozen; "
     "everything but what the row names is the same for every row. A row with a virtual pass trains on the sum of the "
     "clean loss and the noisy ones."
 )
