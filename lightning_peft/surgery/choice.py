@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
+from inspect import ismethod
 
 from torch import nn
 
@@ -24,6 +25,8 @@ def adapter_kind(factory: AdapterFactory) -> type[Adapter] | None:
     """The class behind a factory; ``None`` where a function hides it."""
     while isinstance(factory, partial):
         factory = factory.func
+    if ismethod(factory):  # another constructor of the class, such as DPT.within
+        factory = factory.__self__
     return factory if isinstance(factory, type) and issubclass(factory, Adapter) else None
 
 
