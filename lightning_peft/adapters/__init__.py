@@ -12,6 +12,7 @@ from lightning_peft.adapters.learned_ranks import LearnedRanks
 from lightning_peft.adapters.lora import LoRA
 from lightning_peft.adapters.low_rank import LowRank, LowRankUpdate
 from lightning_peft.adapters.partly_open import PartlyOpen
+from lightning_peft.adapters.prompts import Prompt, SoftPrompt
 from lightning_peft.adapters.rankdyna import GroupImportance
 from lightning_peft.adapters.rlora import RLoRA
 from lightning_peft.adapters.sora import SoftThreshold, SoRA
@@ -38,9 +39,11 @@ __all__ = [
     "MonotoneMasks",
     "NormShare",
     "PartlyOpen",
+    "Prompt",
     "PruneAndGrow",
     "RLoRA",
     "SoRA",
+    "SoftPrompt",
     "SoftThreshold",
     "ThinLinear",
     "TripletImportance",

@@ -6,7 +6,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ class Adapter(nn.Module, ABC):
     Attributes:
         mergeable: whether `effective_weight` says all, so that the adapter can be merged into its base.
         identity_at_start: whether a new adapter gives the base's output bit for bit.
+        adapts: what it stands in the place of: a "layer", or a "model": a whole transformers model.
         hosted: whether its tensors live in another library's layer, which computes. Such an adapter stands in no
             layer's place, so it is neither put in, taken out, merged nor cut here.
         releases_base: whether the base's weight is gone, and the adapter has it in another form. Such an adapter is not
@@ -49,6 +50,7 @@ class Adapter(nn.Module, ABC):
 
     mergeable: ClassVar[bool] = True
     identity_at_start: ClassVar[bool] = True
+    adapts: ClassVar[Literal["layer", "model"]] = "layer"
     hosted: ClassVar[bool] = False
     releases_base: ClassVar[bool] = False
     leaves: ClassVar[tuple[str, ...]] = ()

@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_peft.interop.plain import LOADER, is_compressed
-from lightning_peft.modules import LanguageData, LanguageModel, TextClassifier, TextData
+from lightning_peft.modules import CausalLM, LanguageData, TextClassifier, TextData
 from lightning_peft.modules.planned_data import PlannedData
 
 
@@ -160,8 +160,8 @@ class Language(Task):
             seed=source.seed,
         )
 
-    def module(self, data: PlannedData) -> LanguageModel:
-        return LanguageModel(self.folder)
+    def module(self, data: PlannedData) -> CausalLM:
+        return CausalLM(self.folder)
 
     def timed(self, rows: Any, data: PlannedData) -> tuple[str, dict[str, Tensor]]:
         ids = data.collate()([rows[0]])["input_ids"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from lightning_peft.modules.causal_lm import CausalLM
 from lightning_peft.modules.language_data import LanguageData
-from lightning_peft.modules.language_model import LanguageModel
 from lightning_peft.modules.sentence_data import SentenceData
 from lightning_peft.modules.sentences import Pieces, Sentences
 from lightning_peft.modules.text_classifier import TextClassifier
@@ -22,13 +22,13 @@ from lightning_peft.modules.text_vae import (
 )
 
 __all__ = [
+    "CausalLM",
     "FreeBits",
     "GaussianCritic",
     "LSTMDecoder",
     "LSTMEncoder",
     "Lagging",
     "LanguageData",
-    "LanguageModel",
     "LatentInformation",
     "LinearAnnealing",
     "Pieces",

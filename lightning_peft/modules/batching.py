@@ -18,6 +18,25 @@ class Sized(Protocol):
     def __len__(self) -> int: ...
 
 
+class ByLength(Dataset[Any]):
+    """The same rows from short to long; of equal length, in the order they have.
+
+    Args:
+        rows: the rows.
+        lengths: length of each.
+    """
+
+    def __init__(self, rows: Sized, lengths: Tensor) -> None:
+        self._rows = rows
+        self._order = lengths.argsort(stable=True)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._rows[int(self._order[index])]
+
+
 class LengthGrouped(Sampler[list[int]]):
     """Batches of like length in random order, a pure function of (seed, epoch).
 

@@ -10,9 +10,9 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer
 
-from lightning_peft.modules.batching import LengthGrouped, PlannedLoader, Sized
+from lightning_peft.modules.batching import ByLength, LengthGrouped, PlannedLoader, Sized
+from lightning_peft.modules.pretrained import tokenizer_from
 
 NEEDED = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 """Splits that each stage of a Trainer needs."""
@@ -99,12 +99,20 @@ class PlannedData(LightningDataModule, ABC):
         return -(-len(self._split("train")) // self.batch_size)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Validation rows."""
-        return self.in_order(self._split("val"))
+        """Validation rows, from short to long."""
+        return self.in_order(self.by_length(self._split("val")))
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Test rows."""
-        return self.in_order(self._split("test"))
+        """Test rows, from short to long."""
+        return self.in_order(self.by_length(self._split("test")))
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Rows to predict, in the order of the file."""
+        return self.in_order(self._split("predict"))
+
+    def by_length(self, rows: Any) -> Sized:
+        """Rows for evaluation, from short to long: it does not depend on the order, and little is padded."""
+        return ByLength(rows, self.lengths(rows))
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the training data; with it a checkpoint can be taken inside an epoch."""
@@ -119,12 +127,12 @@ class PlannedData(LightningDataModule, ABC):
         if self.trainer is not None and self.trainer.training:  # not when a checkpoint is only evaluated
             self._position = state_dict["train"]
 
-    def in_order(self, rows: Sized) -> DataLoader[Any]:
-        """Batches of these rows, as they follow each other."""
+    def in_order(self, rows: Sized, collate: Callable[[list[Any]], Any] | None = None) -> DataLoader[Any]:
+        """Batches of these rows, as they follow each other; made by `collate`, where it is another than the usual."""
         return DataLoader(
             rows,  # type: ignore[arg-type]  # DataLoader asks for no more than the protocol
             batch_size=self.batch_size,
-            collate_fn=self.collate(),
+            collate_fn=collate or self.collate(),
             num_workers=self.num_workers,
             generator=torch.Generator().manual_seed(self.seed),  # else each iterator draws from the global generator
         )
@@ -150,11 +158,5 @@ class PlannedData(LightningDataModule, ABC):
             ValueError: it cannot be loaded.
         """
         if self._tokenize is None:
-            try:
-                self._tokenize = AutoTokenizer.from_pretrained(self.tokenizer, use_fast=True, trust_remote_code=False)
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"tokenizer={self.tokenizer!r} cannot be loaded: it is neither a folder with tokenizer files nor a "
-                    "name that the hub answers for. Give the model's own, or check the name and the network."
-                ) from error
+            self._tokenize = tokenizer_from(self.tokenizer)
         return self._tokenize

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from torch import nn
+from transformers import AutoTokenizer
 
 
 def from_folder_or_hub(auto_class: Any, backbone: str, **arguments: Any) -> tuple[nn.Module, tuple[str, ...]]:
@@ -35,3 +36,29 @@ def from_folder_or_hub(auto_class: Any, backbone: str, **arguments: Any) -> tupl
     model.train()
     mismatched = {entry[0] for entry in found["mismatched_keys"]}
     return cast(nn.Module, model), tuple(sorted({*found["missing_keys"], *mismatched}))
+
+
+def tokenizer_from(name: str) -> Any:
+    """Load a tokenizer, a fast one where there is one.
+
+    Args:
+        name: hub name, or folder.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name, use_fast=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"tokenizer={name!r} cannot be loaded: it is neither a folder with tokenizer files nor a name that the hub "
+            "answers for. Give the model's own, or check the name and the network."
+        ) from error
+
+
+def padding_of(tokenizer: Any) -> int:
+    """The token that fills rows up: its own, or one that is never looked at where it has none."""
+    for number in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if number is not None:
+            return int(number)
+    return 0

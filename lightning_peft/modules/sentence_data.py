@@ -7,9 +7,11 @@ from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from lightning_peft.modules.batching import Sized
 from lightning_peft.modules.planned_data import NEEDED, PlannedData
+from lightning_peft.modules.pretrained import padding_of
 from lightning_peft.modules.sentences import Cut, Sentences
 from lightning_peft.modules.text_data import Pad, Tokens
 from lightning_peft.modules.text_files import read_dataset, read_texts
@@ -72,22 +74,22 @@ class Rows(Dataset[Row]):
         return row
 
 
-class ByLength(Dataset[Row]):
-    """The same sentences from short to long, each with its place: evaluation does not depend on the order.
+class Placed(Dataset[Row]):
+    """The same sentences, each with its place, by which one that only fills a last batch up is known again.
 
     Args:
         rows: the sentences.
     """
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: Sized) -> None:
         self._rows = rows
-        self._order = rows.lengths.argsort(stable=True)
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> Row:
-        return {**self._rows[int(self._order[index])], "position": index}
+        row: Row = self._rows[index]
+        return {**row, "position": index}
 
 
 class Collate:
@@ -191,20 +193,11 @@ class SentenceData(PlannedData):
         """Fills sentences up to the longest of them."""
         if not self.tokenizer:
             return Collate(None)
-        tokenizer = self.load_tokenizer()
-        return Collate(Pad(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id))
+        return Collate(Pad(padding_of(self.load_tokenizer())))
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Validation sentences, from short to long."""
-        return self.in_order(ByLength(self._split("val")))
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Test sentences, from short to long."""
-        return self.in_order(ByLength(self._split("test")))
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Test sentences, in the order of the file."""
-        return self.in_order(self._split("predict"))
+    def by_length(self, rows: Rows) -> Placed:
+        """Sentences for evaluation, from short to long, each with its place."""
+        return Placed(super().by_length(rows))
 
     def _texts(self, source: str) -> list[str]:
         if self.dataset is not None:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from lightning_peft.modules.planned_data import NEEDED, PlannedData
+from lightning_peft.modules.pretrained import padding_of
 from lightning_peft.modules.text_files import Row, read_dataset, read_file
 
 if TYPE_CHECKING:
@@ -49,24 +50,6 @@ class Tokens(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         end = int(self._ends[index])
         return self._ids[end - int(self.lengths[index]) : end], int(self.labels[index])
-
-
-class ByLength(Dataset[tuple[Tensor, int]]):
-    """The same rows from short to long: evaluation does not depend on the order, and little is padded.
-
-    Args:
-        tokens: the rows.
-    """
-
-    def __init__(self, tokens: Tokens) -> None:
-        self._tokens = tokens
-        self._order = tokens.lengths.argsort(stable=True)
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self._tokens[int(self._order[index])]
 
 
 class Pad:
@@ -169,26 +152,13 @@ class TextData(PlannedData):
             if split not in self._splits and source is not None:
                 self._splits[split] = self._number(self._read(source), source, keep_all=split == "predict")
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Validation rows, from short to long."""
-        return self.in_order(ByLength(self._split("val")))
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Test rows, from short to long."""
-        return self.in_order(ByLength(self._split("test")))
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        """Rows to predict, in the order of the file."""
-        return self.in_order(self._split("predict"))
-
     def lengths(self, rows: Tokens) -> Tensor:
         """Tokens per row."""
         return rows.lengths
 
     def collate(self) -> Pad:
         """Pads rows to the longest of them."""
-        tokenizer = self.load_tokenizer()
-        return Pad(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
+        return Pad(padding_of(self.load_tokenizer()))
 
     def _read(self, source: str) -> list[Row]:
         if self.dataset is not None:

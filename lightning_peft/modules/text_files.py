@@ -6,7 +6,7 @@ import csv
 import json
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -36,15 +36,11 @@ def read_file(path: str | Path, text: str | None = None, label: str | None = Non
     Raises:
         ValueError: unknown suffix, no such file, or no such column.
     """
-    path = Path(path)
-    if path.suffix not in _SUFFIXES:
-        raise ValueError(f"{str(path)!r} has suffix {path.suffix!r}; files end in {', '.join(_SUFFIXES)}.")
-    if not path.is_file():
-        raise ValueError(f"there is no file {str(path)!r} (looked in {str(Path.cwd())!r}).")
+    path = table_file(path)
     if path.suffix == ".jsonl":
         return list(_jsonl(path, text, label))
-    with path.open(encoding="utf-8", newline="") as file, _long_fields():
-        reader = csv.reader(file, dialect="excel" if path.suffix == ".csv" else "excel-tab")
+    with path.open(encoding="utf-8", newline="") as file, long_fields():
+        reader = csv.reader(file, dialect=dialect_of(path))
         names = next(reader, [])
         if path.suffix == ".tab":
             kinds, roles = next(reader, []), next(reader, [])
@@ -56,6 +52,25 @@ def read_file(path: str | Path, text: str | None = None, label: str | None = Non
             for row in reader
             if len(row) > text_at
         ]
+
+
+def table_file(path: str | Path, suffixes: Sequence[str] = _SUFFIXES) -> Path:
+    """The path of a file that is there, in one of these formats.
+
+    Raises:
+        ValueError: unknown suffix, or no such file.
+    """
+    path = Path(path)
+    if path.suffix not in suffixes:
+        raise ValueError(f"{str(path)!r} has suffix {path.suffix!r}; files end in {', '.join(suffixes)}.")
+    if not path.is_file():
+        raise ValueError(f"there is no file {str(path)!r} (looked in {str(Path.cwd())!r}).")
+    return path
+
+
+def dialect_of(path: Path) -> str:
+    """What `csv` calls the format."""
+    return "excel" if path.suffix == ".csv" else "excel-tab"
 
 
 def read_texts(path: str | Path, text: str | None = None) -> list[str]:
@@ -79,12 +94,11 @@ def read_texts(path: str | Path, text: str | None = None) -> list[str]:
     return [path.read_text(encoding="utf-8")]
 
 
-def read_dataset(name: str, split: str, text: str | None = None, label: str | None = None) -> list[Row]:
-    """Read one split of a data set by its `datasets` name; class indices become their names where the set has them.
+def load_split(name: str, split: str) -> Any:
+    """One split of a data set, by its `datasets` name.
 
     Raises:
         ModuleNotFoundError: the optional package `datasets` is missing.
-        ValueError: no such column.
     """
     try:
         datasets = import_module("datasets")
@@ -93,7 +107,17 @@ def read_dataset(name: str, split: str, text: str | None = None, label: str | No
             f"dataset={name!r} is read with the package 'datasets', which is not installed: "
             "run `pip install datasets`, or give csv, tsv, jsonl or tab files as train, val and test."
         ) from error
-    table = datasets.load_dataset(name, split=split)
+    return datasets.load_dataset(name, split=split)
+
+
+def read_dataset(name: str, split: str, text: str | None = None, label: str | None = None) -> list[Row]:
+    """Read one split of a data set by its `datasets` name; class indices become their names where the set has them.
+
+    Raises:
+        ModuleNotFoundError: the optional package `datasets` is missing.
+        ValueError: no such column.
+    """
+    table = load_split(name, split)
     text_at, label_at = _columns(name, table.column_names, text, label)
     texts = table[table.column_names[text_at]]
     if label_at is None:
@@ -107,7 +131,12 @@ def read_dataset(name: str, split: str, text: str | None = None, label: str | No
     ]
 
 
-def _jsonl(path: Path, text: str | None, label: str | None) -> Iterator[Row]:
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """The values of a jsonl file, each with the number of its line.
+
+    Raises:
+        ValueError: a line is not JSON.
+    """
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -116,22 +145,28 @@ def _jsonl(path: Path, text: str | None, label: str | None) -> Iterator[Row]:
                 fields = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{str(path)!r}, line {number}, is not JSON: {error}.") from error
-            if not isinstance(fields, dict) or (text or "text") not in fields:
-                raise ValueError(
-                    f"{str(path)!r}, line {number}, has no {text or 'text'!r}; it has {_names(fields)}. "
-                    "Name the field with text=..."
-                )
-            if label is not None and label not in fields:
-                raise ValueError(f"{str(path)!r}, line {number}, has no {label!r}; it has {_names(fields)}.")
-            value = fields.get(label or "label")
-            yield Row(str(fields[text or "text"]), "" if value is None else str(value).strip())
+            yield number, fields
+
+
+def _jsonl(path: Path, text: str | None, label: str | None) -> Iterator[Row]:
+    for number, fields in json_lines(path):
+        if not isinstance(fields, dict) or (text or "text") not in fields:
+            raise ValueError(
+                f"{str(path)!r}, line {number}, has no {text or 'text'!r}; it has {names_in(fields)}. "
+                "Name the field with text=..."
+            )
+        if label is not None and label not in fields:
+            raise ValueError(f"{str(path)!r}, line {number}, has no {label!r}; it has {names_in(fields)}.")
+        value = fields.get(label or "label")
+        yield Row(str(fields[text or "text"]), "" if value is None else str(value).strip())
 
 
 def _columns(source: Path | str, names: list[str], text: str | None, label: str | None) -> tuple[int, int | None]:
     """Where text and label are; the label may be absent only if nobody asked for it by name."""
     for role, name in (("text", text or "text"), ("label", label)):
         if name is not None and name not in names:
-            raise ValueError(f"{str(source)!r} has no column {name!r}; it has {_names(names)}. Name it with {role}=...")
+            given = names_in(names)
+            raise ValueError(f"{str(source)!r} has no column {name!r}; it has {given}. Name it with {role}=...")
     label = label or "label"
     return names.index(text or "text"), names.index(label) if label in names else None
 
@@ -140,12 +175,13 @@ def _first(names: list[str], marks: list[str], wanted: str) -> str | None:
     return next((name for name, mark in zip(names, marks, strict=False) if mark.strip() == wanted), None)
 
 
-def _names(fields: Any) -> str:
+def names_in(fields: Any) -> str:
+    """The names of columns or fields, for a sentence."""
     return ", ".join(map(repr, fields)) if isinstance(fields, dict | list) and fields else "no columns"
 
 
 @contextmanager
-def _long_fields() -> Iterator[None]:
+def long_fields() -> Iterator[None]:
     """Lift csv's limit of 131,072 characters a field, which a long document passes, and put it back."""
     with _FIELD_SIZE_LOCK:
         before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # a C long: 32 bits on Windows

@@ -16,7 +16,7 @@ from tiny_models import save_decoder, save_encoder, save_texts, save_tokenizer
 from torch import Tensor, nn
 
 from lightning_peft.interop import plain, plain_loader
-from lightning_peft.modules import LanguageData, LanguageModel, TextClassifier, TextData
+from lightning_peft.modules import CausalLM, LanguageData, TextClassifier, TextData
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +34,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     classifier.model.bert.save_pretrained(place / "headless")
     Trainer(max_steps=40, **quiet).fit(classifier, datamodule=TextData(csv, raw, val_share=0.0, batch_size=16))
     raw = save_decoder(place / "raw-decoder")
-    language = LanguageModel(raw, lr=1e-2)
+    language = CausalLM(raw, lr=1e-2)
     data = LanguageData(txt, raw, val_share=0.0, block_size=8, batch_size=8)
     Trainer(max_steps=40, **quiet).fit(language, datamodule=data)
     for name, model in (("encoder", classifier.model), ("decoder", language.model)):

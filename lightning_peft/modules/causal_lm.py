@@ -1,0 +1,141 @@
+"""A causal language model from any pretrained decoder; adapters are whatever a callback put into it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from lightning_peft.modules.documents import IGNORED
+from lightning_peft.modules.language_data import LanguageBatch
+from lightning_peft.modules.optimization import Schedule, adamw, require_schedule
+from lightning_peft.modules.packing import attention_within, require_packable, takes_positions
+from lightning_peft.modules.perplexity import Perplexity
+from lightning_peft.modules.pretrained import from_folder_or_hub, padding_of, tokenizer_from
+
+
+class Continuation(TypedDict):
+    """What ``predict_step`` returns: ``tokens`` (batch, new) behind the prompts, and the same as ``texts``."""
+
+    tokens: Tensor
+    texts: list[str]
+
+
+class CausalLM(LightningModule):
+    """Next-token prediction, on blocks of text, packed documents or padded rows, and generation.
+
+    The module trains the parameters that require a gradient and asks nothing more: alone it is full fine-tuning, with
+    ``AdapterInjection`` in the trainer's callbacks it is adapter training. The loss is the mean over the batch's tokens
+    whose label is not -100, and the perplexity exp of the mean over those of the whole set.
+
+    Args:
+        backbone: hub name, or folder with a ``config.json`` and weights.
+        lr: peak learning rate.
+        weight_decay: AdamW's decoupled weight decay.
+        warmup: share of the optimizer steps in which the rate rises from 0.
+        schedule: "linear" lets it fall to 0 then, "constant" leaves it.
+        generation: arguments of transformers' ``generate`` for ``predict_step``, such as ``num_beams`` or ``do_sample``
+            with ``temperature``; 64 new tokens at most and no sampling, where they say nothing else.
+    Attributes:
+        newly_initialized: names of the model's parameters that the backbone did not have.
+    Shape:
+        input_ids, labels: (batch, length) -> logits (batch, length, vocabulary)
+    Raises:
+        ValueError: the backbone cannot be found; warmup outside [0, 1), or an unknown schedule.
+    Example:
+        >>> CausalLM("no/such/folder")
+        Traceback (most recent call last):
+        ValueError: backbone='no/such/folder' cannot be loaded: ...
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        lr: float = 1e-3,
+        weight_decay: float = 0.01,
+        warmup: float = 0.06,
+        schedule: Schedule = "linear",
+        generation: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        require_schedule(warmup, schedule)
+        self.save_hyperparameters()
+        self.lr, self.weight_decay, self.warmup, self.schedule = lr, weight_decay, warmup, schedule
+        self.generation = {"max_new_tokens": 64, "do_sample": False, **(generation or {})}
+        self.model, self.newly_initialized = from_folder_or_hub(AutoModelForCausalLM, backbone)
+        self.val_perplexity, self.test_perplexity = Perplexity(), Perplexity()
+        self._backbone, self._tokenizer = backbone, None
+        self._takes_positions = takes_positions(self.model)  # now: a wrapper's forward tells nothing
+
+    @property
+    def tokenizer(self) -> Any:
+        """The backbone's, loaded when it is first asked for.
+
+        Raises:
+            ValueError: it cannot be loaded.
+        """
+        if self._tokenizer is None:
+            self._tokenizer = tokenizer_from(self._backbone)
+        return self._tokenizer
+
+    def forward(self, batch: LanguageBatch) -> Any:
+        """Run the model; the output has ``logits`` and ``loss``. Keys and values are not kept: nothing is generated.
+
+        Raises:
+            MisconfigurationException: documents are packed, and this kind of model would not keep them apart.
+        """
+        inputs: dict[str, Any] = {**batch}
+        documents = inputs.pop("document_ids", None)
+        if documents is not None:
+            model: Any = self.model
+            require_packable(model.config, self._takes_positions, documents.shape[1])
+            inputs["attention_mask"] = attention_within(documents, model.dtype)
+        return self.model(**inputs, use_cache=False)
+
+    def training_step(self, batch: LanguageBatch, batch_idx: int) -> Mapping[str, Tensor]:
+        """Mean cross-entropy of a batch; the logits ride along for loss terms that need them."""
+        outputs = self(batch)
+        self.log("train/loss", outputs.loss.detach(), prog_bar=True, batch_size=len(batch["labels"]))
+        return {"loss": outputs.loss, "logits": outputs.logits}
+
+    def validation_step(self, batch: LanguageBatch, batch_idx: int) -> None:
+        """Log ``val/loss``, the mean over all predicted tokens, and ``val/perplexity``."""
+        self._evaluate(batch, self.val_perplexity, "val")
+
+    def test_step(self, batch: LanguageBatch, batch_idx: int) -> None:
+        """Log ``test/loss`` and ``test/perplexity`` likewise."""
+        self._evaluate(batch, self.test_perplexity, "test")
+
+    def predict_step(self, batch: LanguageBatch, batch_idx: int) -> Continuation:
+        """What the model writes behind prompts that are padded on the left."""
+        model: Any = self.model
+        ids, how = batch["input_ids"], {"pad_token_id": padding_of(self.tokenizer), **self.generation}
+        new = model.generate(input_ids=ids, attention_mask=batch["attention_mask"], **how)[:, ids.shape[1] :]
+        return {"tokens": new, "texts": self.tokenizer.batch_decode(new, skip_special_tokens=True)}
+
+    def _evaluate(self, batch: LanguageBatch, perplexity: Perplexity, stage: str) -> None:
+        loss = self(batch).loss
+        predicted = int((batch["labels"][:, 1:] != IGNORED).sum())  # the first token of a row is not
+        perplexity.update(loss, predicted)
+        # Weighted by tokens: the mean of batches that predict unequally many is not that of their means.
+        loss = loss if predicted else loss.nan_to_num(0.0)
+        self.log(f"{stage}/loss", loss, prog_bar=stage == "val", batch_size=predicted, sync_dist=True)
+        self.log(f"{stage}/perplexity", perplexity, prog_bar=True, batch_size=predicted)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Trainable parameters in one group; none if nothing is trainable."""
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        return [{"name": "model", "lr": self.lr, "params": trainable}] if trainable else []
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW, with linear warm-up and decay over the trainer's own number of steps.
+
+        Raises:
+            MisconfigurationException: nothing is trainable, or the number of steps is not known.
+        """
+        advice = "leave a part of the model to train"
+        return adamw(self, self.parameter_groups(), self.weight_decay, self.warmup, self.schedule, advice)
