@@ -2,10 +2,12 @@
 
 from lightning_peft import presets
 from lightning_peft.adapters import (
+    DPT,
     AdaLoRA,
     Adapter,
     AdapterFactory,
     CubicBudget,
+    DePT,
     DynamicDoRA,
     ElementMasks,
     Factorized,
@@ -35,6 +37,7 @@ from lightning_peft.callbacks import (
     Adoption,
     Calibration,
     InformationMonitor,
+    InitialPrompt,
     PosteriorSampling,
     RankAllocation,
     RankMonitor,
@@ -55,6 +58,8 @@ from lightning_peft.interop.from_peft import from_hf_peft
 from lightning_peft.interop.hf_peft import to_hf_peft
 from lightning_peft.interop.merged import save_merged
 from lightning_peft.interop.plain import save_compressed, to_plain
+from lightning_peft.interop.prompt_files import init_prompt_from, load_prompt, save_prompt
+from lightning_peft.interop.prompt_positions import fold_offsets
 from lightning_peft.planning import Plan, plan
 from lightning_peft.prediction import posterior_predict
 from lightning_peft.rank import (
@@ -107,6 +112,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CLUB",
     "DEM",
+    "DPT",
     "EVA",
     "VIB",
     "AdaLoRA",
@@ -129,6 +135,7 @@ __all__ = [
     "CriticFactory",
     "Cubic",
     "CubicBudget",
+    "DePT",
     "Distillation",
     "DynamicDoRA",
     "ElementMasks",
@@ -142,6 +149,7 @@ __all__ = [
     "Hypernetwork",
     "Importance",
     "InformationMonitor",
+    "InitialPrompt",
     "Injection",
     "KeepProbability",
     "LearnedRanks",
@@ -194,9 +202,12 @@ __all__ = [
     "convert",
     "eject",
     "fold_heads",
+    "fold_offsets",
     "from_hf_peft",
+    "init_prompt_from",
     "inject",
     "load",
+    "load_prompt",
     "merge",
     "plan",
     "posterior_predict",
@@ -206,6 +217,7 @@ __all__ = [
     "release",
     "save_compressed",
     "save_merged",
+    "save_prompt",
     "small_parameters",
     "to_hf_peft",
     "to_plain",

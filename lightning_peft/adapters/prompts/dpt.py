@@ -53,7 +53,9 @@ class RectifiedGate(Gate):
 
     def keep(self, which: Tensor, soft: bool = False) -> None:
         if soft:
-            raise ValueError("soft removal lets a component return, and one whose gain is 0 never does; use soft=False.")
+            raise ValueError(
+                "soft removal lets a component return, and one whose gain is 0 never does; use soft=False."
+            )
         super().keep(which)
 
 
