@@ -54,8 +54,8 @@ def to_hf_peft(
     An adopted PEFT model (:func:`lightning_peft.adopt`) is written with its own config, cut to what is open: LoRA and
     DoRA as above, AdaLoRA in its own format, or as a plain LoRA with "folded".
 
-    A prompt in front of a model (:class:`~lightning_peft.SoftPrompt`, :class:`~lightning_peft.DPT`) is written as PEFT's
-    prompt tuning, of the virtual tokens that it comes to.
+    A prompt in front of a model (:class:`~lightning_peft.SoftPrompt`, :class:`~lightning_peft.DPT`) is written as
+    PEFT's prompt tuning, of the virtual tokens that it comes to.
 
     The module is not changed. For a check with stock PEFT, memory for one more copy of the model is needed, for two in
     float32 if the model is narrower than that.

@@ -111,9 +111,9 @@ def _require_expressible(name: str, prompt: Prompt) -> None:
     nowhere = torch.zeros(1, 1, dtype=torch.long, device=next(prompt.parameters()).device)
     if prompt.offsets(nowhere) is not None:
         raise TypeError(
-            f"{kind} at {name!r} adds offsets to the text's embeddings, for which PEFT has no place: without them it is "
-            "another model. Keep it with save_prompt(module, path); on a model with learned positions, such as BERT, "
-            "fold_offsets(module) turns it into a prompt and changed positions."
+            f"{kind} at {name!r} adds offsets to the text's embeddings, for which PEFT has no place: without them it "
+            "is another model. Keep it with save_prompt(module, path); on a model with learned positions, such as "
+            "BERT, fold_offsets(module) turns it into a prompt and changed positions."
         )
     if prompt.prompt_position != "start":
         raise TypeError(

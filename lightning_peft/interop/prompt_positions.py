@@ -41,8 +41,8 @@ def fold_offsets(module: nn.Module) -> nn.Module:
     found = parts.position_table()
     if found is None or hasattr(found[0], "offset"):
         raise TypeError(
-            f"fold_offsets needs a table of learned positions as BERT, RoBERTa and GPT-2 have it, and "
-            f"{type(parts.model).__name__} has none. Keep the prompt as it is, or save_prompt(module, path, folded=True)."
+            "fold_offsets needs a table of learned positions as BERT, RoBERTa and GPT-2 have it, and "
+            f"{type(parts.model).__name__} has none. Keep the prompt, or call save_prompt(module, path, folded=True)."
         )
     if prompt.align != "tokens":
         raise ValueError(

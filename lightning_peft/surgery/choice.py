@@ -25,9 +25,9 @@ def adapter_kind(factory: AdapterFactory) -> type[Adapter] | None:
     """The class behind a factory; ``None`` where a function hides it."""
     while isinstance(factory, partial):
         factory = factory.func
-    if ismethod(factory):  # another constructor of the class, such as DPT.within
-        factory = factory.__self__
-    return factory if isinstance(factory, type) and issubclass(factory, Adapter) else None
+    # A class's own method is another constructor of it, such as DPT.within.
+    kind: object = factory.__self__ if ismethod(factory) else factory
+    return kind if isinstance(kind, type) and issubclass(kind, Adapter) else None
 
 
 def choose(

@@ -28,7 +28,7 @@ _AUTHORS_RATE = 5e-4 / 0.3
 class DePT(Prompt):
     """Decomposed prompt tuning: as many numbers as a long prompt has, in a shorter input.
 
-        H = [ P ; X + O ]        O = gamma A diag(value) B   at a token's place in its text        gamma = alpha / sqrt(r)
+        H = [ P ; X + O ]     O = gamma A diag(value) B, row by row at the tokens' places     gamma = alpha / sqrt(r)
 
     P: (m, d), A: (s, r) and B: (r, d), trained.  value: (r,), the gate's mask: a rank-one term of the offsets is a
     component. B starts at zero, so a new one is the prompt of m tokens alone; so is one without an open component. The
@@ -179,8 +179,8 @@ class DePT(Prompt):
         if positions.shape[1] > self.reach and not self._told and not torch.compiler.is_compiling():
             self._told = True
             warnings.warn(
-                f"a text has {positions.shape[1]} tokens or padding, and DePT's offsets reach {self.reach}: tokens from "
-                f"place {self.reach} on have none. Cut texts, or give a larger `reach`.",
+                f"a text has {positions.shape[1]} tokens or padding, and DePT's offsets reach {self.reach}: tokens "
+                f"from place {self.reach} on have none. Cut texts, or give a larger `reach`.",
                 stacklevel=2,
             )
         return position_offsets(positions, self.A, self.B, self._value(self.gate))

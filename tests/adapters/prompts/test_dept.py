@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import warnings
 from functools import partial
 from math import sqrt
@@ -151,6 +152,5 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("arguments", "sentence"), WRONG.values(), ids=WRONG.keys())
 def test_what_is_wrong_is_said(arguments: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
         inject(plain("bert"), partial(SMALL, **arguments))
-    assert sentence in str(caught.value)

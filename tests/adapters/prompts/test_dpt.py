@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import Any
 
@@ -141,9 +142,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("arguments", "sentence"), WRONG.values(), ids=WRONG.keys())
 def test_what_is_wrong_is_said(arguments: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
         inject(plain("bert"), partial(DPT, **{"length": 8, "rank": 2, **arguments}))
-    assert sentence in str(caught.value)
 
 
 def test_a_rank_is_an_integer() -> None:
