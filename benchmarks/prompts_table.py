@@ -22,7 +22,7 @@ def table(rows: Rows, titles: Mapping[str, str], jobs: Mapping[Any, Sequence[str
             "",
             "## Reuters R8 with MiniLM-L6",
             "",
-            "Two epochs, texts of at most 64 tokens, a new head at its own rate for all; the rate of a method is the best "
+            "Two epochs, texts of at most 64 tokens, a new head at its own rate for all; a method's rate is the best "
             "of three on a held-out tenth,",
             "then the test set once per seed.",
             "",
@@ -30,8 +30,8 @@ def table(rows: Rows, titles: Mapping[str, str], jobs: Mapping[Any, Sequence[str
             "",
             "## The topic as an answer of SmolLM2-135M",
             "",
-            "100 steps of 8 texts; the prompt is a text's first 30 words, the answer its topic. One seed; of three rates "
-            "the one with the lowest perplexity of",
+            "100 steps of 8 texts; the prompt is a text's first 30 words, the answer its topic. One seed; of three "
+            "rates the one with the lowest perplexity of",
             "held-out answers. Right: answers that greedy decoding writes.",
             "",
             *_answers([row for row in rows if row["job"] == "smollm2"], titles, jobs["smollm2"]),
