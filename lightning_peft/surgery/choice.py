@@ -139,9 +139,13 @@ def kept_trainable(
     train: Sequence[str] | None,
     head: Head,
     chosen: Mapping[str, nn.Module],
+    wanted: Collection[int],
     biased: Collection[str],
 ) -> set[str]:
-    """Names of the base's parameters that stay trainable; of adapted layers the biases of those that `biased` names."""
+    """Names of the base's parameters that stay trainable; of adapted layers the biases of those that `biased` names.
+
+    Of the head those stay that `wanted` has, ids of what required a gradient before adapters were built.
+    """
     adapted = {
         id(p)
         for name, layer in chosen.items()
@@ -150,7 +154,6 @@ def kept_trainable(
     }
     own = {id(p): clean_name(name) for name, p in module.named_parameters() if id(p) not in adapted}
     if train is None:
-        wanted = {id(p) for p in module.parameters() if p.requires_grad}
         return {name for key, name in own.items() if key in wanted and name in head.trained}
     # A tied parameter can be named by any of its names, and goes by the first one.
     named = module.named_parameters(remove_duplicate=False)

@@ -141,8 +141,9 @@ def inject(
     if kind is not None and kind.releases_base:
         refuse_thin(module, chosen, kind.__name__)
     # A pattern that matches nothing is told before anything is built.
-    kept_trainable(module, train, head, chosen, chosen if kind is None or kind.releases_base else ())
-    kept = partial(kept_trainable, module, train, head, chosen)
+    wanted = {id(p) for p in module.parameters() if p.requires_grad}
+    kept = partial(kept_trainable, module, train, head, chosen, wanted)
+    kept(chosen if kind is None or kind.releases_base else ())
     return install(module, {name: (layer, factory) for name, layer in chosen.items()}, kept)
 
 
