@@ -28,6 +28,7 @@ from lightning_peft.adapters import (
     SoftPrompt,
     SoftThreshold,
     SoRA,
+    SpaRTA,
     TripletImportance,
     WeightDecomposed,
 )
@@ -105,7 +106,7 @@ from lightning_peft.regularizers import (
     Warmup,
     regularized,
 )
-from lightning_peft.surgery import Injection, eject, inject, small_parameters
+from lightning_peft.surgery import Injection, eject, follow, inject, refresh, small_parameters
 
 __version__ = "0.1.0"
 
@@ -190,6 +191,7 @@ __all__ = [
     "SoRA",
     "SoftPrompt",
     "SoftThreshold",
+    "SpaRTA",
     "Taylor",
     "TripletImportance",
     "UntilTail",
@@ -203,6 +205,7 @@ __all__ = [
     "eject",
     "fold_heads",
     "fold_offsets",
+    "follow",
     "from_hf_peft",
     "init_prompt_from",
     "inject",
@@ -213,6 +216,7 @@ __all__ = [
     "posterior_predict",
     "presets",
     "rank_heat_map",
+    "refresh",
     "regularized",
     "release",
     "save_compressed",

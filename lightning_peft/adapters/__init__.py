@@ -16,6 +16,7 @@ from lightning_peft.adapters.prompts import DPT, DePT, Prompt, SoftPrompt
 from lightning_peft.adapters.rankdyna import GroupImportance
 from lightning_peft.adapters.rlora import RLoRA
 from lightning_peft.adapters.sora import SoftThreshold, SoRA
+from lightning_peft.adapters.sparta import SpaRTA
 from lightning_peft.adapters.thin import ThinLinear
 from lightning_peft.adapters.weight_decomposed import WeightDecomposed
 
@@ -47,6 +48,7 @@ __all__ = [
     "SoRA",
     "SoftPrompt",
     "SoftThreshold",
+    "SpaRTA",
     "ThinLinear",
     "TripletImportance",
     "WeightDecomposed",

@@ -63,19 +63,22 @@ def linear_entries(y: Tensor, x: Tensor, entries: Entries, fresh: bool = True) -
     return result
 
 
-def embedding_entries(y: Tensor, ids: Tensor, entries: Entries, padding: int | None = None) -> Tensor:
+def embedding_entries(
+    y: Tensor, ids: Tensor, entries: Entries, padding: int | None = None, fresh: bool = True
+) -> Tensor:
     """y, through which the entries of the embedding that made it get their gradient.
 
     Args:
-        y: (..., n), the embedding's output; a tensor that nobody else has.
+        y: (..., n), the embedding's output.
         ids: (...), what was looked up.
         entries: of the weight, (m, n).
         padding: a row that gets no gradient.
+        fresh: whether y is a tensor that nobody else has and no view; else it is copied.
 
     Returns:
         (..., n), y's numbers.
     """
-    result: Tensor = _Embedding.apply(y, ids, entries.delta, entries.value, entries, padding)  # type: ignore[no-untyped-call]
+    result: Tensor = _Embedding.apply(y, ids, entries.delta, entries.value, entries, padding, fresh)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -98,15 +101,17 @@ def _save(ctx: Any, entries: Entries, delta_grad: bool, value_grad: bool, *tenso
     ctx.after, ctx.dtype, ctx.shape = entries.after, entries.delta.dtype, entries.delta.shape
     wanted = delta_grad or value_grad
     ctx.save_for_backward(
-        entries.value if delta_grad else None,
+        # Without its version: DDP writes the same mask anew at every forward, perhaps before this one's backward.
+        entries.value.data if delta_grad else None,
         entries.delta if value_grad else None,
         *(tensors if wanted else (None,) * len(tensors)),
     )
 
 
-def _gradients(ctx: Any, found: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """From the gradient of the entries, (k,), to those of delta and value."""
-    value, delta = ctx.saved_tensors[:2]
+def _gradients(
+    ctx: Any, found: Tensor, value: Tensor | None, delta: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """From the gradient of the entries, (k,), to those of delta and value; saved tensors are what `_save` has saved."""
     found = found.to(ctx.dtype).view(ctx.shape)
     if ctx.after is not None:
         ctx.after()
@@ -130,7 +135,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x = ctx.saved_tensors[2]
+        value, delta, x = ctx.saved_tensors  # once: recomputation unpacks what it computes again
         if x is None:
             return grad, None, None, None, None, None
         a, b = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
@@ -139,30 +144,39 @@ class _Linear(torch.autograd.Function):
         # Inside autocast "dense" would be cast once more.
         with torch.autocast(grad.device.type, enabled=False):
             found = entry_gradient(a, b, ctx.pattern, ctx.kernel)
-        ddelta, dvalue = _gradients(ctx, found)
+        ddelta, dvalue = _gradients(ctx, found, value, delta)
         return grad, None, ddelta, dvalue, None, None
 
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, ids: Tensor, delta: Tensor, value: Tensor, entries: Entries, padding: int | None
+        ctx: Any,
+        y: Tensor,
+        ids: Tensor,
+        delta: Tensor,
+        value: Tensor,
+        entries: Entries,
+        padding: int | None,
+        fresh: bool,
     ) -> Tensor:
         _save(ctx, entries, ctx.needs_input_grad[2], ctx.needs_input_grad[3], ids)
         ctx.padding = padding
+        if not fresh:
+            return y.clone()
         ctx.mark_dirty(y)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ids = ctx.saved_tensors[2]
+        value, delta, ids = ctx.saved_tensors
         if ids is None:
-            return grad, None, None, None, None, None
+            return grad, None, None, None, None, None, None
         rows = grad.reshape(-1, grad.shape[-1]).to(ctx.dtype)
         found = embedding_entry_gradient(rows, ids.reshape(-1), ctx.pattern, ctx.padding)
-        ddelta, dvalue = _gradients(ctx, found)
-        return grad, None, ddelta, dvalue, None, None
+        ddelta, dvalue = _gradients(ctx, found, value, delta)
+        return grad, None, ddelta, dvalue, None, None, None
 
 
 class _Weight(torch.autograd.Function):
@@ -174,5 +188,5 @@ class _Weight(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ddelta, dvalue = _gradients(ctx, grad.reshape(-1)[ctx.pattern.indices])
+        ddelta, dvalue = _gradients(ctx, grad.reshape(-1)[ctx.pattern.indices], *ctx.saved_tensors)
         return None, ddelta, dvalue, None
