@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_peft.adapters.base import Adapter
-from lightning_peft.adapters.layers import is_convolution, is_transformers_conv1d, is_transposed, why_not
+from lightning_peft.adapters.layers import is_convolution, is_transformers_conv1d, is_transposed, why_not_with_norms
 from lightning_peft.adapters.written import Written, batches, whole
 from lightning_peft.arguments import require_integer, require_number
 from lightning_peft.functional.low_rank import _is_watched
@@ -64,7 +64,8 @@ class SpaRTA(Adapter):
     weight is composed anew at every forward; that takes a copy of it.
 
     Args:
-        base: any layer that can be adapted, embeddings and attention's projections included.
+        base: any layer that can be adapted, embeddings and attention's projections included; and normalisations,
+            where they are named.
         density: the share of the weight's entries that is trained.
         k: exactly so many entries, in the place of a share; a multiple of `block`.
         seed: what positions are drawn from, with a key.
@@ -164,8 +165,7 @@ class SpaRTA(Adapter):
 
     @classmethod
     def why_not(cls, layer: nn.Module) -> str | None:
-        """Why a layer cannot be adapted, as the end of a sentence; ``None`` if it can."""
-        return why_not(layer)
+        return why_not_with_norms(layer)
 
     # Which entries are trained.
 

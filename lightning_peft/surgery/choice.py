@@ -114,7 +114,11 @@ def refuse_thin(module: nn.Module, chosen: Mapping[str, nn.Module], kind: str) -
 
 def _is_usual(layer: nn.Module) -> bool:
     """Whether a layer is adapted when nobody says which."""
-    return not isinstance(layer, nn.Embedding) and not (is_convolution(layer) and layer.groups != 1)
+    return why_not(layer) is None and not (isinstance(layer, nn.Embedding) or _is_grouped(layer))
+
+
+def _is_grouped(layer: nn.Module) -> bool:
+    return is_convolution(layer) and bool(layer.groups != 1)
 
 
 def _no_match(pattern: str, module: nn.Module, layers: Mapping[str, nn.Module]) -> str:

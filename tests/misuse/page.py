@@ -12,6 +12,7 @@ from misuse import (
     information,
     information_terms,
     processes,
+    prompts,
     sentences,
     trainers,
 )
@@ -27,6 +28,7 @@ TOLD: dict[str, Rows] = {
     "Files and the command line": files.ROWS,
     "A PEFT model of your own": adopted.ROWS,
     "Sentences and their VAE": sentences.ROWS,
+    "Prompts": prompts.ROWS,
 }
 SEVERAL = "Several processes"
 _HEAD = """# What went wrong?
