@@ -41,7 +41,7 @@ class Answers(LightningModule):
 
     def training_step(self, rows: Tensor, batch_idx: int) -> Tensor:
         ids = rows.abs().mul(10).long().clamp(3, 39)
-        loss: Tensor = self.model(input_ids=ids, labels=ids[:, :2]).loss
+        loss: Tensor = self.model(input_ids=ids, labels=ids[:, :2].contiguous()).loss
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
