@@ -8,7 +8,7 @@ from torch import nn
 from lightning_peft.adapters.prompts.dept import DePT
 from lightning_peft.adapters.prompts.soft_prompt import SoftPrompt
 from lightning_peft.adapters.prompts.text_model import TextModel
-from lightning_peft.export import own_random, require_whole
+from lightning_peft.export import own_random, require_whole, trainability_kept
 from lightning_peft.interop.prompt_files import only_prompt
 from lightning_peft.surgery.removal import replace
 
@@ -50,7 +50,7 @@ def fold_offsets(module: nn.Module) -> nn.Module:
             "columns (align='absolute'). Train with align='tokens'."
         )
     table, first = found
-    with torch.no_grad(), own_random(module):
+    with torch.no_grad(), own_random(module), trainability_kept(prompt.base):
         rows = table.weight.detach().to(torch.float64, copy=True)
         offsets = prompt.table().double()
         place = torch.arange(len(offsets), device=rows.device)

@@ -197,8 +197,11 @@ def test_property_offsets_fold_into_learned_positions(kind: str, first: int, pos
     with torch.no_grad():
         alone.model.P.copy_(prompt.P)  # type: ignore[union-attr, operator]
     assert not torch.allclose(logits_of(alone, inputs), before, atol=1e-3)  # the offsets are felt
+    host.requires_grad_(False)
+    trained = next(p for n, p in host.named_parameters() if "mlp" in n or "dense" in n).requires_grad_(True)
     fold_offsets(host)
     assert isinstance(host.model, SoftPrompt)
+    assert trained.requires_grad  # such as a head's
     real = (slice(None), slice(0, 7)) if kind == "gpt2" else (slice(None),)
     torch.testing.assert_close(logits_of(host, inputs)[real], before[real], rtol=0, atol=1e-9)
     name = "wpe" if kind == "gpt2" else "position_embeddings"
