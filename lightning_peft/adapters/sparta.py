@@ -338,8 +338,8 @@ class SpaRTA(Adapter):
         if isinstance(base, nn.Linear) or is_transformers_conv1d(base):
             if heard:
                 return linear_entries(base(x), x, entries, fresh=False)
-            weight = base.weight.t() if entries.transposed else base.weight
-            return linear_entries(F.linear(x, weight, base.bias), x, entries)
+            y = _linear(x, base.weight.t() if entries.transposed else base.weight, base.bias)
+            return linear_entries(y, x, entries, fresh=not y._is_view())
         return self._with_weight(x, weight_entries(base.weight, entries))
 
     def _is_plain(self) -> bool:
@@ -452,3 +452,15 @@ class SpaRTA(Adapter):
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear(x, weight, bias), bit for bit; where torch gives a view of what it has made, the same as no view.
+
+    What is no view may be changed in place, without a copy of its gradient.
+    """
+    if x.dim() == 3 and bias is not None and x.is_contiguous():
+        rows = F.linear(x.view(-1, x.shape[-1]), weight, bias)
+        y: Tensor = torch.ops.aten._unsafe_view(rows, (*x.shape[:-1], rows.shape[-1]))
+        return y
+    return F.linear(x, weight, bias)

@@ -9,7 +9,7 @@ from inspect import ismethod
 
 from torch import nn
 
-from lightning_peft.adapters.attention import AdaptedAttention
+from lightning_peft.adapters.attention import AdaptedAttention, has_in_proj
 from lightning_peft.adapters.base import Adapter, AdapterFactory
 from lightning_peft.adapters.layers import is_convolution, why_not
 from lightning_peft.adapters.thin import ThinLinear
@@ -114,7 +114,9 @@ def refuse_thin(module: nn.Module, chosen: Mapping[str, nn.Module], kind: str) -
 
 def _is_usual(layer: nn.Module) -> bool:
     """Whether a layer is adapted when nobody says which."""
-    return why_not(layer) is None and not (isinstance(layer, nn.Embedding) or _is_grouped(layer))
+    if not has_in_proj(layer) and why_not(layer) is not None:
+        return False  # a kind that some adapters take, and most do not
+    return not (isinstance(layer, nn.Embedding) or _is_grouped(layer))
 
 
 def _is_grouped(layer: nn.Module) -> bool:

@@ -7,12 +7,33 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as L
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_peft import RankBudget, SpaRTA, adapter_state_dict, compact, eject, follow, inject, load, merge, refresh
+from lightning_peft import (
+    AdapterCheckpoint,
+    AdapterInjection,
+    Budget,
+    Cubic,
+    RankBudget,
+    RankMonitor,
+    RankPolicy,
+    RankPruning,
+    SpaRTA,
+    Taylor,
+    adapter_state_dict,
+    compact,
+    eject,
+    follow,
+    inject,
+    load,
+    merge,
+    refresh,
+)
 from lightning_peft.checkpoint import ENTRY, describe
 from lightning_peft.functional.sparse import draw_indices
 from lightning_peft.surgery import adapters
@@ -479,3 +500,87 @@ def test_delta_stays_wide_and_exact_through_casts() -> None:
     model(data(dtype=torch.bfloat16))
     eject(model)
     assert same_bits(model, net(torch.bfloat16))
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 6), (2, 3, 6), (2, 2, 3, 6)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_follows_may_change_the_output_in_place(shape: tuple[int, ...], bias: bool) -> None:
+    layer = nn.Linear(6, 4, bias=bias)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    expected = layer(x).detach()
+    adapter = SpaRTA(layer, density=0.5)
+    y = adapter(x)
+    assert torch.equal(y, expected)
+    y.mul_(2).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, 2 * layer.weight.sum(0).expand(shape))
+    rows = x.detach().reshape(-1, 6).sum(0)
+    torch.testing.assert_close(adapter.delta.grad, 2 * rows[(adapter.indices % 6).long()])
+
+
+class Net(L.LightningModule):
+    """Dropout and an adaptive optimizer that leaves no trace: all that a resumed run could get wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.2), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            for p in self.parameters():
+                nn.init.normal_(p, std=0.3)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return (self.net(batch[0]) - 1).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(trained(self), lr=0.05, fused=True)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(TensorDataset(data(rows=32)), batch_size=4)
+
+
+class SaveAt(L.Callback):
+    """Writes a checkpoint in mid-run."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step and not self.path.exists():
+            trainer.save_checkpoint(self.path)
+
+
+def fit(path: Path, compact: bool, *more: L.Callback, **options: Any) -> Net:
+    torch.manual_seed(3)
+    policy = RankPolicy(Cubic(0.1, 0.2), Taylor(), Budget(share=0.5), 4)
+    module = Net()
+    trainer = L.Trainer(
+        accelerator="cpu", devices=1, max_epochs=3, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, accumulate_grad_batches=2,
+        callbacks=[
+            AdapterInjection(partial(SpaRTA, density=0.3), verbose=False),
+            RankPruning(policy, compact="final" if compact else "never"), RankMonitor(), AdapterCheckpoint(), *more,
+        ],
+    )  # fmt: skip
+    trainer.fit(module, **options)
+    trainer.save_checkpoint(path)
+    return module
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_run_that_is_pruned_stopped_and_resumed_is_the_run_through(tmp_path: Path, compact: bool) -> None:
+    stopped = tmp_path / "stopped.ckpt"
+    through = fit(tmp_path / "through.ckpt", compact, SaveAt(11 if compact else 7, stopped))  # cut in step 10
+    resumed = fit(tmp_path / "resumed.ckpt", compact, ckpt_path=stopped)
+    one, other = adapter_state_dict(through), adapter_state_dict(resumed)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    budget = RankBudget.of(through)
+    assert 0 < budget.spent < budget.capacity
+    sizes = [len(a.indices) for a in adapters(through).values()]
+    assert (sum(sizes) == budget.spent) is compact
+    loaded = load(Net(), tmp_path / "through.ckpt")
+    assert torch.equal(loaded.eval().net(data()), through.eval().net(data()))  # type: ignore[operator, union-attr]
+    eject(resumed)
+    assert same_bits(resumed, Net()) is False  # the head was trained
+    assert all(torch.equal(resumed.net[i].weight, Net().net[i].weight) for i in (0, 2))
