@@ -2,10 +2,12 @@
 
 from lightning_peft import presets
 from lightning_peft.adapters import (
+    DPT,
     AdaLoRA,
     Adapter,
     AdapterFactory,
     CubicBudget,
+    DePT,
     DynamicDoRA,
     ElementMasks,
     Factorized,
@@ -38,6 +40,7 @@ from lightning_peft.callbacks import (
     Calibration,
     GaussianNoise,
     InformationMonitor,
+    InitialPrompt,
     PosteriorSampling,
     RandomPositionNoise,
     RankAllocation,
@@ -62,6 +65,8 @@ from lightning_peft.interop.from_peft import from_hf_peft
 from lightning_peft.interop.hf_peft import to_hf_peft
 from lightning_peft.interop.merged import save_merged
 from lightning_peft.interop.plain import save_compressed, to_plain
+from lightning_peft.interop.prompt_files import init_prompt_from, load_prompt, save_prompt
+from lightning_peft.interop.prompt_positions import fold_offsets
 from lightning_peft.planning import Plan, plan
 from lightning_peft.prediction import posterior_predict
 from lightning_peft.rank import (
@@ -114,6 +119,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CLUB",
     "DEM",
+    "DPT",
     "EVA",
     "VIB",
     "AdaLoRA",
@@ -137,6 +143,7 @@ __all__ = [
     "CriticFactory",
     "Cubic",
     "CubicBudget",
+    "DePT",
     "Distillation",
     "DynamicDoRA",
     "ElementMasks",
@@ -151,6 +158,7 @@ __all__ = [
     "Hypernetwork",
     "Importance",
     "InformationMonitor",
+    "InitialPrompt",
     "Injection",
     "KeepProbability",
     "LearnedRanks",
@@ -208,10 +216,13 @@ __all__ = [
     "convert",
     "eject",
     "fold_heads",
+    "fold_offsets",
     "follow",
     "from_hf_peft",
+    "init_prompt_from",
     "inject",
     "load",
+    "load_prompt",
     "merge",
     "plan",
     "posterior_predict",
@@ -222,6 +233,7 @@ __all__ = [
     "release",
     "save_compressed",
     "save_merged",
+    "save_prompt",
     "small_parameters",
     "to_hf_peft",
     "to_plain",

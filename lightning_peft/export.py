@@ -147,7 +147,8 @@ def require_whole(module: nn.Module, verb: str) -> None:
 def smaller(name: str, adapter: Adapter, keep: Tensor | None = None) -> Adapter | None:
     """`adapter.compacted(keep)`, trainable where the adapter was; an error names the layer."""
     try:
-        small = adapter.compacted() if keep is None else adapter.compacted(keep)
+        with trainability_kept(adapter.base):
+            small = adapter.compacted() if keep is None else adapter.compacted(keep)
     except TypeError as error:
         raise TypeError(f"layer {name!r}: {error}") from error
     if small is not None:
@@ -168,6 +169,17 @@ def widened(adapter: A) -> A:
     """The adapter, or a float32 copy of it if its own parameters were cast to something narrower."""
     narrow = any(p.is_floating_point() and p.element_size() < 4 for _, p in adapter.own_parameters())
     return copy.deepcopy(adapter).float() if narrow else adapter
+
+
+@contextmanager
+def trainability_kept(base: nn.Module) -> Iterator[None]:
+    """Build another adapter around a base: its constructor freezes all, and a head inside is to stay trainable."""
+    before = [(p, p.requires_grad) for p in base.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, wanted in before:
+            parameter.requires_grad_(wanted)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_peft.adapters.attention import AdaptedAttention, expose_in_proj
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.checkpoint import ENTRY, AdapterFileError, recipe
-from lightning_peft.export import own_random
+from lightning_peft.export import own_random, trainability_kept
 from lightning_peft.rank.budget import WHOLE, whole
 from lightning_peft.surgery.layers import adaptable, adapters
 from lightning_peft.surgery.removal import replace
@@ -115,7 +115,8 @@ def _build(
     found, arguments = adapter_class(kind[0], source), kind[1]
     check_arguments(found, arguments, source)
     check_sizes(found, arguments, base, path, state, source)
-    adapter = found(base, **arguments)
+    with trainability_kept(base):
+        adapter = found(base, **arguments)
     parts = {} if old is None else dict(old.own_parameters())
     for part, parameter in adapter.own_parameters():
         if part in parts:

@@ -145,8 +145,10 @@ def _check_records(records: Any, source: str) -> None:
         _require(record.keys() == _RECORD, source, where, record, "as we write it")
         _require(_is_name(record["class"]), source, where, record["class"], "a class as text, module:class")
         _require(type(record["arguments"]) is dict, source, where, record["arguments"], "arguments by name")
-        for key in ("components", "cost", "dense"):
-            _require(_is_whole(record[key]) and record[key] > 0, source, where, record[key], f"{key}, at least 1")
+        # What stands in the place of a whole model has no layer's weight.
+        for key, least in (("components", 1), ("cost", 1), ("dense", 0)):
+            right = _is_whole(record[key]) and record[key] >= least
+            _require(right, source, where, record[key], f"{key}, at least {least}")
 
 
 def check_ranks(entry: Mapping[str, Any], source: str) -> None:

@@ -12,7 +12,7 @@ from lightning_peft.adapters.learned_ranks import LearnedRanks
 from lightning_peft.adapters.lora import LoRA
 from lightning_peft.adapters.low_rank import LowRank, LowRankUpdate
 from lightning_peft.adapters.partly_open import PartlyOpen
-from lightning_peft.adapters.prompts import Prompt, SoftPrompt
+from lightning_peft.adapters.prompts import DPT, DePT, Prompt, SoftPrompt
 from lightning_peft.adapters.rankdyna import GroupImportance
 from lightning_peft.adapters.rlora import RLoRA
 from lightning_peft.adapters.sora import SoftThreshold, SoRA
@@ -21,10 +21,12 @@ from lightning_peft.adapters.thin import ThinLinear
 from lightning_peft.adapters.weight_decomposed import WeightDecomposed
 
 __all__ = [
+    "DPT",
     "AdaLoRA",
     "Adapter",
     "AdapterFactory",
     "CubicBudget",
+    "DePT",
     "DynamicDoRA",
     "ElementMasks",
     "Factorized",

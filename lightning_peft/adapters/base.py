@@ -170,6 +170,14 @@ class Adapter(nn.Module, ABC):
         """Own parameters that belong to no component, and stay whole when components are cut out; by default none."""
         return iter(())
 
+    def rates(self) -> Mapping[str, float]:
+        """What multiplies the learning rate of own parameters, by name; those that are not named have the rate itself.
+
+        By default all have. The modules here follow it, and your own does with
+        :func:`lightning_peft.surgery.split_by_rate`; where nobody does, a warning says so when training starts.
+        """
+        return {}
+
     def lengths(self) -> Tensor | None:
         """Lengths of the effective weight's rows, (d_out,), if the adapter has them apart from the weight; else none.
 

@@ -7,6 +7,7 @@ from lightning_peft.callbacks.calibration import Calibration
 from lightning_peft.callbacks.certificate import RiskCertificate
 from lightning_peft.callbacks.checkpoint import AdapterCheckpoint
 from lightning_peft.callbacks.information import InformationMonitor
+from lightning_peft.callbacks.initial_prompt import InitialPrompt
 from lightning_peft.callbacks.injection import AdapterInjection
 from lightning_peft.callbacks.monitor import RankMonitor
 from lightning_peft.callbacks.pruning import RankPruning
@@ -25,6 +26,7 @@ __all__ = [
     "Calibration",
     "GaussianNoise",
     "InformationMonitor",
+    "InitialPrompt",
     "PosteriorSampling",
     "RDrop",
     "RandomPositionNoise",

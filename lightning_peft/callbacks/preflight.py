@@ -19,6 +19,7 @@ from lightning_peft.strategies import (
     reshard,
 )
 from lightning_peft.surgery.layers import adapters, trained
+from lightning_peft.surgery.rates import not_followed
 
 
 class Preflight(Callback):
@@ -54,6 +55,7 @@ class Preflight(Callback):
             together(lambda: _require_thawed(pl_module))
             together(lambda: require_synchronised(trainer.strategy, pl_module))
             _warn_of_untrained(trainer, pl_module)
+            _warn_of_rates(trainer, pl_module)
             self._compared = trainer.global_step  # a run that goes on within an epoch has no start of one
 
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -135,6 +137,18 @@ def _warn_of_untrained(trainer: Trainer, module: LightningModule) -> None:
         rank_zero_warn(
             f"{idle[0]!r}{others} was left trainable beside the adapters and is in no optimizer, so it is not "
             "trained. Let configure_optimizers take every parameter that requires grad, or freeze it: train=[]."
+        )
+
+
+def _warn_of_rates(trainer: Trainer, module: LightningModule) -> None:
+    """Warn of an adapter that asks for several rates, and has one for all it trains."""
+    found = not_followed(module, [group for optimizer in trainer.optimizers for group in optimizer.param_groups])
+    if found is not None:
+        name, part, rate = found
+        rank_zero_warn(
+            f"the adapter at {name!r} asks for {rate:g} times the learning rate for its {part!r}, and the optimizer "
+            "has one rate for all that it trains. Pass the groups of configure_optimizers through "
+            "lightning_peft.surgery.split_by_rate(self, groups), or set the adapter's argument `rate` to 1."
         )
 
 

@@ -1,4 +1,4 @@
-"""Adapters out of a PEFT folder, as ours: LoRA, its weight-decomposed form, and AdaLoRA."""
+"""Adapters out of a PEFT folder, as ours: LoRA, its weight-decomposed form, AdaLoRA, and prompts."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from lightning_peft.adapters.low_rank import LowRank
 from lightning_peft.adapters.weight_decomposed import WeightDecomposed
 from lightning_peft.archive import AdapterFileError, unreadable
 from lightning_peft.heads import hub_models
+from lightning_peft.interop.prompt_import import put_prompt_in
 from lightning_peft.interop.targets import PREFIX
 from lightning_peft.interop.triplets import ADDED
 from lightning_peft.interop.verify import CONFIG, WEIGHTS, first_match
@@ -71,6 +72,7 @@ def from_hf_peft(module: Module, folder: str | Path) -> Module:
         LoRA       y = W x + b + lora_alpha / r B A x      with PEFT's rank and alpha patterns, or rank-stabilised
         use_dora   :class:`~lightning_peft.WeightDecomposed`
         AdaLoRA    y = W x + b + lora_alpha / (init_r + 1e-5) B diag(E) A x,      its layers of rank 0 left plain
+        prompts    :class:`~lightning_peft.SoftPrompt`, around the one transformers model that the module holds
 
     Of LoRA, a rank beyond a layer's smaller side, such as an exported :class:`~lightning_peft.RLoRA` has, becomes that
     side: the same update in as many components as it can have.
@@ -96,6 +98,8 @@ def from_hf_peft(module: Module, folder: str | Path) -> Module:
     if any(isinstance(child, Adapter) for child in module.modules()):
         raise ValueError(f"{type(module).__name__} has adapters already: give from_hf_peft the plain model.")
     config, tensors = _read(folder)
+    if config["peft_type"] == "PROMPT_TUNING":
+        return put_prompt_in(module, config, tensors, folder)
     layers, beside = _layers(folder, config, tensors)
     host = _find_host(module, layers, beside, folder)
     found = adaptable(host)
@@ -176,9 +180,9 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterFileError(unreadable(folder / CONFIG, error)) from error
-    if not isinstance(config, dict) or config.get("peft_type") not in ("LORA", "ADALORA"):
+    if not isinstance(config, dict) or config.get("peft_type") not in ("LORA", "ADALORA", "PROMPT_TUNING"):
         kind = config.get("peft_type") if isinstance(config, dict) else config
-        raise AdapterFileError(f"{folder}: peft_type={kind!r} cannot be read; LORA and ADALORA can.")
+        raise AdapterFileError(f"{folder}: peft_type={kind!r} cannot be read; LORA, ADALORA and PROMPT_TUNING can.")
     if not (folder / WEIGHTS).is_file():
         other = "adapter_model.bin"
         also = (
@@ -186,7 +190,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             * (folder / other).is_file()
         )
         raise AdapterFileError(f"{folder} holds no {WEIGHTS}, the one file of weights that is read.{also}")
-    _require_understood(config, folder)
+    if config["peft_type"] != "PROMPT_TUNING":  # which has other options
+        _require_understood(config, folder)
     try:
         return config, load_file(folder / WEIGHTS)
     except Exception as error:

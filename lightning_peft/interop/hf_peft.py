@@ -17,6 +17,7 @@ from lightning_peft.interop.adoption import release as release
 from lightning_peft.interop.folder import Export, public_name, refuse_to_overwrite, whole_folder, write_card
 from lightning_peft.interop.host import below, find_host, some, trained_beside, whole_modules, with_statistics
 from lightning_peft.interop.layout import Mode, lay_out, modules_to_save, target_modules, task_type
+from lightning_peft.interop.prompt_export import is_prompted, write_prompt
 from lightning_peft.interop.targets import PREFIX, find_targets, idle
 from lightning_peft.interop.triplets import lay_out_triplets, read_triplets
 from lightning_peft.interop.verify import CONFIG, WEIGHTS, by_reading, with_peft
@@ -53,6 +54,9 @@ def to_hf_peft(
     An adopted PEFT model (:func:`lightning_peft.adopt`) is written with its own config, cut to what is open: LoRA and
     DoRA as above, AdaLoRA in its own format, or as a plain LoRA with "folded".
 
+    A prompt in front of a model (:class:`~lightning_peft.SoftPrompt`, :class:`~lightning_peft.DPT`) is written as
+    PEFT's prompt tuning, of the virtual tokens that it comes to.
+
     The module is not changed. For a check with stock PEFT, memory for one more copy of the model is needed, for two in
     float32 if the model is narrower than that.
 
@@ -84,6 +88,10 @@ def to_hf_peft(
     folder = Path(folder)
     if any(adapter.hosted for adapter in adapters(module).values()):
         return _write_adopted(module, folder, mode, head, check, inputs, base_model_name_or_path, overwrite)
+    if is_prompted(module):
+        return write_prompt(
+            module, folder, mode, head, _how_to_check(check), inputs, base_model_name_or_path, overwrite
+        )
     name, host = find_host(module, "to_hf_peft")
     targets = find_targets(host)
     tensors, config = lay_out_triplets(targets) if mode == "adalora" else lay_out(targets, mode)
@@ -159,7 +167,7 @@ def _write_adopted(
     return Export(folder, mode, layout.ranks, layout.head, size, *compare, left_out=layout.left_out)
 
 
-def _how_to_check(check: Check) -> Check:
+def _how_to_check(check: Check) -> Literal["peft", "files"]:
     if check not in ("auto", "peft", "files"):
         raise ValueError(f"check={check!r}: choose 'auto', 'peft' or 'files'.")
     installed = find_spec("peft") is not None
@@ -168,7 +176,9 @@ def _how_to_check(check: Check) -> Check:
             "check='peft' loads the exported adapter with PEFT, which is not installed: run "
             "`pip install 'lightning-peft[hf]'`, or give check='files' to compare the files without it."
         )
-    return check if check != "auto" else "peft" if installed else "files"
+    if check == "auto":
+        return "peft" if installed else "files"
+    return check
 
 
 def kept_modules(module: nn.Module, name: str, host: nn.Module) -> dict[str, nn.Module]:

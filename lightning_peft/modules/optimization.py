@@ -10,6 +10,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightning_peft.surgery.rates import split_by_rate
+
 # Where PyTorch has a fused AdamW kernel. It matters with adapters: hundreds of small tensors, a dozen kernels each.
 _FUSED_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
 
@@ -26,6 +28,8 @@ def adamw(
     advice: str,
 ) -> OptimizerLRSchedulerConfig:
     """What `configure_optimizers` returns: AdamW on the groups, each at its own peak rate.
+
+    Where an adapter asks for another rate for some of its parameters, they are a group of their own.
 
     Args:
         module: attached to a trainer, which knows the number of steps.
@@ -50,6 +54,7 @@ def adamw(
             f"{name} needs the number of optimizer steps for its decay, and the trainer has no limit: "
             "set Trainer(max_epochs=...) or Trainer(max_steps=...)."
         )
+    groups = split_by_rate(module, groups)
     devices = {p.device.type for group in groups for p in group["params"]}
     # A fused kernel unscales float16 gradients by itself, and then Lightning can no longer clip them.
     fused = devices <= _FUSED_DEVICES and module.trainer.precision != "16-mixed"

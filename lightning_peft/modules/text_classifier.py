@@ -16,6 +16,7 @@ from lightning_peft.arguments import require_integer
 from lightning_peft.modules.likelihood import NegativeLogLikelihood
 from lightning_peft.modules.optimization import Schedule, adamw, require_schedule
 from lightning_peft.modules.pretrained import from_folder_or_hub
+from lightning_peft.surgery.layers import adapters
 
 
 class TextBatch(TypedDict, total=False):
@@ -137,10 +138,12 @@ class TextClassifier(LightningModule):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Trainable parameters in two groups, ``adapters`` and ``head``; an empty group is left out.
 
-        The head is what trains outside the encoder, which every transformers model names in ``base_model_prefix``.
+        The head is what trains outside the encoder, which every transformers model names in ``base_model_prefix``, and
+        is no adapter: a prompt stands around the whole model.
         """
         encoder = getattr(self.model, str(self.model.base_model_prefix), self.model)
         inside = set(encoder.parameters())
+        inside |= {p for adapter in adapters(self).values() for _, p in adapter.own_parameters()}
         trainable = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"name": "adapters", "lr": self.lr, "params": [p for p in trainable if p in inside]},

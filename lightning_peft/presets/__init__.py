@@ -4,6 +4,8 @@ from lightning_peft.presets.adalora import adalora
 from lightning_peft.presets.ars import ars
 from lightning_peft.presets.base import Preset
 from lightning_peft.presets.blob import blob
+from lightning_peft.presets.dept import dept
+from lightning_peft.presets.dpt import dpt
 from lightning_peft.presets.dynamic_dora import dynamic_dora
 from lightning_peft.presets.elalora import elalora
 from lightning_peft.presets.eva import eva
@@ -12,6 +14,7 @@ from lightning_peft.presets.increlora import increlora
 from lightning_peft.presets.lora import lora
 from lightning_peft.presets.pac_bayes import pac_bayes
 from lightning_peft.presets.pac_tuning import pac_tuning
+from lightning_peft.presets.prompt_tuning import prompt_tuning
 from lightning_peft.presets.rankdyna import rankdyna
 from lightning_peft.presets.rlora import rlora
 from lightning_peft.presets.sora import sora
@@ -23,6 +26,8 @@ __all__ = [
     "adalora",
     "ars",
     "blob",
+    "dept",
+    "dpt",
     "dynamic_dora",
     "elalora",
     "eva",
@@ -31,6 +36,7 @@ __all__ = [
     "lora",
     "pac_bayes",
     "pac_tuning",
+    "prompt_tuning",
     "rankdyna",
     "rlora",
     "sora",

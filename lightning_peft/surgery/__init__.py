@@ -2,6 +2,7 @@
 
 from lightning_peft.surgery.injection import Injection, inject
 from lightning_peft.surgery.layers import adaptable, adapters, small_parameters, trained
+from lightning_peft.surgery.rates import split_by_rate
 from lightning_peft.surgery.refresh import follow, refresh
 from lightning_peft.surgery.removal import eject
 
@@ -14,5 +15,6 @@ __all__ = [
     "inject",
     "refresh",
     "small_parameters",
+    "split_by_rate",
     "trained",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
+from inspect import ismethod
 
 from torch import nn
 
@@ -24,7 +25,9 @@ def adapter_kind(factory: AdapterFactory) -> type[Adapter] | None:
     """The class behind a factory; ``None`` where a function hides it."""
     while isinstance(factory, partial):
         factory = factory.func
-    return factory if isinstance(factory, type) and issubclass(factory, Adapter) else None
+    # A class's own method is another constructor of it, such as DPT.within.
+    kind: object = factory.__self__ if ismethod(factory) else factory
+    return kind if isinstance(kind, type) and issubclass(kind, Adapter) else None
 
 
 def choose(

@@ -12,7 +12,8 @@ import pytest
 import torch
 from hosts import Host, Job, ShardedAroundAdapters, change, train_all
 from lightning.pytorch.strategies import DDPStrategy
-from presets.every import NAMES, has_posterior, injection_of, releases_base, small
+from presets.every import NAMES as ALL
+from presets.every import adapts_models, has_posterior, injection_of, releases_base, small
 from torch import Tensor, nn
 
 from lightning_peft import RankPruning, adapter_state_dict
@@ -22,6 +23,9 @@ pytestmark = [
     pytest.mark.dist,
     pytest.mark.filterwarnings("ignore:masks have learned to keep"),  # runs are short
 ]
+
+
+NAMES = [name for name in ALL if not adapts_models(name)]  # these are in test_prompts.py, on a model of text
 
 
 def job(name: str) -> Job:

@@ -1,4 +1,4 @@
-"""A prompt on two processes: the weights of one process, also where its model's embedding is in pieces; and resumed."""
+"""Prompts on two processes: the weights of one process, also where the model's embedding is in pieces; and resumed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import lightning.pytorch as L
 import pytest
 import torch
 from hosts import BATCHES, GLOBAL_BATCH, STRATEGIES, Job, Sharded, change, train_all
+from presets.every import NAMES as ALL
+from presets.every import adapts_models, small
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -17,7 +19,7 @@ from torch.utils.data import TensorDataset
 from transformers.models.bert.modeling_bert import BertForSequenceClassification, BertLayer
 from wrapped import TOKENS, build
 
-from lightning_peft import AdapterCheckpoint, AdapterInjection, SoftPrompt
+from lightning_peft import AdapterCheckpoint, AdapterInjection, RankPruning, SoftPrompt
 from lightning_peft.checkpoint import adapter_state_dict
 from lightning_peft.distributed import whole
 from lightning_peft.testing.processes import run_processes
@@ -59,23 +61,34 @@ def callbacks() -> list[L.Callback]:
 
 
 HOST: dict[str, Any] = {"build": Reader, "data": texts}
-JOBS = {"prompt": Job(callbacks, host=HOST, sharded=ShardedReader, trainer={"max_epochs": 1})}
+NAMES = [name for name in ALL if adapts_models(name)]
+JOBS = {
+    name: Job(made, host=HOST, sharded=ShardedReader, trainer={"max_epochs": 1})
+    for name, made in {"prompt": callbacks, **{name: partial(small, name) for name in NAMES}}.items()
+}
 
 
 @cache
 def results(world: int, *kinds: str) -> list[dict[Any, Any]]:
-    return run_processes(world, train_all, [(kind, "prompt") for kind in kinds], JOBS, world, timeout=600)
+    runs = [(kind, name) for kind in kinds for name in JOBS]
+    return run_processes(world, train_all, runs, JOBS, world, timeout=600)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
-def test_two_processes_are_one(kind: str) -> None:
+@pytest.mark.parametrize("name", JOBS)
+def test_two_processes_are_one(name: str, kind: str) -> None:
     alone = results(1, "single", "half")[0]
-    assert isinstance(alone["single", "prompt"], dict), alone["single", "prompt"]
-    assert any(name.endswith("model.P") for name in alone["single", "prompt"]["weights"])
+    assert isinstance(alone["single", name], dict), alone["single", name]
+    assert any(weight.endswith(("model.P", "model.B")) for weight in alone["single", name]["weights"])
     for both in results(2, "ddp", "fsdp2"):
-        assert isinstance(both[kind, "prompt"], dict), both[kind, "prompt"]
-        assert change(both[kind, "prompt"], alone["single", "prompt"]) < 1e-5
-    assert change(alone["half", "prompt"], alone["single", "prompt"]) > 1e-3  # it could fail
+        assert isinstance(both[kind, name], dict), both[kind, name]
+        assert both[kind, name]["events"] == alone["single", name]["events"]
+        assert both[kind, name]["masks"] == alone["single", name]["masks"]
+        assert change(both[kind, name], alone["single", name]) < 1e-5
+    assert bool(alone["single", name]["events"]) == any(
+        isinstance(each, RankPruning) for each in JOBS[name].callbacks()
+    )
+    assert change(alone["half", name], alone["single", name]) > 1e-3  # it could fail
 
 
 class SaveAt(L.Callback):

@@ -256,7 +256,7 @@ def edited(folder: Path, **options: Any) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "another method": ({"peft_type": "IA3"}, "peft_type='IA3' cannot be read; LORA and ADALORA can."),
+    "another method": ({"peft_type": "IA3"}, "peft_type='IA3' cannot be read; LORA, ADALORA and PROMPT_TUNING can."),
     "biases": ({"bias": "all"}, "the option bias='all' cannot be expressed here. Merge the adapter with PEFT"),
     "a start that changed the base": ({"init_lora_weights": "pissa"}, "the option init_lora_weights='pissa'"),
     "an option of the future": ({"use_magic": 3}, "the option use_magic=3 cannot be expressed"),

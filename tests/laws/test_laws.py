@@ -5,8 +5,10 @@ from __future__ import annotations
 from functools import partial
 
 from lightning_peft import (
+    DPT,
     AdaLoRA,
     Cubic,
+    DePT,
     DynamicDoRA,
     Factorized,
     GroupImportance,
@@ -26,6 +28,7 @@ from lightning_peft import (
 from lightning_peft.adapters import adalora, dynamic_dora, elalora, increlora, rankdyna, sora
 from lightning_peft.testing import importance_laws, laws, policy_laws
 
+MODELS = ("encoder_model", "decoder_model", "encoder_decoder_model")
 DROPPED = ("linear", "conv1d", "convolution_2d", "convolution_3d", "attention_in")
 
 test_lora = laws(partial(LoRA, rank=4))
@@ -57,6 +60,10 @@ test_soft_prompt = laws(partial(SoftPrompt, length=4))
 test_soft_prompt_after_the_first_token = laws(
     partial(SoftPrompt, length=3, init="random", prompt_position="after_cls"), ("encoder_model",)
 )
+test_dpt = laws(partial(DPT, length=5, rank=3), MODELS)
+test_dpt_in_the_papers_other_form = laws(partial(DPT, length=5, rank=3, form="relu", init="svd"), ("decoder_model",))
+test_dept = laws(partial(DePT, length=3, rank=3, reach=9), MODELS)
+test_dept_without_offsets = laws(partial(DePT, length=3, rank=0, init="random"), ("encoder_model",))
 test_sparta = laws(partial(SpaRTA, density=0.25, block=24))
 test_sparta_entry_by_entry = laws(partial(SpaRTA, k=12, seed=1, scaling=2.0), ("linear", "attention_in"))
 

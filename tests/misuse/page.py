@@ -14,6 +14,7 @@ from misuse import (
     models_with_prompts,
     noise,
     processes,
+    prompts,
     sentences,
     trainers,
 )
@@ -31,6 +32,7 @@ TOLD: dict[str, Rows] = {
     "A PEFT model of your own": adopted.ROWS,
     "A model with a prompt": models_with_prompts.ROWS,
     "Sentences and their VAE": sentences.ROWS,
+    "Prompts": prompts.ROWS,
 }
 SEVERAL = "Several processes"
 _HEAD = """# What went wrong?

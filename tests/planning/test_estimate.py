@@ -12,7 +12,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
-from presets.every import NAMES, small
+from presets.every import NAMES, adapts_models, small
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
@@ -374,6 +374,8 @@ def test_a_plan_of_every_preset_is_what_it_takes(name: str, tmp_path: Path) -> N
     policy = next((each.policy for each in pruning(preset())), None)
     with torch.device("meta"):
         shapes = MODELS["bert"]()
+    if adapts_models(name):
+        shapes = nn.ModuleDict({"model": shapes})  # what is adapted is inside
     every = [each.terms for each in preset() if isinstance(each, Regularization)]
     for term in (term for terms in every for term in terms.values()):
         term.before_adapters(shapes)  # type: ignore[operator]

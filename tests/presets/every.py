@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from lightning_peft import VIB, Adapter, AdapterInjection, PACBayes, Regularization, presets
+from lightning_peft import VIB, AdapterInjection, PACBayes, Regularization, presets
+from lightning_peft.surgery.choice import adapter_kind
 
 NAMES = [name for name in presets.__all__ if name != "Preset"]
 
@@ -22,10 +23,14 @@ _SMALL: dict[str, Any] = {
     "draws": 2,
     "measured": 8,
     "features": 8,
+    "reach": 8,
 }
 
 
 _SMALL_OF: dict[str, dict[str, Any]] = {
+    "prompt_tuning": {"length": 4},
+    "dpt": {"length": 6, "rank": 4},
+    "dept": {"length": 3, "rank": 4},
     # With less, or where several samples average their noise, Adam divides gradients that are nearly 0, and steps by
     # their rounding. Several samples on two processes are compared by SGD, in test_mutual_information.py.
     "vib": {"beta": 1.0, "samples": 1},
@@ -48,9 +53,14 @@ def small(name: str, **also: Any) -> presets.Preset:
 
 def releases_base(name: str) -> bool:
     """Whether the preset's adapters have their layers' weights in another form: PEFT has no format for these."""
-    factory = injection_of(name).adapter
-    kind = getattr(factory, "func", factory)
-    return isinstance(kind, type) and issubclass(kind, Adapter) and kind.releases_base
+    kind = adapter_kind(injection_of(name).adapter)
+    return kind is not None and kind.releases_base
+
+
+def adapts_models(name: str) -> bool:
+    """Whether the preset's adapter stands in the place of a whole transformers model, and not of layers."""
+    kind = adapter_kind(injection_of(name).adapter)
+    return kind is not None and kind.adapts == "model"
 
 
 def has_posterior(name: str) -> bool:

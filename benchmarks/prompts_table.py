@@ -1,0 +1,105 @@
+"""The page that `prompts.py table` writes, from the lines of its results file."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def table(rows: Rows, titles: Mapping[str, str], jobs: Mapping[Any, Sequence[str]], seeds: Sequence[int]) -> str:
+    """Markdown of all that is finished; what is missing is said."""
+    return "\n".join(
+        [
+            "# Prompts, measured",
+            "",
+            "From `python benchmarks/prompts.py plan`, one thread of a CPU on which other work ran as well; written by "
+            "`python benchmarks/prompts.py table --out docs/prompts.md`.",
+            "Methods: [prompt tuning](methods/prompt-tuning.md), [DPT](methods/dpt.md), [DePT](methods/dept.md). "
+            "Milliseconds are of CPU time, the median over a run's steps.",
+            "",
+            "## Reuters R8 with MiniLM-L6",
+            "",
+            "Two epochs, texts of at most 64 tokens, a new head at its own rate for all; a method's rate is the best "
+            "of three on a held-out tenth,",
+            "then the test set once per seed.",
+            "",
+            *_classification([row for row in rows if row["job"] == "r8"], titles, jobs["r8"], seeds),
+            "",
+            "## The topic as an answer of SmolLM2-135M",
+            "",
+            "100 steps of 8 texts; the prompt is a text's first 30 words, the answer its topic. One seed; of three "
+            "rates the one with the lowest perplexity of",
+            "held-out answers. Right: answers that greedy decoding writes.",
+            "",
+            *_answers([row for row in rows if row["job"] == "smollm2"], titles, jobs["smollm2"]),
+            "",
+            "## What a shorter prompt saves",
+            "",
+            "A step of DePT ÷ a step of a plain prompt of 100 tokens with as many trained numbers: the median ratio "
+            "within a round, with quartiles, beside the ratio of",
+            "the inputs' lengths, (m + L) / (100 + L), and its square, which attention scores follow.",
+            "",
+            *_speed([row for row in rows if row["job"] == "speed"]),
+            "",
+        ]
+    )
+
+
+def _classification(rows: Rows, titles: Mapping[str, str], methods: Sequence[str], seeds: Sequence[int]) -> list[str]:
+    lines = [
+        "| method | accuracy | seeds | rate | trained beside the head | ms per step | peak MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for method in methods:
+        found = [row for row in rows if row["method"] == method and not row["search"]]
+        if not found:
+            lines.append(f"| {titles[method]} | – | 0 of {len(seeds)} | – | – | – | – |")
+            continue
+        accuracies = [row["accuracy"] for row in found]
+        spread = f" ± {statistics.stdev(accuracies):.4f}" if len(found) > 1 else ""
+        lines.append(
+            f"| {titles[method]} | {statistics.mean(accuracies):.4f}{spread} | {len(found)} of {len(seeds)} | "
+            f"{found[0]['lr']:g} | {found[0]['adapter_parameters']:,} | {_median(found, 'cpu_ms_per_step'):.0f} | "
+            f"{_median(found, 'peak_memory') / 1e6:.0f} |"
+        )
+    return lines
+
+
+def _answers(rows: Rows, titles: Mapping[str, str], methods: Sequence[str]) -> list[str]:
+    lines = [
+        "| method | perplexity of test answers | right | rate | rates tried | trained | ms per step | peak MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for method in methods:
+        found = [row for row in rows if row["method"] == method]
+        if not found:
+            lines.append(f"| {titles[method]} | – | – | – | 0 of 3 | – | – | – |")
+            continue
+        best = min(found, key=lambda row: row["val_perplexity"])
+        lines.append(
+            f"| {titles[method]} | {best['test_perplexity']:.3f} | {best['accuracy']:.3f} | {best['lr']:g} | "
+            f"{len(found)} of 3 | {best['adapter_parameters']:,} | {best['cpu_ms_per_step']:.0f} | "
+            f"{best['peak_memory'] / 1e6:.0f} |"
+        )
+    return lines
+
+
+def _speed(rows: Rows) -> list[str]:
+    if not rows:
+        return ["Not measured yet."]
+    return [
+        "| model | text L | DePT's prompt m | 100 tokens, ms | ratio | lengths | squared |",
+        "|---|---|---|---|---|---|---|",
+        *(
+            f"| {row['shape']} | {row['text']} | {row['prompt']} | {row['plain_ms']:.0f} | {row['ratio']:.3f} "
+            f"[{row['quartiles'][0]:.3f}, {row['quartiles'][1]:.3f}] | {row['lengths']:.3f} | {row['attention']:.3f} |"
+            for row in rows
+        ),
+    ]
+
+
+def _median(rows: Rows, key: str) -> float:
+    return statistics.median(row[key] for row in rows)

@@ -1,0 +1,92 @@
+"""DPT as a list of callbacks: a prompt as a product, of a rank that is fixed or falls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+from lightning.pytorch import Callback
+
+from lightning_peft.adapters.prompts.base import PromptPosition
+from lightning_peft.adapters.prompts.dpt import DPT, Form
+from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, RankMonitor, RankPruning
+from lightning_peft.presets.base import Preset
+from lightning_peft.presets.prompt_tuning import started
+from lightning_peft.rank.budget import Budget
+from lightning_peft.rank.importance import Taylor
+from lightning_peft.rank.policy import RankPolicy
+from lightning_peft.rank.schedule import Cubic
+
+
+def dpt(
+    length: int = 100,
+    rank: int = 10,
+    *,
+    final_rank: int | None = None,
+    parameters: int | None = None,
+    init: Literal["uniform", "svd"] = "uniform",
+    half_width: float | None = None,
+    text_ids: Sequence[int] | None = None,
+    form: Form = "product",
+    warmup: float = 0.1,
+    tail: float = 0.3,
+    interval: int = 10,
+    prompt_position: PromptPosition = "start",
+    init_from: str | None = None,
+    targets: Sequence[str] | None = None,
+    train: Sequence[str] | None = None,
+    compact: Literal["never", "final"] = "never",
+) -> Preset:
+    """A prompt as a product of two thin factors, with adapter-only checkpoints.
+
+    The authors train T5 at a rate of 0.3 with weight decay 1e-5. For models whose embeddings are small (about 0.02)
+    rates between 1e-3 and 3e-2 are usual; factors start there so that the prompt is as large as the embeddings.
+
+    Args:
+        length: virtual tokens.
+        rank: components at the start; instead of it `parameters` may be given.
+        final_rank: components at the end, the others closed on a cubic schedule by what the loss says they are worth;
+            ``None`` to keep all.
+        parameters: as many components as so many trained numbers allow, never one more.
+        init: where the prompt starts; see :class:`~lightning_peft.DPT`, also for the next three.
+        half_width: of the uniform start; ``None`` for what suits the model.
+        text_ids: token ids of a text for init="svd".
+        form: "product" or "relu", in which training itself closes components.
+        warmup: share of the run before the first cut, with `final_rank`.
+        tail: share of the run after the last one.
+        interval: optimizer steps between two cuts.
+        prompt_position: "start" or "after_cls".
+        init_from: file or checkpoint of another task's prompt to start from; see
+            :class:`~lightning_peft.InitialPrompt`.
+        targets: patterns of the transformers model; ``None`` for the one that there is.
+        train: what stays trainable beside it; ``None`` for the head.
+        compact: "final" cuts closed components out of the tensors at the last cut; see
+            :class:`~lightning_peft.RankPruning`.
+
+    Reference:
+        Xiao et al., Findings of EMNLP 2023, arXiv 2310.10094. The schedule is ours.
+    """
+    options = {
+        "length": length,
+        "init": init,
+        "half_width": half_width,
+        "text_ids": text_ids,
+        "form": form,
+        "prompt_position": prompt_position,
+    }
+    adapter = partial(DPT, rank=rank, **options)  # type: ignore[arg-type]
+    if parameters is not None:
+        adapter = partial(DPT.within, parameters=parameters, **options)  # type: ignore[arg-type]
+    pruning = falling(final_rank, warmup, tail, interval, compact)
+    placed = AdapterInjection(adapter, targets, train)
+    return Preset([placed, *started(init_from), *pruning, RankMonitor(), AdapterCheckpoint()])
+
+
+def falling(
+    final_rank: int | None, warmup: float, tail: float, interval: int, compact: Literal["never", "final"]
+) -> list[Callback]:
+    """What closes components on schedule, down to `final_rank`; nothing without one."""
+    if final_rank is None:
+        return []
+    return [RankPruning(RankPolicy(Cubic(warmup, tail), Taylor(), Budget(rank=final_rank), interval), compact)]
