@@ -6,8 +6,10 @@ from lightning_peft.adapters import (
     Adapter,
     AdapterFactory,
     CubicBudget,
+    DropAndRegrow,
     DynamicDoRA,
     ElementMasks,
+    EntrySelection,
     Factorized,
     GoRA,
     GroupImportance,
@@ -26,6 +28,7 @@ from lightning_peft.adapters import (
     SoftPrompt,
     SoftThreshold,
     SoRA,
+    SparseBudget,
     SpaRTA,
     TripletImportance,
     WeightDecomposed,
@@ -56,6 +59,9 @@ from lightning_peft.interop.from_peft import from_hf_peft
 from lightning_peft.interop.hf_peft import to_hf_peft
 from lightning_peft.interop.merged import save_merged
 from lightning_peft.interop.plain import save_compressed, to_plain
+from lightning_peft.interop.sparse import SparseAdapter
+from lightning_peft.interop.sparse_reader import read_sparse
+from lightning_peft.interop.sparse_switch import SparseSwitch
 from lightning_peft.planning import Plan, plan
 from lightning_peft.prediction import posterior_predict
 from lightning_peft.rank import (
@@ -131,8 +137,10 @@ __all__ = [
     "Cubic",
     "CubicBudget",
     "Distillation",
+    "DropAndRegrow",
     "DynamicDoRA",
     "ElementMasks",
+    "EntrySelection",
     "Everyone",
     "Export",
     "Factorized",
@@ -184,6 +192,9 @@ __all__ = [
     "SoftPrompt",
     "SoftThreshold",
     "SpaRTA",
+    "SparseAdapter",
+    "SparseBudget",
+    "SparseSwitch",
     "Taylor",
     "TripletImportance",
     "UntilTail",
@@ -205,6 +216,7 @@ __all__ = [
     "posterior_predict",
     "presets",
     "rank_heat_map",
+    "read_sparse",
     "refresh",
     "regularized",
     "release",

@@ -14,8 +14,10 @@ from lightning_peft.adapters.low_rank import LowRank, LowRankUpdate
 from lightning_peft.adapters.partly_open import PartlyOpen
 from lightning_peft.adapters.prompts import Prompt, SoftPrompt
 from lightning_peft.adapters.rankdyna import GroupImportance
+from lightning_peft.adapters.regrowth import DropAndRegrow, EntrySelection
 from lightning_peft.adapters.rlora import RLoRA
 from lightning_peft.adapters.sora import SoftThreshold, SoRA
+from lightning_peft.adapters.sparse_budget import SparseBudget
 from lightning_peft.adapters.sparta import SpaRTA
 from lightning_peft.adapters.thin import ThinLinear
 from lightning_peft.adapters.weight_decomposed import WeightDecomposed
@@ -25,8 +27,10 @@ __all__ = [
     "Adapter",
     "AdapterFactory",
     "CubicBudget",
+    "DropAndRegrow",
     "DynamicDoRA",
     "ElementMasks",
+    "EntrySelection",
     "Factorized",
     "GoRA",
     "GroupImportance",
@@ -47,6 +51,7 @@ __all__ = [
     "SoftPrompt",
     "SoftThreshold",
     "SpaRTA",
+    "SparseBudget",
     "ThinLinear",
     "TripletImportance",
     "WeightDecomposed",
