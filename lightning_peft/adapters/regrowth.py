@@ -161,7 +161,7 @@ class EntryGradients(Importance):
         return [self._sums.of(site).view(-1) for site in self._sites] if self._sums.hears else []
 
     def measure(self, group: list[Site]) -> Tensor:
-        deltas = [require_sparse(site, "DropAndRegrow").delta for site in group]
+        deltas: list[Tensor] = [require_sparse(site, "DropAndRegrow").delta for site in group]
         grads = [torch.zeros_like(delta) if delta.grad is None else delta.grad for delta in deltas]
         # A step that is not finite counts for nothing: 0 where the gradient is finite.
         now = torch.stack(deltas).detach().float().abs() + (torch.stack(grads).float() * 0)

@@ -192,9 +192,10 @@ def _write_sparse(
         save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
         (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         write_card(new, "peft", public_name(base), _card(host, public_name(base), mode, ranks, left_out, ()))
-        compare = load_shira(new, host, deltas, kept, inputs) if checked == "peft" else read_shira(new, deltas, kept)
+        found = load_shira(new, host, deltas, kept, inputs) if checked == "peft" else read_shira(new, deltas, kept)
+        difference, how = found
         size = (new / WEIGHTS).stat().st_size
-    return Export(folder, mode, ranks, tuple(trained), size, *compare, left_out=left_out)
+    return Export(folder, mode, ranks, tuple(trained), size, difference, how, left_out=left_out)
 
 
 def _where(host: nn.Module, base: str | None, paths: list[str], kept: Collection[str]) -> dict[str, Any]:

@@ -96,8 +96,6 @@ def _has(host: nn.Module, name: str) -> bool:
     return any(path == name for path, _ in host.named_modules())
 
 
-@torch.no_grad()
-@torch.sparse.check_sparse_tensor_invariants(True)  # torch warns where nobody says whether it should
 def load_shira(
     folder: Path, host: nn.Module, deltas: Mapping[str, SparseDelta], head: Head, inputs: Any
 ) -> tuple[float, str]:
@@ -109,6 +107,14 @@ def load_shira(
     Raises:
         RuntimeError: they differ.
     """
+    with torch.sparse.check_sparse_tensor_invariants(True):  # torch warns where nobody says whether it should
+        return _load_shira(folder, host, deltas, head, inputs)
+
+
+@torch.no_grad()
+def _load_shira(
+    folder: Path, host: nn.Module, deltas: Mapping[str, SparseDelta], head: Head, inputs: Any
+) -> tuple[float, str]:
     base = plain_copy(host)
     eject(base)
     ours: nn.Module = host
