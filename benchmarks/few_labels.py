@@ -75,6 +75,8 @@ class Method:
         rates: learning rates that are searched; none to take that of the study's base row.
         strengths: values of the method's own number that are searched, at the base row's learning rate.
         strength: what that number is.
+
+    With neither, its settings are fixed, and it takes the base row's learning rate.
     """
 
     title: str
@@ -108,12 +110,14 @@ class Study:
         about: what it is, for the page.
         data: data sets by name.
         methods: rows by name.
-        examples: numbers of labelled texts.
+        examples: numbers of labelled texts; 0 for all there are, which is run with the first seed alone.
         search_examples: that of the searches.
         steps: optimizer steps of a run.
         batch: texts per step.
         base: the row whose learning rate a method without rates of its own takes.
         seeds: seeds of the final runs.
+        whole: data sets that are run with all texts too, where 0 is among the numbers, and the optimizer steps then.
+        costs: whether the table has the processor time of a step, over that of the base row.
     """
 
     title: str
@@ -127,6 +131,8 @@ class Study:
     batch: int = 8
     base: str = ""
     seeds: tuple[int, ...] = field(default=SEEDS)
+    whole: Mapping[str, int] = field(default_factory=dict)
+    costs: bool = False
 
     @property
     def results(self) -> Path:
@@ -135,17 +141,30 @@ class Study:
 
     def settings(self, run: Run) -> dict[str, Any]:
         """All that a run depends on beside its own fields."""
-        own = {"steps": self.steps, "batch": self.batch, "max_length": self.data[run.data].length}
+        own = {"steps": self.steps_of(run), "batch": self.batch, "max_length": self.data[run.data].length}
         return {**PROTOCOL, **own, **self.methods[run.method].settings}
+
+    def steps_of(self, run: Run) -> int:
+        """Optimizer steps of a run."""
+        return self.steps if run.examples else self.whole[run.data]
+
+    def sizes(self, data: str, seed: int) -> list[int]:
+        """The numbers of examples that a data set is run with."""
+        return [n for n in self.examples if n or (data in self.whole and seed == self.seeds[0])]
 
     def load(self) -> list[dict[str, Any]]:
         """Finished runs whose settings are today's."""
         known = [row for row in runs.read(self.results) if row["method"] in self.methods and row["data"] in self.data]
+        known = [row for row in known if row["examples"] or row["data"] in self.whole]
         return [row for row in known if row["settings"] == self.settings(run_of(row))]
 
     def finished(self, run: Run) -> bool:
         """Whether the results file has this run."""
         return any(runs.same(run, row) for row in self.load())
+
+    def is_fixed(self, method: str) -> bool:
+        """Whether nothing of a method is searched."""
+        return not (self.methods[method].rates or self.methods[method].strengths)
 
     def searched(self, method: str, data: str) -> list[dict[str, Any]]:
         """What was tried, from small to large; without what another base rate has left behind."""
@@ -157,6 +176,8 @@ class Study:
 
     def best(self, method: str, data: str) -> tuple[float, float]:
         """Learning rate and strength with the best held-out accuracy; the smaller one breaks ties."""
+        if self.is_fixed(method):
+            return self.best(self.base, data)[0], 0.0
         found = self.searched(method, data)
         if not found:
             raise ValueError(f"no search run of {method} on {data} is in the results file; run `plan` first.")
@@ -203,7 +224,7 @@ def files(texts: Texts, run: Run, folder: Path) -> tuple[str, str, list[str]]:
     """What the run trains on, what it is scored on, and the names of all classes."""
     train, draw = rows_of(texts, "train"), random.Random(run.seed)
     names = sorted({row.label for row in train})
-    chosen = even(train, run.examples, draw)
+    chosen = even(train, run.examples or len(train), draw)
     if run.search:
         taken = set(chosen)
         scored = draw.sample([row for place, row in enumerate(train) if place not in taken], HELD_OUT)
@@ -223,7 +244,7 @@ def execute(study: Study, run: Run, trial: int = 0) -> dict[str, Any]:
             minilm_folder(),
             test=scored,
             max_length=texts.length,
-            batch_size=min(study.batch, run.examples),
+            batch_size=min(study.batch, run.examples or study.batch),
             val_share=0.0,
             seed=run.seed,
             label_names=names,
@@ -235,14 +256,15 @@ def execute(study: Study, run: Run, trial: int = 0) -> dict[str, Any]:
             head_lr=PROTOCOL["head_lr"],
             weight_decay=PROTOCOL["weight_decay"],
         )
+        clock = Clock()
         trainer = Trainer(
             accelerator="cpu",
             devices=1,
             precision=runs.precision(),
             max_epochs=-1,
-            max_steps=trial or study.steps,
+            max_steps=trial or study.steps_of(run),
             gradient_clip_val=PROTOCOL["clip"],
-            callbacks=study.methods[run.method].prepare(classifier, run.strength),
+            callbacks=[*study.methods[run.method].prepare(classifier, run.strength), clock],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -262,8 +284,19 @@ def execute(study: Study, run: Run, trial: int = 0) -> dict[str, Any]:
         "ece": round(float(multiclass_calibration_error(probabilities, labels, len(names), n_bins=15)), 6),
         "nll": round(float(-probabilities[torch.arange(len(labels)), labels].clamp_min(1e-30).log().mean()), 6),
         "trainable_parameters": sum(p.numel() for p in classifier.model.parameters() if p.requires_grad),
+        "cpu_seconds_per_step": round(clock.spent / trainer.global_step, 4),
         "seconds": round(time.perf_counter() - started, 1),
     }
+
+
+class Clock(Callback):
+    """Processor time of the training loop, which does not count what else the machine does."""
+
+    def on_train_start(self, *args: Any) -> None:
+        self.begun = time.process_time()
+
+    def on_train_end(self, *args: Any) -> None:
+        self.spent = time.process_time() - self.begun
 
 
 @torch.no_grad()
@@ -283,7 +316,7 @@ def plan(study: Study, data: Sequence[str], methods: Sequence[str]) -> None:
             _search(study, method, name)
     for seed in study.seeds:
         for name in data:
-            for examples in study.examples:
+            for examples in study.sizes(name, seed):
                 for method in methods:
                     rate, strength = study.best(method, name)
                     _in_own_process(study, Run(method, name, examples, seed, rate, strength, search=False))
@@ -291,6 +324,8 @@ def plan(study: Study, data: Sequence[str], methods: Sequence[str]) -> None:
 
 def _search(study: Study, name: str, data: str) -> None:
     """The values of a row, and one beyond them where the best stands at an end."""
+    if study.is_fixed(name):
+        return
     method = study.methods[name]
     values = method.rates or method.strengths
 
@@ -328,7 +363,9 @@ def table(study: Study) -> str:
         final = [row for row in study.load() if row["data"] == name and not row["search"]]
         if not final:
             continue
-        head = ["method", "searched: held-out accuracy", "trainable", *(f"{n} examples" for n in study.examples)]
+        sizes = study.sizes(name, study.seeds[0])
+        head = ["method", "searched: held-out accuracy", "trainable", *map(_title, sizes)]
+        head += ["processor time of a step, times the first row's"] if study.costs else []
         parts += ["", f"## {texts.title}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
         parts += [_line(study, method, name, final) for method in study.methods]
         parts += ["", f"{final[0]['scored_on'].capitalize()}; precision {final[0]['precision']}, one thread."]
@@ -338,15 +375,31 @@ def table(study: Study) -> str:
 def _line(study: Study, name: str, data: str, final: Sequence[Mapping[str, Any]]) -> str:
     method = study.methods[name]
     tried = study.searched(name, data)
-    if not tried:
-        return f"| {method.title} | not yet |" + " – |" * (1 + len(study.examples))
+    sizes = study.sizes(data, study.seeds[0])
+    if not tried and not (study.is_fixed(name) and study.searched(study.base, data)):
+        return f"| {method.title} | not yet |" + " – |" * (1 + len(sizes) + study.costs)
     rate, strength = study.best(name, data)
     own = [row for row in final if (row["method"], row["lr"], row["strength"]) == (name, rate, strength)]
     what, key, best = ("lr", "lr", rate) if method.rates else (method.strength, "strength", strength)
     scores = ", ".join(f"{row[key]:g}: {100 * row['accuracy']:.1f}" for row in tried)
     trainable = f"{own[0]['trainable_parameters']:,}" if own else "–"
-    cells = [_cell([row for row in own if row["examples"] == n], len(study.seeds)) for n in study.examples]
-    return f"| {' | '.join([method.title, f'{what} {best:g} ({scores})', trainable, *cells])} |"
+    cells = [_cell([row for row in own if row["examples"] == n], len(study.seeds) if n else 1) for n in sizes]
+    if study.costs:
+        cells.append(_cost(own, [row for row in final if row["method"] == study.base]))
+    found = "nothing" if study.is_fixed(name) else f"{what} {best:g} ({scores})"
+    return f"| {' | '.join([method.title, found, trainable, *cells])} |"
+
+
+def _title(examples: int) -> str:
+    return f"{examples} examples" if examples else "all, one seed"
+
+
+def _cost(rows: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> str:
+    """The median over runs on the same texts."""
+    least = {(row["examples"], row["seed"]): row["cpu_seconds_per_step"] for row in base}
+    pairs = [(row["cpu_seconds_per_step"], least.get((row["examples"], row["seed"]))) for row in rows]
+    ratios = [mine / theirs for mine, theirs in pairs if theirs]
+    return f"{statistics.median(ratios):.2f}" if ratios else "–"
 
 
 def _cell(rows: Sequence[Mapping[str, Any]], seeds: int) -> str:

@@ -16,10 +16,11 @@ Link = Callable[..., Any]
 _LINKS = "_lightning_peft_links"
 
 
-def wrap_method(owner: Any, name: str, link: Link) -> Callable[[], None]:
+def wrap_method(owner: Any, name: str, link: Link, innermost: bool = False) -> Callable[[], None]:
     """Put `link` around a method of this one instance; the class and other instances are untouched.
 
-    A method has one wrapper with an ordered chain of links, the last added outermost. Links come off in any order,
+    A method has one wrapper with an ordered chain of links, the last added outermost, or `innermost`: next to the
+    method itself, inside of all that are there, whoever has come first. Links come off in any order,
     which matters because Lightning tears callbacks down in list order; with the last one the method is the class's own
     again. The wrapper is a bound method, so a deep copy of a module is wrapped around the copy.
 
@@ -46,7 +47,7 @@ def wrap_method(owner: Any, name: str, link: Link) -> Callable[[], None]:
         setattr(wrapped, _LINKS, links)
         # Past nn.Module.__setattr__: a bound method is no parameter, buffer or child.
         owner.__dict__[name] = MethodType(wrapped, owner)
-    links.append(link)
+    links.insert(0 if innermost else len(links), link)
     current = owner.__dict__[name]
 
     def remove() -> None:

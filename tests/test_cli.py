@@ -229,6 +229,8 @@ PARTS = """
       dem:
         class_path: lightning_peft.DEM
         init_args: {weight: {class_path: lightning_peft.UntilTail, init_args: {value: 0.3, tail: 0.5}}}
+- class_path: lightning_peft.RandomPositionNoise
+  init_args: {p: 0.2, passes: 2, scope: dim, protect_ids: [2, 3]}
 - class_path: lightning_peft.RankMonitor
 - class_path: lightning_peft.AdapterCheckpoint
 """
@@ -248,6 +250,7 @@ def test_callbacks_by_class_path(job: Job, tmp_path: Path) -> None:
     assert sum(entry["ranks"].values()) == 4 * 16 // 4
     assert logged(logs, "loss/flat") > 0
     assert logged(logs, "loss/dem") > 0
+    assert logged(logs, "loss/noisy") > 0
 
 
 def test_own_callbacks_come_after_the_method(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,6 +45,17 @@ def test_links_stand_in_order_the_last_one_outermost() -> None:
     assert module.said == ["b>", "a>", "step", "<a", "<b"]
 
 
+def test_an_innermost_link_is_next_to_the_method_whoever_came_first() -> None:
+    module = Counting()
+    wrap_method(module, "training_step", around("a", 2))
+    wrap_method(module, "training_step", around("b", 3), innermost=True)
+    remove = wrap_method(module, "training_step", around("c", 5), innermost=True)
+    assert module.training_step(1) == 30
+    assert module.said == ["a>", "b>", "c>", "step", "<c", "<b", "<a"]
+    remove()
+    assert module.training_step(1) == 6
+
+
 def test_the_class_and_other_instances_are_untouched() -> None:
     module, other = Counting(), Counting()
     wrap_method(module, "training_step", around("a", 2))

@@ -217,6 +217,11 @@ class Adapter(nn.Module, ABC):
             )
         return weight.numel() if isinstance(weight, Tensor) else 0
 
+    @property
+    def placeholder(self) -> int | None:
+        """A token id that it puts into its model's text, and whose embeddings it replaces; ``None`` for none."""
+        return None
+
     def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The adapter's own parameters, without its base's."""
         return ((name, p) for name, p in self.named_parameters() if not name.startswith("base."))

@@ -143,6 +143,39 @@ def first_tensor(output: Any) -> Tensor | None:
     return next((part for part in parts if isinstance(part, Tensor)), None)
 
 
+def logits_of(output: Any, read: Callable[[Any], Tensor] | None, called: str, asks: str) -> Tensor:
+    """The logits in what a module has returned: a tensor, what is called `logits` in it, or what `read` gets.
+
+    Args:
+        output: what it has returned.
+        read: gets the logits from it; ``None`` to look.
+        called: how the user calls the module, for the error.
+        asks: who asks, for the error's advice.
+
+    Raises:
+        RuntimeError: there are none.
+    """
+    if read is not None:
+        found: Any = read(output)
+    elif isinstance(output, Mapping):
+        found = output.get("logits")
+    else:
+        found = getattr(output, "logits", output)
+    if not isinstance(found, Tensor) or found.dim() == 0:
+        raise RuntimeError(
+            f"no logits were found in the output of {called}, a {type(output).__name__}. Say how to get "
+            f"them: {asks}(read=lambda output: output[0])."
+        )
+    return found
+
+
+def shown_rows(mask: Any, outputs: Tensor) -> Tensor | None:
+    """The rows of outputs that count: (batch, length) bool for outputs per position; ``None`` for all."""
+    if isinstance(mask, Tensor) and mask.dim() == 2 and outputs.shape[:-1] == mask.shape:
+        return mask.bool()
+    return None
+
+
 def with_logits(root: nn.Module, of: str | None, asks: str) -> nn.Module:
     """The module inside `root` whose output has the logits.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_peft.arguments import require_number
 from lightning_peft.functional.distillation import mean_square, softened_kl
 from lightning_peft.regularizers.base import Regularizer, Weight
-from lightning_peft.regularizers.calls import Call, Calls, with_logits
+from lightning_peft.regularizers.calls import Call, Calls, logits_of, shown_rows, with_logits
 from lightning_peft.regularizers.teacher import dense_copy, fingerprint
 
 Loss = Literal["kl", "mse"]
@@ -208,14 +208,14 @@ class Distillation(Regularizer):
         if self.hidden:
             mask = student.kwargs.get("attention_mask")
             pairs = [pair for name in self.hidden for pair in self._states(name, student, teacher)]
-            errors = [mean_square(one, other, _shown(mask, one)) for one, other in pairs]
+            errors = [mean_square(one, other, shown_rows(mask, one)) for one, other in pairs]
             parts.append(self.hidden_weight * torch.stack(errors).mean())
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
     def _compare_logits(self, student: Call, teacher: Call) -> Tensor:
         ours, theirs = self._logits(student.output), self._logits(teacher.output)
         _require_alike("logits", ours, theirs)
-        shown = _shown(student.kwargs.get("attention_mask"), ours)
+        shown = shown_rows(student.kwargs.get("attention_mask"), ours)
         if self.loss == "mse":
             return mean_square(ours, theirs, shown)
         if ours.shape[-1] == 1:
@@ -242,18 +242,7 @@ class Distillation(Regularizer):
         return list(zip(ours, theirs, strict=True))
 
     def _logits(self, output: Any) -> Tensor:
-        if self.read is not None:
-            found: Any = self.read(output)
-        elif isinstance(output, Mapping):
-            found = output.get("logits")
-        else:
-            found = getattr(output, "logits", output)
-        if not isinstance(found, Tensor) or found.dim() == 0:
-            raise RuntimeError(
-                f"no logits were found in the output of {self._called()}, a {type(output).__name__}. Say how to get "
-                "them: Distillation(read=lambda output: output[0])."
-            )
-        return found
+        return logits_of(output, self.read, self._called(), "Distillation")
 
     def _called(self) -> str:
         return "the module itself" if self.of == "" else f"{self.of or 'its only child'!r}"
@@ -279,13 +268,6 @@ class Distillation(Regularizer):
                 "the same weights as then, its head too, or give that model as Distillation(teacher=...)."
             )
         self.teacher_print.fill_(self._print)
-
-
-def _shown(mask: Any, outputs: Tensor) -> Tensor | None:
-    """The rows of outputs that count: (batch, length) bool for outputs per position; ``None`` for all."""
-    if isinstance(mask, Tensor) and mask.dim() == 2 and outputs.shape[:-1] == mask.shape:
-        return mask.bool()
-    return None
 
 
 def _require_alike(what: str, student: Tensor, teacher: Tensor) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import pytest
 import torch
-from hosts import Job, ShardedAroundAdapters, change, train_all
+from hosts import STRATEGIES, Job, Sharded, ShardedAroundAdapters, change, train_all
 from torch.distributed.tensor import DTensor
 
-from lightning_peft import AdapterInjection, SpaRTA
+from lightning_peft import AdapterCheckpoint, AdapterInjection, SpaRTA
 from lightning_peft.distributed import whole
 from lightning_peft.surgery import adapters
 from lightning_peft.testing.processes import run_processes
@@ -80,6 +81,40 @@ def test_two_processes_are_one(name: str, kind: str) -> None:
         result = both[kind, name]
         assert isinstance(result, dict), result
         assert change(result, alone) < 1e-6
+
+
+class SaveAt(L.Callback):
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step == 7:
+            trainer.save_checkpoint(self.path)
+
+
+def fit(path: Path, resume: bool) -> dict[str, torch.Tensor]:
+    torch.manual_seed(5)
+    model = Sharded()
+    trainer = L.Trainer(
+        accelerator="cpu", devices=2, strategy=STRATEGIES["fsdp2"](2), use_distributed_sampler=False, logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, max_epochs=1,
+        callbacks=[*callbacks(), AdapterCheckpoint(), *([] if resume else [SaveAt(path)])],
+    )  # fmt: skip
+    trainer.fit(model, ckpt_path=path if resume else None)
+    assert trainer.global_step == 12
+    return {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
+
+
+def interrupt(folder: Path) -> list[str]:
+    """What is different in a sharded run that was stopped: of everything, the weights that are written included."""
+    torch.set_num_threads(1)
+    path = folder / "stopped.ckpt"
+    through, resumed = fit(path, False), fit(path, True)
+    return [name for name, value in through.items() if not torch.equal(resumed[name], value)]
+
+
+def test_a_sharded_run_that_is_stopped_and_resumed_is_the_run_through(tmp_path: Path) -> None:
+    assert run_processes(2, interrupt, tmp_path, timeout=300) == [[], []]
 
 
 def test_fsdp1_is_refused() -> None:

@@ -33,6 +33,7 @@ from lightning_peft import (
     RLoRA,
     SeparableCritic,
     SoftThreshold,
+    SpaRTA,
     Taylor,
     WeightDecomposed,
     WeightedSVD,
@@ -47,6 +48,16 @@ from lightning_peft import (
 from lightning_peft.adapters import adalora, dynamic_dora
 from lightning_peft.presets.pac_bayes import prior_split
 from lightning_peft.regularizers.objectives import FBBB
+
+
+class Tied(nn.Module):
+    """Its output layer has the weight of its embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(8, 4)
+        self.out = nn.Linear(4, 8, bias=False)
+        self.out.weight = self.words.weight
 
 
 class NoLinear(Encoder):
@@ -167,6 +178,12 @@ ROWS: Rows = {
         lambda: RLoRA(nn.Linear(8, 8209), rank=4, path="kron"),
         ValueError,
     ),
+    "more of SpaRTA's entries than the weight has": (lambda: SpaRTA(nn.Linear(8, 8), k=65), ValueError),
+    "SpaRTA's random number of entries, and a number given": (
+        lambda: SpaRTA(nn.Linear(8, 8), k=6, sampling="bernoulli"),
+        ValueError,
+    ),
+    "SpaRTA on a weight that another layer has, too": (lambda: inject(Tied(), SpaRTA, ["words"]), ValueError),
     "RLoRA's components by AdaLoRA's importance": (
         lambda: fit(Encoder(), AdapterInjection(partial(RLoRA, rank=4)), RankPruning(adalora.policy(Budget(rank=2)))),
         TypeError,

@@ -85,6 +85,11 @@ class Prompt(Adapter):
         self.width = text_model.embedding().embedding_dim
         self._prefix: Any = None
 
+    @property
+    def placeholder(self) -> int:
+        """The token id in the prompt's columns."""
+        return TextModel.of(self.base).placeholder()
+
     @abstractmethod
     def prompt(self) -> Tensor:
         """The prompt P, in float32 or wider: (m, d)."""

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from callbacks.noise_hosts import TextCNN, assert_close, fit, loader, rows, trainer, weights
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from lightning_peft import RDrop
+from lightning_peft.functional.r_drop import symmetric_kl
+
+
+class Net(LightningModule):
+    def __init__(self, dropout: float = 0.3) -> None:
+        super().__init__()
+        self.net = TextCNN(dropout=dropout)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch["input_ids"]), batch["labels"])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.net.configure_optimizers()
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_it_is_the_loss_written_by_hand(reduction: Any) -> None:
+    module, reference, every = Net(), Net(), rows()
+    torch.manual_seed(3)
+    fit(module, RDrop(alpha=2.0, reduction=reduction), max_steps=1)
+    torch.manual_seed(3)
+    reference.configure_optimizers()
+    torch.empty((), dtype=torch.int64).random_()  # what the loader's iterator draws
+    batch = default_collate(every[:4])
+    first, second = (reference.net(batch["input_ids"]) for _ in range(2))
+    losses = torch.stack([nn.functional.cross_entropy(logits, batch["labels"]) for logits in (first, second)])
+    (getattr(losses, reduction)() + 2 * symmetric_kl(first, second)).backward()
+    reference.configure_optimizers().step()
+    assert_close(weights(module), weights(reference))
+    assert not torch.equal(first, second)
+
+
+def test_it_makes_predictions_agree() -> None:
+    found = []
+    for alpha in (1e-6, 20.0):
+        torch.manual_seed(0)
+        run = trainer(RDrop(alpha=alpha), max_epochs=15)
+        run.fit(Net(), loader(8))
+        found.append(run.callback_metrics["loss/r_drop"])
+    assert 0 < found[1] < found[0] / 2
+
+
+def test_tokens_that_a_mask_hides_count_for_nothing() -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(20, 8), nn.Linear(8, 3)
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            noise = torch.randn(*input_ids.shape, 8) * ~attention_mask.bool()[..., None]  # where nothing is shown
+            logits: Tensor = self.head(self.embed(input_ids) + noise)
+            return logits
+
+    class Tags(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Tagger()
+
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            shown = {key: batch[key] for key in ("input_ids", "attention_mask")}
+            logits = self.model(**shown)
+            return nn.functional.cross_entropy(logits[:, 0], batch["labels"])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    with pytest.warns(UserWarning, match="both passes of RDrop give the same predictions, so it only costs time"):
+        run = fit(Tags(), RDrop(), max_steps=2)
+    assert run.callback_metrics["loss/r_drop"] == 0
+
+
+def test_logits_that_are_somewhere_else() -> None:
+    class Pair(Net):
+        def forward(self, batch: dict[str, Tensor]) -> tuple[int, Tensor]:
+            return 0, self.net(batch["input_ids"])
+
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            return nn.functional.cross_entropy(self(batch)[1], batch["labels"])
+
+    fit(Pair(), RDrop(of="", read=lambda output: output[1]), max_steps=1)
+    with pytest.raises(RuntimeError, match=r"no logits were found in .* a tuple. Say how to get them: RDrop\(read="):
+        fit(Pair(), RDrop(of=""), max_steps=1)
+
+
+def test_a_model_that_is_not_called_is_told() -> None:
+    says = "called the module itself 0 times in one pass and 0 times in the other, so there are no two predictions to"
+    with pytest.raises(RuntimeError, match=says):
+        fit(Net(), RDrop(of=""), max_steps=1)
