@@ -20,8 +20,8 @@ from torch import nn
 
 from lightning_peft.modules import TextClassifier
 
-ALPHA = {8: 16, 2: 8}
-"""alpha of the methods whose paper leaves it open, by rank: scale alpha / r is 2 at rank 8 and 4 at rank 2."""
+ALPHA = {8: 16, 2: 8, 14: 28}
+"""alpha of the methods whose paper leaves it open, by rank: scale alpha / r is 2 at ranks 8 and 14 and 4 at rank 2."""
 RATES = (1e-3, 2e-3, 4e-3)
 ENCODER_LINEARS = r"encoder\.layer\..*"
 

@@ -8,8 +8,10 @@ from lightning_peft.adapters import (
     AdapterFactory,
     CubicBudget,
     DePT,
+    DropAndRegrow,
     DynamicDoRA,
     ElementMasks,
+    EntrySelection,
     Factorized,
     GoRA,
     GroupImportance,
@@ -28,6 +30,7 @@ from lightning_peft.adapters import (
     SoftPrompt,
     SoftThreshold,
     SoRA,
+    SparseBudget,
     SpaRTA,
     TripletImportance,
     WeightDecomposed,
@@ -67,6 +70,9 @@ from lightning_peft.interop.merged import save_merged
 from lightning_peft.interop.plain import save_compressed, to_plain
 from lightning_peft.interop.prompt_files import init_prompt_from, load_prompt, save_prompt
 from lightning_peft.interop.prompt_positions import fold_offsets
+from lightning_peft.interop.sparse import SparseAdapter
+from lightning_peft.interop.sparse_reader import read_sparse
+from lightning_peft.interop.sparse_switch import SparseSwitch
 from lightning_peft.planning import Plan, plan
 from lightning_peft.prediction import posterior_predict
 from lightning_peft.rank import (
@@ -145,8 +151,10 @@ __all__ = [
     "CubicBudget",
     "DePT",
     "Distillation",
+    "DropAndRegrow",
     "DynamicDoRA",
     "ElementMasks",
+    "EntrySelection",
     "Everyone",
     "Export",
     "Factorized",
@@ -203,6 +211,9 @@ __all__ = [
     "SoftPrompt",
     "SoftThreshold",
     "SpaRTA",
+    "SparseAdapter",
+    "SparseBudget",
+    "SparseSwitch",
     "Taylor",
     "TokenCutoff",
     "TripletImportance",
@@ -228,6 +239,7 @@ __all__ = [
     "posterior_predict",
     "presets",
     "rank_heat_map",
+    "read_sparse",
     "refresh",
     "regularized",
     "release",

@@ -180,6 +180,31 @@ def _cut_value(key: str, value: Any, cut: _Cut, optimizer: str) -> Any:
     )
 
 
+@torch.no_grad()
+def follow_moves(optimizers: Iterable[Optimizer], moved: Mapping[nn.Parameter, Tensor]) -> None:
+    """Move an optimizer's state where the entries of its parameters have moved, in place; new entries start at 0.
+
+    Args:
+        optimizers: every optimizer that trains the module.
+        moved: parameter (k,) -> (k,) for every entry its position before, -1 for one that starts anew.
+
+    Raises:
+        TypeError: an optimizer's state is neither of the parameter's shape nor single numbers.
+    """
+    for optimizer in optimizers:
+        for parameter, order in moved.items():
+            entry = optimizer.state.get(parameter, {})
+            for key, value in entry.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    value.copy_(torch.where(order < 0, torch.zeros_like(value), value[order.clamp(min=0)]))
+                elif any(isinstance(leaf, Tensor) and leaf.numel() > 1 for leaf in tree_leaves(value)):
+                    raise TypeError(
+                        f"{type(optimizer).__name__} keeps {key!r} for a parameter of shape {tuple(parameter.shape)} "
+                        "in another shape, so it cannot follow entries that move. Use an optimizer whose state has its "
+                        "parameters' shapes (Adam, AdamW, SGD, RMSprop, Adagrad)."
+                    )
+
+
 def _swap(group: dict[str, Any], cuts: Mapping[int, _Cut]) -> None:
     """Put new parameters into the places of old ones, in the group's own lists."""
     left = [i for i, p in enumerate(group["params"]) if id(p) not in cuts or cuts[id(p)].new is not None]

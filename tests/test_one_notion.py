@@ -37,6 +37,8 @@ REASONED = {
     ("callbacks/selection.py", "LearnedRanks"): EXAMPLE,
     ("adapters/ars.py", "LearnedRanks"): "a paper's own file, which sets it up",
     ("adapters/ars.py", "learned_ranks"): "its import",
+    ("adapters/sparse_budget.py", "SpaRTA"): "a method's own factory: how many entries its adapters have",
+    ("adapters/sparse_budget.py", "sparta"): "its import",
     ("adapters/gora.py", "LoRA"): EXAMPLE,
     ("adapters/gora.py", "WeightDecomposed"): EXAMPLE,
     ("adapters/gora.py", "lora"): EXAMPLE,

@@ -14,8 +14,10 @@ from lightning_peft.adapters.low_rank import LowRank, LowRankUpdate
 from lightning_peft.adapters.partly_open import PartlyOpen
 from lightning_peft.adapters.prompts import DPT, DePT, Prompt, SoftPrompt
 from lightning_peft.adapters.rankdyna import GroupImportance
+from lightning_peft.adapters.regrowth import DropAndRegrow, EntrySelection
 from lightning_peft.adapters.rlora import RLoRA
 from lightning_peft.adapters.sora import SoftThreshold, SoRA
+from lightning_peft.adapters.sparse_budget import SparseBudget
 from lightning_peft.adapters.sparta import SpaRTA
 from lightning_peft.adapters.thin import ThinLinear
 from lightning_peft.adapters.weight_decomposed import WeightDecomposed
@@ -27,8 +29,10 @@ __all__ = [
     "AdapterFactory",
     "CubicBudget",
     "DePT",
+    "DropAndRegrow",
     "DynamicDoRA",
     "ElementMasks",
+    "EntrySelection",
     "Factorized",
     "GoRA",
     "GroupImportance",
@@ -49,6 +53,7 @@ __all__ = [
     "SoftPrompt",
     "SoftThreshold",
     "SpaRTA",
+    "SparseBudget",
     "ThinLinear",
     "TripletImportance",
     "WeightDecomposed",

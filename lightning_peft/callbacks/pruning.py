@@ -19,6 +19,7 @@ from lightning_peft.callbacks.order import require_before
 from lightning_peft.callbacks.placement import AdapterPlacement
 from lightning_peft.callbacks.preflight import Preflight
 from lightning_peft.callbacks.steps import TakenSteps, scaler_of, unscales_itself
+from lightning_peft.compaction import follow_moves
 from lightning_peft.distributed import agreed, gather_objects
 from lightning_peft.rank.budget import RankBudget
 from lightning_peft.rank.policy import Policy
@@ -167,6 +168,11 @@ class RankPruning(Preflight):
             self._release()
             self._forget()
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if not self._settled:
+            self.policy.before_step(self._seen + 1, self.total_steps)
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._now = None
         importance = self.policy.importance
@@ -254,6 +260,7 @@ class RankPruning(Preflight):
             # Every rank decides alike; rank 0's word is final all the same.
             masks = agreed(self.policy.decide(at, self.total_steps), trainer.strategy.root_device)
             self.policy.apply(masks, at, self.total_steps)
+            follow_moves(trainer.optimizers, self.policy.moved())
             self.event_step, self._event_at = trainer.global_step, at
             self.event_scores = self.policy.importance.scores()
             before, self._events = self._events, self._events + max(1, events)

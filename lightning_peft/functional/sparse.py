@@ -22,7 +22,7 @@ from lightning_peft.functional import draws
 
 Kernel = Literal["sampled", "dense", "chunked"]
 _NARROW = 2**31  # from here on flat positions need 64 bits
-_LARGE = 2**20  # numbers whose transposed copy does not fit into a core's cache
+_TOKENS = 64  # of which a core's cache holds a transposed copy
 _SAMPLED = (torch.float32, torch.float64)  # what torch.sparse.sampled_addmm takes
 CAP = 64 * 2**20
 """Bytes of a dense gradient above which it is made in parts."""
@@ -193,8 +193,7 @@ def choose_kernel(
         density: k / (m n).
         tokens: t, rows of what is multiplied.
     """
-    # Sampled costs 2 t k and two transposed copies, dense 2 t m n. What is sampled jumps through a transposed copy,
-    # which a cache holds for few tokens only.
+    # Sampled costs 2 t k and two transposed copies, dense 2 t m n; what is sampled jumps about.
     if device.type == "cpu" and dtype in _SAMPLED and density <= (0.1 if tokens <= 1024 else 0.05):
         return "sampled"
     return "dense" if shape[0] * shape[1] * dtype.itemsize <= CAP else "chunked"
@@ -251,23 +250,22 @@ def require_kernel(kernel: str) -> None:
 
 def _sampled(a: Tensor, b: Tensor, pattern: Pattern) -> Tensor:
     wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    # Its own transposed copies take twice as long as these.
-    found = torch.sparse.sampled_addmm(
-        pattern.csr(wide), _transposed(a.to(wide)), _transposed(b.to(wide)).t(), beta=0.0
-    )
+    (m, n), tokens = pattern.shape, a.shape[0]
+    # It goes through columns, which are rows of transposed copies. On a CPU a few tokens at a time, so that these stay
+    # in the cache, and with them what is gathered from all over them.
+    step = min(tokens, _TOKENS) if a.device.type == "cpu" else tokens
+    left, right = a.new_empty(m * step, dtype=wide), b.new_empty(n * step, dtype=wide)
+    found: Tensor = pattern.csr(wide)
+    for first in range(0, tokens, step):
+        count = min(step, tokens - first)
+        rows = left[: m * count].view(m, count).copy_(a[first : first + count].t())
+        columns = right[: n * count].view(n, count).copy_(b[first : first + count].t())
+        if first == 0:
+            found = torch.sparse.sampled_addmm(found, rows, columns.t(), beta=0.0)
+        else:
+            torch.sparse.sampled_addmm(found, rows, columns.t(), out=found)
     values: Tensor = found.values()
     return values
-
-
-def _transposed(x: Tensor) -> Tensor:
-    """x^T in memory of its own: (t, d) -> (d, t)."""
-    if x.device.type != "cpu" or x.numel() < _LARGE:
-        return x.t().contiguous()
-    # In one go a large copy leaves the cache with every number that it writes.
-    y = x.new_empty(x.shape[1], x.shape[0])
-    for first in range(0, x.shape[0], 64):
-        y[:, first : first + 64].copy_(x[first : first + 64].t())
-    return y
 
 
 def embedding_entry_gradient(grad: Tensor, ids: Tensor, pattern: Pattern, padding: int | None = None) -> Tensor:

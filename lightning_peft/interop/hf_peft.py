@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from typing import Any, Literal
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_peft.adapters.sparse import Sparse
 from lightning_peft.head_modules import refuse_head_modules
 from lightning_peft.interop.adopted_export import lay_out_adopted, load_adopted, read_adopted
 from lightning_peft.interop.adoption import adopt as adopt
@@ -18,6 +20,8 @@ from lightning_peft.interop.folder import Export, public_name, refuse_to_overwri
 from lightning_peft.interop.host import below, find_host, some, trained_beside, whole_modules, with_statistics
 from lightning_peft.interop.layout import Mode, lay_out, modules_to_save, target_modules, task_type
 from lightning_peft.interop.prompt_export import is_prompted, write_prompt
+from lightning_peft.interop.shira import lay_out_sparse, load_shira, read_shira
+from lightning_peft.interop.sparse import changes
 from lightning_peft.interop.targets import PREFIX, find_targets, idle
 from lightning_peft.interop.triplets import lay_out_triplets, read_triplets
 from lightning_peft.interop.verify import CONFIG, WEIGHTS, by_reading, with_peft
@@ -50,6 +54,9 @@ def to_hf_peft(
     others get those that change nothing.
 
     A fourth, "adalora", writes PEFT's AdaLoRA format: A, E and B of the open triplets. PEFT alone reads it.
+
+    Adapters that change single entries of a weight are written in PEFT's SHiRA format, which is "padded": every layer
+    has as many entries as one r gives, zeros behind. Its layers are linear ones.
 
     An adopted PEFT model (:func:`lightning_peft.adopt`) is written with its own config, cut to what is open: LoRA and
     DoRA as above, AdaLoRA in its own format, or as a plain LoRA with "folded".
@@ -92,6 +99,8 @@ def to_hf_peft(
         return write_prompt(
             module, folder, mode, head, _how_to_check(check), inputs, base_model_name_or_path, overwrite
         )
+    if any(isinstance(adapter, Sparse) for adapter in adapters(module).values()):
+        return _write_sparse(module, folder, mode, head, check, inputs, base_model_name_or_path, overwrite)
     name, host = find_host(module, "to_hf_peft")
     targets = find_targets(host)
     tensors, config = lay_out_triplets(targets) if mode == "adalora" else lay_out(targets, mode)
@@ -104,20 +113,8 @@ def to_hf_peft(
     statistics = with_statistics(host, trained)
     kept = _states(trained | statistics) if head else {}
     base = base_model_name_or_path or getattr(getattr(host, "config", None), "_name_or_path", None) or None
-    config = {"peft_type": "LORA"} | config
-    config |= {
-        "task_type": task_type(host, kept),
-        "base_model_name_or_path": base,
-        "target_modules": target_modules(host, paths),
-        "modules_to_save": modules_to_save(host, kept, paths) or None,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "inference_mode": True,
-        "use_rslora": False,
-    }
-    if config["task_type"] is None and hasattr(host, "config"):
-        # What PEFT's AutoPeftModel builds the base by, when no task says it.
-        config["auto_mapping"] = {"base_model_class": type(host).__name__, "parent_library": type(host).__module__}
+    config = {"peft_type": "LORA"} | config | _where(host, base, paths, kept)
+    config |= {"lora_dropout": 0.0, "bias": "none", "use_rslora": False}
     for kept_name, state in kept.items():
         tensors |= {f"{PREFIX}{kept_name}.{key}": tensor.contiguous() for key, tensor in state.items()}
 
@@ -165,6 +162,63 @@ def _write_adopted(
         compare = load_adopted(new, layout, inputs) if checked == "peft" else read_adopted(new, layout)
         size = (new / WEIGHTS).stat().st_size
     return Export(folder, mode, layout.ranks, layout.head, size, *compare, left_out=layout.left_out)
+
+
+def _write_sparse(
+    module: nn.Module,
+    folder: Path,
+    mode: Mode,
+    head: bool,
+    check: Check,
+    inputs: Any,
+    base: str | None,
+    overwrite: bool,
+) -> Export:
+    """:func:`to_hf_peft` for adapters that change single entries of a weight."""
+    if mode != "padded":
+        raise ValueError(
+            f"mode={mode!r}: adapters that change single entries are written in PEFT's SHiRA format, which has one "
+            "number of entries for all layers of a shape. Use mode='padded'."
+        )
+    name, host = find_host(module, "to_hf_peft")
+    deltas = changes(host)
+    tensors, config = lay_out_sparse(host, deltas)
+    checked = _how_to_check(check)
+    refuse_to_overwrite(folder, overwrite)
+    if head:
+        refuse_head_modules(host, "to_hf_peft", "Give head=False, and save the layers of fold_heads(module) yourself.")
+    trained = kept_modules(module, name, host) if head else {}
+    kept = _states(trained | with_statistics(host, trained)) if head else {}
+    paths = [path for path, delta in deltas.items() if len(delta.indices)]
+    base = base or getattr(getattr(host, "config", None), "_name_or_path", None) or None
+    config |= _where(host, base, paths, kept)
+    for kept_name, state in kept.items():
+        tensors |= {f"{PREFIX}{kept_name}.{key}": tensor.contiguous() for key, tensor in state.items()}
+    ranks = RankBudget.of(host).ranks()
+    left_out = tuple(path for path in deltas if path not in paths)
+    with whole_folder(folder, overwrite) as new:
+        save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
+        (new / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_card(new, "peft", public_name(base), _card(host, public_name(base), mode, ranks, left_out, ()))
+        found = load_shira(new, host, deltas, kept, inputs) if checked == "peft" else read_shira(new, deltas, kept)
+        difference, how = found
+        size = (new / WEIGHTS).stat().st_size
+    return Export(folder, mode, ranks, tuple(trained), size, difference, how, left_out=left_out)
+
+
+def _where(host: nn.Module, base: str | None, paths: list[str], kept: Collection[str]) -> dict[str, Any]:
+    """The part of a config that says what it is for."""
+    config: dict[str, Any] = {
+        "task_type": task_type(host, kept),
+        "base_model_name_or_path": base,
+        "target_modules": target_modules(host, paths),
+        "modules_to_save": modules_to_save(host, kept, paths) or None,
+        "inference_mode": True,
+    }
+    if config["task_type"] is None and hasattr(host, "config"):
+        # What PEFT's AutoPeftModel builds the base by, when no task says it.
+        config["auto_mapping"] = {"base_model_class": type(host).__name__, "parent_library": type(host).__module__}
+    return config
 
 
 def _how_to_check(check: Check) -> Literal["peft", "files"]:

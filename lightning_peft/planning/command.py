@@ -47,11 +47,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--final-rank", type=float, metavar="R", help="where rank falls: its average at the end (the preset's default)"
     )
     method.add_argument(
-        "--targets",
-        nargs="+",
-        metavar="PATTERN",
-        help="layers to adapt (all linear layers and convolutions but the head)",
+        "--sparsity", type=float, metavar="S", help="share of the base's parameters that stay, for sparse methods"
     )
+    method.add_argument(
+        "--density", type=float, metavar="Q", help="share of every adapted weight that is trained, for sparse methods"
+    )
+    method.add_argument(
+        "--parameters", type=int, metavar="K", help="scalars that are trained in all layers, for sparse methods"
+    )
+    method.add_argument("--targets", nargs="+", metavar="PATTERN", help="layers to adapt (what the preset adapts)")
     method.add_argument("--train", nargs="*", metavar="PATTERN", help="what trains beside them (the preset's default)")
 
     run = parser.add_argument_group("Trainer")
@@ -76,7 +80,8 @@ def run(options: argparse.Namespace) -> str:
     module = skeleton(options.model, options.architecture, options.dtype)
     for term in terms.values():
         term.before_adapters(module)
-    inject(module, injection.adapter, options.targets, injection.train if options.train is None else options.train)
+    targets = injection.targets if options.targets is None else options.targets
+    inject(module, injection.adapter, targets, injection.train if options.train is None else options.train)
     for term in terms.values():
         term.attach(module)
     if terms:
@@ -107,7 +112,17 @@ def _method(options: argparse.Namespace) -> tuple[AdapterInjection, Policy | Non
     names = {name: {p.name for p in _parameters(make)} for name, make in methods.items()}
     takes, given = names[options.method], dict[str, Any]()
     if options.rank is not None:
-        given["initial_rank" if "initial_rank" in takes else "rank"] = options.rank
+        ranked = next((name for name in ("initial_rank", "rank") if name in takes), None)
+        if ranked is None:
+            raise ValueError(f"--method {options.method} has no rank; leave --rank out.")
+        given[ranked] = options.rank
+    for option in ("sparsity", "density", "parameters"):
+        value = getattr(options, option)
+        if value is not None and option not in takes:
+            others = ", ".join(name for name, known in names.items() if option in known)
+            raise ValueError(f"--method {options.method} takes no --{option}; it is for {others}.")
+        if value is not None:
+            given[option] = value
     if options.final_rank is not None:
         if "final_rank" not in takes:
             others = ", ".join(name for name, known in names.items() if "final_rank" in known)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.checkpoint import adapter_state_dict
-from lightning_peft.interop.size import exported_bytes
+from lightning_peft.interop.size import exported_bytes, pairs_bytes
 from lightning_peft.planning.figures import Load, Optimizer, Plan, Precision, Strategy
 from lightning_peft.rank.budget import Budget, RankBudget
 from lightning_peft.rank.importance import Importance
@@ -165,6 +165,8 @@ def _load(
     def scaled(tensors: Iterable[Tensor]) -> int:
         return round(sum(scale.get(id(t), 1.0) * size for t, size in _sized(tensors, width)))
 
+    constants = [site.adapter.get_buffer(name) for site in budget.values() for name in site.adapter.constants]
+    left = set(map(id, constants))  # DDP does not send them
     wanted = [p for p in module.parameters() if p.requires_grad]
     adapted = round(sum(scale[id(p)] * p.numel() for p in wanted if id(p) in own))
     weights = scaled(wanted)
@@ -181,10 +183,12 @@ def _load(
         buckets=weights if several else 0,
         optimizer=_SLOTS[optimizer] * weights + (_STEP * len(wanted) if optimizer == "adamw" else 0),
         statistics=0,
+        constants=scaled(constants),
         checkpoint=scaled(state.values()),
         exported=exported_bytes(module, share, width),
+        pairs=pairs_bytes(module, width),
         all_reduce=round(2 * (world_size - 1) / world_size * weights),
-        buffers=scaled(module.buffers()) if several and strategy == "ddp" else 0,
+        buffers=scaled(b for b in module.buffers() if id(b) not in left) if several and strategy == "ddp" else 0,
     )
 
 

@@ -25,10 +25,14 @@ class Load:
         buckets: the copy of the gradients that DDP's reducer, or the one flat all-reduce under sharding, works on.
         optimizer: the optimizer's state; what it takes in a checkpoint as well.
         statistics: what an importance remembers of components until the last event; as much again in a checkpoint.
+        constants: what adapters hold beside parameters and masks, as buffers: where sparse entries are, and what the
+            base has there.
         checkpoint: adapter state in a checkpoint: trained parameters, masks and buffers; optimizer and statistics
             are beside it.
         exported: weights' file that `to_hf_peft` writes in the modes "compact" and "folded", head included; ``None`` if
             it refuses these adapters.
+        pairs: the file of indices and deltas that `SparseAdapter.save` writes, head included; ``None`` if adapters
+            are of another kind.
         all_reduce: gradients that each process sends per optimizer step.
         buffers: buffers that reach each process from process 0 per optimizer step, under DDP.
     """
@@ -41,8 +45,10 @@ class Load:
     buckets: int
     optimizer: int
     statistics: int
+    constants: int
     checkpoint: int
     exported: int | None
+    pairs: int | None
     all_reduce: int
     buffers: int
 
@@ -93,8 +99,9 @@ class Plan:
     startup: int
 
     def memory(self, load: Load) -> int:
-        """Bytes per process of all that is counted: weights, gradients and their copy, optimizer state, statistics."""
-        return self.base + load.weights + load.gradients + load.buckets + load.optimizer + load.statistics
+        """Bytes per process of all that is counted: weights, gradients and their copy, optimizer state, the rest."""
+        trained = load.weights + load.gradients + load.buckets + load.optimizer
+        return self.base + trained + load.statistics + load.constants
 
     def step(self, load: Load) -> int:
         """Bytes per process and optimizer step that cross to other processes."""

@@ -74,6 +74,8 @@ def _memory(plan: Plan, loads: list[Load]) -> list[Row]:
     ]
     if plan.start.statistics:
         rows.append(("statistics of importance", [size(load.statistics) for load in loads]))
+    if plan.start.constants:
+        rows.append(("constants of adapters", [size(load.constants) for load in loads]))
     if plan.world_size > 1:
         rows.append(("gradients in transit", [size(load.buckets) for load in loads]))
     return [*rows, ("sum", [size(plan.memory(load)) for load in loads])]
@@ -84,12 +86,14 @@ def _files(plan: Plan, loads: list[Load]) -> list[Row]:
         return "refused" if exported is None else size(exported)
 
     statistics = [("checkpoint: statistics", [size(load.statistics) for load in loads])]
+    pairs = [("indices and deltas", [written(load.pairs) for load in loads])]
     return [
         ("checkpoint: adapter state", [size(load.checkpoint) for load in loads]),
         ("checkpoint: optimizer state", [size(load.optimizer) for load in loads]),
         *(statistics if plan.start.statistics else []),
         ("PEFT folder, true ranks", [written(load.exported) for load in loads]),
         ("PEFT folder, padded", [written(plan.padded)] * len(loads)),
+        *(pairs if plan.start.pairs is not None else []),
     ]
 
 

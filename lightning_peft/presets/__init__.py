@@ -18,6 +18,7 @@ from lightning_peft.presets.prompt_tuning import prompt_tuning
 from lightning_peft.presets.rankdyna import rankdyna
 from lightning_peft.presets.rlora import rlora
 from lightning_peft.presets.sora import sora
+from lightning_peft.presets.sparta import sparta
 from lightning_peft.presets.vib import vib
 from lightning_peft.presets.weight_decomposed import weight_decomposed, weight_decomposed_fixed
 
@@ -40,6 +41,7 @@ __all__ = [
     "rankdyna",
     "rlora",
     "sora",
+    "sparta",
     "vib",
     "weight_decomposed",
     "weight_decomposed_fixed",

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_peft.arguments import require_instance, require_integer
 from lightning_peft.rank.allocation import Compare, close_lowest, weighed
@@ -108,6 +108,14 @@ class Policy(ABC):
             skipped: a number on the device; if it is not 0 they were not taken after all.
         """
 
+    def before_step(self, step: int, total: int) -> None:  # noqa: B027  # most read what a step leaves behind
+        """A batch of this optimizer step is about to be run; called for each of them, until the mask is final.
+
+        Args:
+            step: the optimizer step, counted from 1; the first, where a module takes several in one batch.
+            total: optimizer steps in the whole run.
+        """
+
     @abstractmethod
     def budget_at(self, step: int, total: int) -> int:
         """What may be spent after this step, in :attr:`unit`."""
@@ -124,6 +132,14 @@ class Policy(ABC):
     def apply(self, masks: Mapping[str, Tensor], step: int, total: int) -> None:
         """Write the masks into the gates."""
         self._budget.keep(masks)
+
+    def moved(self) -> Mapping[nn.Parameter, Tensor]:
+        """Vectors whose entries the last :meth:`apply` has moved, so that an optimizer's state follows; told once.
+
+        Returns:
+            parameter (k,) -> (k,) for every entry its position before, -1 for one that starts anew; by default none.
+        """
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """The running importance. Masks are the model's state."""

@@ -12,6 +12,7 @@ from torch import nn
 from lightning_peft.adapters.attention import AdaptedAttention, has_in_proj
 from lightning_peft.adapters.base import Adapter, AdapterFactory
 from lightning_peft.adapters.layers import is_convolution, why_not
+from lightning_peft.adapters.planned import PlannedFactory
 from lightning_peft.adapters.thin import ThinLinear
 from lightning_peft.heads import Head
 from lightning_peft.patterns import matches
@@ -25,6 +26,8 @@ def adapter_kind(factory: AdapterFactory) -> type[Adapter] | None:
     """The class behind a factory; ``None`` where a function hides it."""
     while isinstance(factory, partial):
         factory = factory.func
+    if isinstance(factory, PlannedFactory):
+        return factory.kind
     # A class's own method is another constructor of it, such as DPT.within.
     kind: object = factory.__self__ if ismethod(factory) else factory
     return kind if isinstance(kind, type) and issubclass(kind, Adapter) else None

@@ -14,6 +14,7 @@ from torch import nn
 from lightning_peft.adapters.attention import expose_in_proj, hide_in_proj
 from lightning_peft.adapters.base import Adapter, AdapterFactory
 from lightning_peft.adapters.layers import why_not
+from lightning_peft.adapters.planned import PlannedFactory
 from lightning_peft.distributed import fingerprint, is_shard, world_size
 from lightning_peft.heads import find_head
 from lightning_peft.rank.budget import clean_name, layer_name
@@ -73,7 +74,8 @@ def inject(
 
     Args:
         module: any module; not itself the layer to adapt.
-        factory: builds an adapter around a layer: `partial(LoRA, rank=8)`.
+        factory: builds an adapter around a layer: `partial(LoRA, rank=8)`; or plans over all of them, see
+            :class:`~lightning_peft.adapters.planned.PlannedFactory`.
         targets: patterns of the layers to adapt: Linear, Conv1d, Conv2d, Conv3d, Embedding, transformers' Conv1D, and
             `in_proj` and `out_proj` of MultiheadAttention. ``None`` means all of them except embeddings, convolutions
             in groups (small by design, and not for PEFT), the head (see :func:`lightning_peft.heads.find_head`), and
@@ -137,6 +139,8 @@ def inject(
             )
     head = find_head(module)
     kind = adapter_kind(factory)
+    if targets is None and isinstance(factory, PlannedFactory):
+        targets = factory.usual(module)
     chosen = choose(module, targets, head, kind)
     if kind is not None and kind.releases_base:
         refuse_thin(module, chosen, kind.__name__)
@@ -144,6 +148,8 @@ def inject(
     wanted = {id(p) for p in module.parameters() if p.requires_grad}
     kept = partial(kept_trainable, module, train, head, chosen, wanted)
     kept(chosen if kind is None or kind.releases_base else ())
+    if isinstance(factory, PlannedFactory):
+        factory = factory.planned(module, chosen, head.trained)
     return install(module, {name: (layer, factory) for name, layer in chosen.items()}, kept)
 
 

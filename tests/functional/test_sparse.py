@@ -117,11 +117,14 @@ def test_low_precision_is_right_up_to_its_rounding(kernel: Kernel) -> None:
     torch.testing.assert_close(low.double(), whole, rtol=0.02, atol=0.2)
 
 
-def test_a_large_transposed_copy_is_a_transposed_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparse, "_LARGE", 1)
-    x = normal(130, 7)
-    assert torch.equal(sparse._transposed(x), x.t())
-    assert sparse._transposed(x).is_contiguous()
+@pytest.mark.parametrize("tokens", [1, 64, 65, 200])
+def test_tokens_are_sampled_in_parts(tokens: int) -> None:
+    a, b, where = normal(tokens, 8), normal(tokens, 6, seed=1), pattern(8, 6, 20)
+    before = where.csr(torch.float64).values().clone()
+    for _ in range(2):  # a pattern's zeros stay zeros
+        whole = entry_gradient(a, b, where, "dense")
+        torch.testing.assert_close(entry_gradient(a, b, where, "sampled"), whole, rtol=1e-12, atol=1e-12)
+    assert torch.equal(where.csr(torch.float64).values(), before)
 
 
 def test_the_kernel_follows_device_dtype_density_tokens_and_size() -> None:

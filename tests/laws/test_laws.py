@@ -26,6 +26,7 @@ from lightning_peft import (
     WeightDecomposed,
 )
 from lightning_peft.adapters import adalora, dynamic_dora, elalora, increlora, rankdyna, sora
+from lightning_peft.adapters.regrowth import EntryGradients
 from lightning_peft.testing import importance_laws, laws, policy_laws
 
 MODELS = ("encoder_model", "decoder_model", "encoder_decoder_model")
@@ -80,6 +81,8 @@ test_group_importance = importance_laws(GroupImportance, partial(Factorized, ran
 test_group_importance_by_entries = importance_laws(
     partial(GroupImportance, "elementwise_sum", uncertainty=True), partial(Factorized, rank=4)
 )
+
+test_entry_gradients = importance_laws(partial(EntryGradients, 0.3), partial(SpaRTA, density=0.3))
 
 test_dynamic_doras_policy = policy_laws(partial(dynamic_dora.policy, interval=2))
 test_dynamic_doras_policy_of_rlora = policy_laws(partial(dynamic_dora.policy, interval=2), partial(RLoRA, rank=4))
