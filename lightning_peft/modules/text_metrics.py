@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.text import CHRFScore, ROUGEScore, SacreBLEUScore
+from torchmetrics.functional.text import rouge_score
+from torchmetrics.text import CHRFScore, SacreBLEUScore
 
 TextMetric = Literal["exact_match", "bleu", "chrf", "rouge1", "rouge2", "rougeL"]
 """Share of texts that are as wanted; sacreBLEU, not smoothed; chrF; F-measures of ROUGE, without stemming."""
@@ -46,6 +47,41 @@ class ExactMatch(Metric):
         return self.right / self.total
 
 
+class Rouge(Metric):
+    """Means of torchmetrics' ROUGE F-measures over all texts, without stemming.
+
+    The sums are kept, and not a number for each text as torchmetrics' own metric does: two such metrics that are both
+    empty look alike to a module that lists its parts, and one of them is left out.
+
+    Args:
+        keys: which, such as "rougeL".
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    higher_is_better = True
+    sums: Tensor
+    total: Tensor
+
+    def __init__(self, keys: tuple[str, ...]) -> None:
+        super().__init__()
+        self.keys = keys
+        self.add_state("sums", torch.zeros(len(keys)), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, written: Sequence[str], wanted: Sequence[str]) -> None:
+        """Add a batch."""
+        found = rouge_score(list(written), list(wanted), rouge_keys=self.keys)
+        means = torch.stack([torch.as_tensor(found[f"{key}_fmeasure"]) for key in self.keys])
+        # Not in place: states that were moved in inference mode could not be changed in training.
+        self.sums = self.sums + means.to(self.sums) * len(written)
+        self.total = self.total + len(written)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The means by name."""
+        return dict(zip(self.keys, self.sums / self.total, strict=True))
+
+
 class TextMetrics(torch.nn.Module):
     """Metrics of written texts by name, each between 0 and 1; larger is better.
 
@@ -65,7 +101,7 @@ class TextMetrics(torch.nn.Module):
             "exact_match": ExactMatch(),
             "bleu": SacreBLEUScore(),
             "chrf": CHRFScore(n_word_order=0),  # chrF; torchmetrics' default is chrF++
-            "rouge": ROUGEScore(rouge_keys=rouge or ("rougeL",)),
+            "rouge": Rouge(rouge),
         }
         wanted = {"rouge" if name in rouge else name for name in self.names}
         self.parts = torch.nn.ModuleDict({name: metric for name, metric in made.items() if name in wanted})
@@ -93,7 +129,7 @@ class TextMetrics(torch.nn.Module):
         for name, each in self.parts.items():
             value = each.compute()
             if name == "rouge":
-                found |= {key: value[f"{key}_fmeasure"] for key in each.rouge_keys}
+                found |= value
             else:
                 found[name] = value
         return {name: found[name] for name in self.names}
