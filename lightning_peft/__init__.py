@@ -20,10 +20,13 @@ from lightning_peft.adapters import (
     MonotoneMasks,
     NormShare,
     PartlyOpen,
+    Prompt,
     PruneAndGrow,
     RLoRA,
+    SoftPrompt,
     SoftThreshold,
     SoRA,
+    SpaRTA,
     TripletImportance,
     WeightDecomposed,
 )
@@ -98,7 +101,7 @@ from lightning_peft.regularizers import (
     Warmup,
     regularized,
 )
-from lightning_peft.surgery import Injection, eject, inject, small_parameters
+from lightning_peft.surgery import Injection, eject, follow, inject, refresh, small_parameters
 
 __version__ = "0.1.0"
 
@@ -160,6 +163,7 @@ __all__ = [
     "Posterior",
     "PosteriorSampling",
     "Probe",
+    "Prompt",
     "PruneAndGrow",
     "RLoRA",
     "RankAllocation",
@@ -177,7 +181,9 @@ __all__ = [
     "Site",
     "SlowCubic",
     "SoRA",
+    "SoftPrompt",
     "SoftThreshold",
+    "SpaRTA",
     "Taylor",
     "TripletImportance",
     "UntilTail",
@@ -190,6 +196,7 @@ __all__ = [
     "convert",
     "eject",
     "fold_heads",
+    "follow",
     "from_hf_peft",
     "inject",
     "load",
@@ -198,6 +205,7 @@ __all__ = [
     "posterior_predict",
     "presets",
     "rank_heat_map",
+    "refresh",
     "regularized",
     "release",
     "save_compressed",

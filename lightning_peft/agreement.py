@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lightning_peft import distributed
+from lightning_peft.adapters.base import Adapter
 from lightning_peft.distributed import is_shard
 from lightning_peft.rank.budget import RankBudget, clean_name
 from lightning_peft.surgery.layers import STARTS, adapters, trained
@@ -18,6 +19,23 @@ def masks(module: nn.Module) -> dict[str, Tensor]:
 def small(module: nn.Module) -> dict[str, Tensor]:
     """What is whole on every process, by clean name: the trained parameters that are not sharded, and the masks."""
     return {clean_name(n): p for n, p in trained(module).items() if not is_shard(p)} | masks(module)
+
+
+def constants(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers of adapters that training leaves as they are, by their paths in the module."""
+    return {
+        f"{path}.{name}": child.get_buffer(name)
+        for path, child in module.named_modules()
+        if isinstance(child, Adapter)
+        for name in child.constants
+    }
+
+
+def leave_constants(module: nn.Module) -> None:
+    """Tell DDP, which reads it from this attribute, to leave constants alone: it sends buffers at every forward."""
+    listed = module.__dict__.get("_ddp_params_and_buffers_to_ignore", ())
+    if more := [name for name in constants(module) if name not in listed]:
+        module.__dict__["_ddp_params_and_buffers_to_ignore"] = [*listed, *more]
 
 
 def require_alike(module: nn.Module) -> None:

@@ -11,6 +11,7 @@ from lightning_peft.archive import AdapterFileError
 from lightning_peft.distributed import picked
 from lightning_peft.rank.budget import clean_name
 from lightning_peft.surgery.layers import trained
+from lightning_peft.surgery.refresh import bases_restored
 
 SAMPLES = 8
 """Values that a fingerprint has of a parameter."""
@@ -21,7 +22,8 @@ def fingerprint(module: nn.Module) -> dict[str, Tensor]:
     changed = {id(p) for p in trained(module).values()}
     base = {clean_name(n): p for n, p in module.named_parameters() if id(p) not in changed and p.numel()}
     picks = {n: torch.linspace(0, p.numel() - 1, SAMPLES, dtype=torch.float64).long() for n, p in base.items()}
-    return picked(base, picks)
+    with bases_restored(module):
+        return picked(base, picks)
 
 
 def check_base(here: Mapping[str, Tensor], saved: Mapping[str, Tensor], source: str) -> None:

@@ -39,6 +39,7 @@ from lightning_peft.distributed import is_shard, like, whole
 from lightning_peft.rank.budget import clean_name
 from lightning_peft.seams import Link, wrap_method
 from lightning_peft.surgery.layers import adapters, is_flattened, large_parameters, left_of_bases, trained
+from lightning_peft.surgery.refresh import bases_restored
 
 Undo = Callable[[], object]
 
@@ -288,9 +289,8 @@ def _load_state(call: Callable[..., Any], strategy: Any, checkpoint: Mapping[str
         call(checkpoint, strict=strict)  # loaded by now, from a folder
         return
     module: LightningModule = strategy.lightning_module
-    state = checkpoint["state_dict"]
-    own = adapter_state_dict(module)
-    with torch.no_grad():
+    state, own = checkpoint["state_dict"], adapter_state_dict(module)
+    with torch.no_grad(), bases_restored(module):
         for name, value in own.items():
             if isinstance(value, Tensor):
                 value.copy_(like(state[name], value))

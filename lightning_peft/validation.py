@@ -269,11 +269,17 @@ def _without_memory(layer: nn.Module) -> nn.Module:
     if has_in_proj(layer):
         weight: Tensor = layer.in_proj_weight  # type: ignore[assignment]
         return nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+    return _shadow(layer)
+
+
+def _shadow(layer: nn.Module) -> nn.Module:
     shadow = copy.copy(layer)
     shadow._parameters = {
         name: None if p is None else nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
         for name, p in layer._parameters.items()
     }
+    # A model that an adapter stands in the place of has layers inside.
+    shadow._modules = {name: None if c is None else _shadow(c) for name, c in layer._modules.items()}
     return shadow
 
 

@@ -12,9 +12,11 @@ from lightning_peft.adapters.learned_ranks import LearnedRanks
 from lightning_peft.adapters.lora import LoRA
 from lightning_peft.adapters.low_rank import LowRank, LowRankUpdate
 from lightning_peft.adapters.partly_open import PartlyOpen
+from lightning_peft.adapters.prompts import Prompt, SoftPrompt
 from lightning_peft.adapters.rankdyna import GroupImportance
 from lightning_peft.adapters.rlora import RLoRA
 from lightning_peft.adapters.sora import SoftThreshold, SoRA
+from lightning_peft.adapters.sparta import SpaRTA
 from lightning_peft.adapters.thin import ThinLinear
 from lightning_peft.adapters.weight_decomposed import WeightDecomposed
 
@@ -38,10 +40,13 @@ __all__ = [
     "MonotoneMasks",
     "NormShare",
     "PartlyOpen",
+    "Prompt",
     "PruneAndGrow",
     "RLoRA",
     "SoRA",
+    "SoftPrompt",
     "SoftThreshold",
+    "SpaRTA",
     "ThinLinear",
     "TripletImportance",
     "WeightDecomposed",

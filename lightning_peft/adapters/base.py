@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ class Adapter(nn.Module, ABC):
     Attributes:
         mergeable: whether `effective_weight` says all, so that the adapter can be merged into its base.
         identity_at_start: whether a new adapter gives the base's output bit for bit.
+        adapts: what it stands in the place of: a "layer", or a "model": a whole transformers model.
         hosted: whether its tensors live in another library's layer, which computes. Such an adapter stands in no
             layer's place, so it is neither put in, taken out, merged nor cut here.
         releases_base: whether the base's weight is gone, and the adapter has it in another form. Such an adapter is not
@@ -42,6 +43,9 @@ class Adapter(nn.Module, ABC):
         leaves: names of modules whose layers it takes only where they are named, beside the head and embeddings.
         trained: whether it has something to train itself; else something outside moves its gate.
         folds_lasting: whether an exported file has its `lasting_parameters` within its components, and not beside them.
+        writes_base: whether it writes into its base's weight, which then holds what the adapter makes of it. Such an
+            adapter says how to bring the weight up to date and back: :meth:`refresh` and :meth:`restore_base`.
+        constants: names of own buffers that training leaves as they are, so that nothing has to send them around.
         elementwise: names of own parameters that multiply activations entry by entry along the last dimension. In the
             place of such an (n,) vector its `forward` takes a (batch, n) tensor as well, one vector for each example
             of an input (batch, ..., n), the same for what is between: noise can then be drawn per example.
@@ -49,10 +53,13 @@ class Adapter(nn.Module, ABC):
 
     mergeable: ClassVar[bool] = True
     identity_at_start: ClassVar[bool] = True
+    adapts: ClassVar[Literal["layer", "model"]] = "layer"
     hosted: ClassVar[bool] = False
     releases_base: ClassVar[bool] = False
     leaves: ClassVar[tuple[str, ...]] = ()
     folds_lasting: ClassVar[bool] = False
+    writes_base: ClassVar[bool] = False
+    constants: ClassVar[tuple[str, ...]] = ()
     elementwise: ClassVar[tuple[str, ...]] = ()
     trained: bool = True
 
@@ -83,6 +90,7 @@ class Adapter(nn.Module, ABC):
         return self._stored_weight()
 
     def _stored_weight(self) -> Tensor:
+        """What :attr:`weight` is; an adapter that has it at hand may say so."""
         weight: Tensor = self.base.weight  # type: ignore[assignment]
         return stored(self.base, self.effective_weight()).to(weight.dtype)
 
@@ -119,6 +127,24 @@ class Adapter(nn.Module, ABC):
         Args:
             name: the layer's, as the user knows it.
             others: by their layers' names, those that were told before it.
+        """
+
+    @classmethod
+    def refresh(cls, group: Sequence[Adapter], followed: bool | None = None) -> None:  # most write nothing
+        """Write what parameters, masks and buffers say now into the weights of their bases; by default nothing.
+
+        An adapter that writes does so by itself before it computes, if it notices a change. Not where a sharding
+        strategy has gathered the weight to compute with it, nor after an optimizer that leaves no trace of its step.
+
+        Args:
+            group: adapters of this class, in one model.
+            followed: whether this is called after every step of every optimizer from now on; ``None`` says nothing.
+        """
+
+    def restore_base(self) -> None:
+        """Write the base's own weight back, bit for bit; by default it was never touched.
+
+        Until :meth:`refresh`, or the next forward.
         """
 
     def digest(self) -> str | None:

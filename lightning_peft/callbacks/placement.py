@@ -12,10 +12,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_peft.agreement import small
+from lightning_peft.agreement import constants, leave_constants, small
 from lightning_peft.callbacks.order import callbacks_of, require_before
 from lightning_peft.callbacks.preflight import Preflight
-from lightning_peft.distributed import average_gradients, broadcast
+from lightning_peft.distributed import average_gradients, broadcast, world_size
 from lightning_peft.rank.budget import RankBudget
 from lightning_peft.regularizers.posterior import TRAINED
 from lightning_peft.seams import when_built, wrap_method
@@ -28,6 +28,7 @@ from lightning_peft.strategies import (
     keep_whole,
 )
 from lightning_peft.surgery.layers import adapters, is_flattened
+from lightning_peft.surgery.refresh import follow
 
 # They copy the module in their setup and later meet it parameter by parameter. The second is not in every release.
 COPIERS = tuple(
@@ -83,6 +84,7 @@ class AdapterPlacement(Preflight, ABC):
                 )
         when_built(pl_module, partial(self._place_unwrapped, callbacks_of(trainer)))
         when_built(pl_module, lambda module: keep_whole(trainer.strategy, module))
+        when_built(pl_module, leave_constants)
         if is_sharded(trainer.strategy) and not self._undo:
             self._undo = [
                 wrap_method(trainer.precision_plugin, "clip_grad_by_norm", clip_by_norm),
@@ -107,6 +109,9 @@ class AdapterPlacement(Preflight, ABC):
         self._averaged = averaged(trainer.strategy, pl_module)
         if self._averaged:
             broadcast(list(small(pl_module).values()))
+        if world_size() > 1 and (found := constants(pl_module)):
+            broadcast(list(found.values()))
+        self._undo.append(follow(pl_module, trainer.optimizers))
         self._unchecked = True
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -19,9 +19,10 @@ from lightning_peft.checkpoint.checks import check, check_entry
 from lightning_peft.checkpoint.entry import ENTRY, adapter_state_dict
 from lightning_peft.export import own_random
 from lightning_peft.head_modules import HeadModule, head_modules, replace_head
+from lightning_peft.heads import hub_models
 from lightning_peft.rank.budget import WHOLE, clean_name
 from lightning_peft.surgery.injection import install
-from lightning_peft.surgery.layers import adaptable, adapters
+from lightning_peft.surgery.layers import adaptable, adapters, places
 from lightning_peft.surgery.removal import replace
 from lightning_peft.validation import CUT, adapter_class, check_arguments, check_sizes, imported_class
 
@@ -80,15 +81,14 @@ def _take_over(module: nn.Module, recipe: Mapping[str, Any], source: str) -> Cal
 
 def _load(module: nn.Module, checkpoint: Mapping[str, Any], source: str) -> nn.Module:
     entry = checkpoint[ENTRY]
-    layers = adaptable(module)
-    prefix = _prefix(entry["recipe"], {*layers, *adapters(module)}, source)
+    prefix = _prefix(entry["recipe"], {*adaptable(module), *hub_models(module), *adapters(module)}, source)
     if prefix:
         checkpoint = _without_prefix(checkpoint, prefix)
         entry = checkpoint[ENTRY]
     if not adapters(module):
         # The start of the adapters is overwritten at once: it must not use up the caller's random numbers.
         with own_random(module), _heads_put_in(module, checkpoint, source):
-            plan = _plan(module, adaptable(module), checkpoint, source)
+            plan = _plan(module, checkpoint, source)
             known = {name for name, _ in module.named_parameters()}
             wanted = {name for name in entry["recipe"]["trained"] if name in known}
             install(module, plan, lambda _: wanted, lambda: check(module, checkpoint, source))
@@ -123,9 +123,7 @@ def _heads_put_in(module: nn.Module, checkpoint: Mapping[str, Any], source: str)
         raise
 
 
-def _plan(
-    module: nn.Module, layers: Mapping[str, nn.Module], checkpoint: Mapping[str, Any], source: str
-) -> dict[str, tuple[nn.Module, AdapterFactory]]:
+def _plan(module: nn.Module, checkpoint: Mapping[str, Any], source: str) -> dict[str, tuple[nn.Module, AdapterFactory]]:
     """What a checked entry asks for, wholly checked against the module and the file before anything is built."""
     paths = {id(child): path for path, child in module.named_modules()}
     plan: dict[str, tuple[nn.Module, AdapterFactory]] = {}
@@ -134,6 +132,7 @@ def _plan(
         if kind.hosted:
             raise AdapterFileError(f"{source} mixes {kind.__name__} with adapters of other kinds; use another copy.")
         check_arguments(kind, arguments, source)
+        layers = places(module, kind)
         for name in group["layers"]:
             if name not in layers:
                 raise AdapterFileError(f"{source} has an adapter for {name!r}, a layer that this model does not have.")

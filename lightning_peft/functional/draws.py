@@ -56,10 +56,14 @@ def order(seed: int, key: str, role: str, n: int) -> Tensor:
         >>> order(0, "layer", "index", 8).tolist()
         [2, 7, 4, 3, 1, 5, 0, 6]
     """
-    raw = _bytes(seed, key, role, 8 * n).view(n, 8).to(torch.int64)
-    words = (raw << (8 * torch.arange(8))).sum(1)
     # Unsigned words in a signed type: turned over, their order is that of signed ones.
-    return torch.argsort(words ^ -(2**63), stable=True)
+    return torch.argsort(words(seed, key, role, n) ^ -(2**63), stable=True)
+
+
+def words(seed: int, key: str, role: str, n: int) -> Tensor:
+    """n words of 64 random bits, little-endian: (n,) int64 on the CPU."""
+    raw = _bytes(seed, key, role, 8 * n).view(n, 8).to(torch.int64)
+    return (raw << (8 * torch.arange(8))).sum(1)
 
 
 def choice(seed: int, key: str, role: str, n: int, count: int) -> Tensor:

@@ -2,6 +2,17 @@
 
 from lightning_peft.surgery.injection import Injection, inject
 from lightning_peft.surgery.layers import adaptable, adapters, small_parameters, trained
+from lightning_peft.surgery.refresh import follow, refresh
 from lightning_peft.surgery.removal import eject
 
-__all__ = ["Injection", "adaptable", "adapters", "eject", "inject", "small_parameters", "trained"]
+__all__ = [
+    "Injection",
+    "adaptable",
+    "adapters",
+    "eject",
+    "follow",
+    "inject",
+    "refresh",
+    "small_parameters",
+    "trained",
+]

@@ -15,7 +15,7 @@ from lightning_peft.adapters.thin import ThinLinear
 from lightning_peft.heads import Head
 from lightning_peft.patterns import matches
 from lightning_peft.rank.budget import clean_name
-from lightning_peft.surgery.layers import adaptable, named
+from lightning_peft.surgery.layers import named, places
 
 DEFAULT = "all linear layers and convolutions except the head"  # what targets=None means, in sentences
 
@@ -27,19 +27,24 @@ def adapter_kind(factory: AdapterFactory) -> type[Adapter] | None:
     return factory if isinstance(factory, type) and issubclass(factory, Adapter) else None
 
 
-def choose(module: nn.Module, targets: Sequence[str] | None, head: Head, left: Sequence[str]) -> dict[str, nn.Module]:
-    """The layers to adapt, by name, in the module's order.
+def choose(
+    module: nn.Module, targets: Sequence[str] | None, head: Head, kind: type[Adapter] | None
+) -> dict[str, nn.Module]:
+    """What to adapt, by name, in the module's order: layers, or the transformers models in it.
 
     Args:
         module: has no adapter yet.
         targets: patterns; ``None`` for what is usual.
         head: what is left alone where nobody says otherwise.
-        left: names of modules whose layers the adapter's class takes only where they are named.
+        kind: the adapter's class, if it is known: it may be for whole models, and leave layers alone.
 
     Raises:
         ValueError: a pattern matches nothing, or there is nothing to adapt.
     """
-    layers = adaptable(module)
+    layers = places(module, kind)
+    if kind is not None and kind.adapts == "model":
+        return _choose_models(module, layers, targets, kind)
+    left = () if kind is None else kind.leaves
     if targets is None:
         usual = {n: m for n, m in layers.items() if _is_usual(m) and not head.holds(n)}
         chosen = {n: m for n, m in usual.items() if not any(matches(left, part) for part in _prefixes(n))}
@@ -62,6 +67,31 @@ def choose(module: nn.Module, targets: Sequence[str] | None, head: Head, left: S
     if not chosen:
         raise ValueError(f"targets=[] names no layer; leave targets out to adapt {DEFAULT}.")
     return {name: layer for name, layer in layers.items() if name in chosen}
+
+
+def _choose_models(
+    module: nn.Module, models: Mapping[str, nn.Module], targets: Sequence[str] | None, kind: type[Adapter]
+) -> dict[str, nn.Module]:
+    names = ", ".join(map(repr, models))
+    if not models:
+        raise ValueError(
+            f"{type(module).__name__} has no transformers model inside, which {kind.__name__} stands in the place of. "
+            "If it builds one later, inject then."
+        )
+    if targets is None:
+        if len(models) > 1:
+            raise ValueError(
+                f"{type(module).__name__} has {len(models)} transformers models, {names}: say which of them "
+                f"{kind.__name__} is for, targets=[{next(iter(models))!r}]."
+            )
+        return dict(models)
+    for pattern in targets:
+        if not any(matches([pattern], name) for name in models):
+            raise ValueError(f"targets={[pattern]!r} matches no transformers model; there is {names}.")
+    chosen = {name: model for name, model in models.items() if matches(targets, name)}
+    if not chosen:
+        raise ValueError(f"targets=[] names no transformers model; leave targets out to adapt {names}.")
+    return chosen
 
 
 def refuse_thin(module: nn.Module, chosen: Mapping[str, nn.Module], kind: str) -> None:

@@ -18,7 +18,7 @@ from lightning_peft.distributed import fingerprint, is_shard, world_size
 from lightning_peft.heads import find_head
 from lightning_peft.rank.budget import clean_name, layer_name
 from lightning_peft.surgery.choice import DEFAULT, adapter_kind, choose, kept_trainable, refuse_thin
-from lightning_peft.surgery.layers import BEFORE, KEPT, STARTS, adapter_paths, is_flattened, is_read
+from lightning_peft.surgery.layers import BEFORE, KEPT, STARTS, adapter_paths, is_flattened, is_read, places
 from lightning_peft.surgery.removal import refuse_hosted, replace, take_out
 
 
@@ -77,7 +77,8 @@ def inject(
         targets: patterns of the layers to adapt: Linear, Conv1d, Conv2d, Conv3d, Embedding, transformers' Conv1D, and
             `in_proj` and `out_proj` of MultiheadAttention. ``None`` means all of them except embeddings, convolutions
             in groups (small by design, and not for PEFT), the head (see :func:`lightning_peft.heads.find_head`), and
-            what the adapter's class leaves alone.
+            what the adapter's class leaves alone. For a class that stands in the place of a whole transformers model,
+            such as SoftPrompt, patterns of these models; ``None`` means the one that there is.
         train: patterns of modules or parameters that stay trainable. ``None`` means the head; `[]` means nothing. Of an
             adapted layer its bias can be named, where the adapter has the layer's weight in another form.
 
@@ -108,7 +109,7 @@ def inject(
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"{name}={[pattern]!r} is not a regular expression: {error}.") from error
-    if isinstance(module, Adapter) or why_not(module) is None:
+    if isinstance(module, Adapter) or why_not(module) is None or _is_one_model(module, adapter_kind(factory)):
         raise TypeError(
             f"inject replaces layers inside a module and got a single {type(module).__name__}; "
             "wrap it (nn.Sequential) or call the adapter's class on it."
@@ -136,13 +137,17 @@ def inject(
             )
     head = find_head(module)
     kind = adapter_kind(factory)
-    chosen = choose(module, targets, head, () if kind is None else kind.leaves)
+    chosen = choose(module, targets, head, kind)
     if kind is not None and kind.releases_base:
         refuse_thin(module, chosen, kind.__name__)
     # A pattern that matches nothing is told before anything is built.
     kept_trainable(module, train, head, chosen, chosen if kind is None or kind.releases_base else ())
     kept = partial(kept_trainable, module, train, head, chosen)
     return install(module, {name: (layer, factory) for name, layer in chosen.items()}, kept)
+
+
+def _is_one_model(module: nn.Module, kind: type[Adapter] | None) -> bool:
+    return kind is not None and kind.adapts == "model" and "" in places(module, kind)
 
 
 def require_factory(factory: object) -> None:

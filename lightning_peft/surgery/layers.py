@@ -10,6 +10,7 @@ from lightning_peft.adapters.attention import has_in_proj
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.layers import why_not
 from lightning_peft.heads import KEPT as KEPT
+from lightning_peft.heads import hub_models
 from lightning_peft.rank.budget import clean_name, layer_name
 from lightning_peft.regularizers.base import Regularizer
 
@@ -44,6 +45,11 @@ def adaptable(module: nn.Module) -> dict[str, nn.Module]:
             elif why_not(child) is None:
                 found[name] = child
     return found
+
+
+def places(module: nn.Module, kind: type[Adapter] | None) -> dict[str, nn.Module]:
+    """What adapters of a class can stand in the place of, by name: layers, or whole transformers models."""
+    return hub_models(module) if kind is not None and kind.adapts == "model" else adaptable(module)
 
 
 def trained(module: nn.Module) -> dict[str, nn.Parameter]:

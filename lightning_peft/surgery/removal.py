@@ -34,6 +34,9 @@ def eject(module: nn.Module) -> None:
 
 def take_out(module: nn.Module, layers: Mapping[int, nn.Module]) -> None:
     """Put layers in the adapters' places (by `id`), and what was trainable before :func:`inject` back to that."""
+    for adapter in adapters(module).values():
+        if id(adapter) in layers:
+            adapter.restore_base()
     replace(module, layers)
     for owner in list(module.modules()):
         before = owner.__dict__.pop(BEFORE, {})

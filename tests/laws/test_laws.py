@@ -18,6 +18,7 @@ from lightning_peft import (
     RankPolicy,
     RLoRA,
     SoRA,
+    SpaRTA,
     Taylor,
     WeightDecomposed,
 )
@@ -51,6 +52,8 @@ test_rlora_in_blocks = laws(partial(RLoRA, rank=20, path="kron"), ("linear", "at
 test_rlora_io = laws(partial(RLoRA, rank=4, mode="io"), ("conv1d", "attention_in"))
 test_rlora_core = laws(partial(RLoRA, rank=4, mode="core"), ("linear_no_bias", "attention_out"))
 test_rlora_half = laws(partial(RLoRA, rank=4, mode="half"), ("linear", "attention_in"))
+test_sparta = laws(partial(SpaRTA, density=0.25, block=24))
+test_sparta_entry_by_entry = laws(partial(SpaRTA, k=12, seed=1, scaling=2.0), ("linear", "attention_in"))
 
 test_taylor = importance_laws(Taylor)
 test_taylor_of_lora = importance_laws(Taylor, partial(LoRA, rank=4))

@@ -1,0 +1,454 @@
+"""SpaRTA, sparse random parameter adaptation (Rios, Dognin, Luss, Natesan Ramamurthy, Findings of EMNLP 2025).
+
+In the order of the method: which entries are trained, the weight with them in it, their gradient, and what others ask
+of an adapter. What is drawn and how gradients are found is in :mod:`lightning_peft.functional.sparse`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import isfinite
+from operator import index
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lightning_peft.adapters.base import Adapter
+from lightning_peft.adapters.layers import is_convolution, is_transformers_conv1d, is_transposed, why_not
+from lightning_peft.adapters.written import Written, batches, whole
+from lightning_peft.arguments import require_integer, require_number
+from lightning_peft.functional.low_rank import _is_watched
+from lightning_peft.functional.sparse import (
+    Kernel,
+    draw_bernoulli,
+    draw_indices,
+    index_fault,
+    require_density,
+    require_kernel,
+    share_of,
+)
+from lightning_peft.functional.sparse_layers import (
+    Entries,
+    embedding_entries,
+    linear_entries,
+    spread,
+    weight_entries,
+)
+from lightning_peft.rank.gate import Gate
+
+Sampling = Literal["exact", "bernoulli"]
+
+
+class SpaRTA(Adapter):
+    """Train a few entries of a weight, drawn at random, and leave all others as they are.
+
+        W.flat[I] = cast( original + scaling * (m * delta) )        y = W x + bias
+
+    I: (k,) flat positions in the weight as it is stored, ascending. original: (k,), the base's own values there. delta:
+    (k,), trained, zero at the start. m: the gate's mask, one number for every `block` entries that follow each other in
+    I, so for entries in neighbouring rows of the weight.
+
+    The sum is written into the base's weight itself, whenever delta, the mask or scaling have changed: a forward costs
+    what the base's does, and a backward finds the gradient of these k entries alone. What is written overwrites, so
+    nothing drifts, and `eject` brings back every bit. While the adapter is there the base's weight therefore *is* the
+    adapted one: in a full checkpoint, in `named_parameters`, and for whoever else has the same parameter. A checkpoint
+    of adapters has I, original, delta and the mask.
+
+    delta is in float32, or the base's dtype where that is wider, whatever the module is cast to: below half a step of a
+    bfloat16 weight a change is not lost, it waits until it has become large enough to show.
+
+    Compiled, under a transform, and while something stands in the place of delta (noise, a mask of the step), the
+    weight is composed anew at every forward; that takes a copy of it.
+
+    Args:
+        base: any layer that can be adapted, embeddings and attention's projections included.
+        density: the share of the weight's entries that is trained.
+        k: exactly so many entries, in the place of a share; a multiple of `block`.
+        seed: what positions are drawn from, with a key.
+        sampling: "exact" draws as many entries as the share says, rounded; "bernoulli" draws each one with that
+            probability, as the authors do, so that their number is random.
+        block: entries that the gate opens and closes together.
+        kernel: how a linear layer finds the gradient of its entries, see
+            :func:`~lightning_peft.functional.sparse.entry_gradient`; "auto" is what was measured to be fastest.
+        scaling: what multiplies delta.
+        key: names the weight, so that layers of one shape have other entries. Left empty, it is the layer's name when
+            the adapter is put in; it stays, whatever the layer is called later.
+
+    Shape:
+        x: what the base takes -> what it gives.
+
+    Raises:
+        TypeError: the layer is of a kind that cannot be adapted.
+        ValueError: an argument is out of range, or two do not go together.
+
+    Reference:
+        Rios et al., Sparsity May Be All You Need: Sparse Random Parameter Adaptation, Findings of EMNLP 2025, arXiv
+        2502.15975; the abstract and the authors' two code bases. Departures: an exact number of entries by default;
+        which ones depends on seed and name alone; delta in float32 and overwriting, as in their newer code; biases are
+        not sampled; gradients by kernels of our own; the mask is ours.
+
+    Example:
+        >>> SpaRTA(nn.Linear(8, 4), density=0.25).delta.shape
+        torch.Size([8])
+    """
+
+    writes_base: ClassVar[bool] = True
+    constants: ClassVar[tuple[str, ...]] = ("indices", "original")
+
+    gate: Gate
+    delta: nn.Parameter
+    indices: Tensor
+    original: Tensor
+    scaling: float
+
+    def __init__(
+        self,
+        base: nn.Module,
+        density: float = 0.01,
+        k: int | None = None,
+        seed: int = 0,
+        sampling: Sampling = "exact",
+        block: int = 1,
+        kernel: Literal["auto"] | Kernel = "auto",
+        scaling: float = 1.0,
+        key: str = "",
+    ) -> None:
+        reason = self.why_not(base)
+        if reason is not None:
+            raise TypeError(f"SpaRTA cannot adapt this layer: {reason}.")
+        weight: Tensor = base.weight  # type: ignore[assignment]
+        numel = weight.numel()
+        require_density(density)
+        require_integer("seed", seed)
+        require_integer("block", block)
+        require_number("scaling", scaling)
+        if not density > 0:
+            raise ValueError(f"density={density} trains nothing: give a share above 0, or leave the layer out.")
+        if not 1 <= block <= numel:
+            raise ValueError(f"block is a number of entries, from 1 to the {numel} of this weight. Got {block}.")
+        if sampling not in get_args(Sampling):
+            raise ValueError(f"sampling={sampling!r}: choose {', '.join(map(repr, get_args(Sampling)))}.")
+        if kernel != "auto":
+            require_kernel(kernel)
+        if not isfinite(scaling):
+            raise ValueError(f"scaling multiplies delta and must be finite. Got {scaling}.")
+        if k is not None:
+            require_integer("k", k)
+            if not 1 <= k <= numel or k % block:
+                raise ValueError(
+                    f"k={k} entries cannot be trained of a weight that has {numel}, in blocks of {block}: give a "
+                    f"multiple of {block} from {block} to {numel // block * block}."
+                )
+        if sampling == "bernoulli" and (k is not None or block != 1):
+            raise ValueError(
+                "sampling='bernoulli' draws a random number of entries, so it goes neither with k nor with blocks: "
+                "leave them out, or use sampling='exact'."
+            )
+        super().__init__(base)
+        # Plain numbers, whatever a sweep hands over: they are written into checkpoints, which hold nothing else.
+        self.density = float(density)
+        self.k = None if k is None else index(k)
+        self.seed = index(seed)
+        self.sampling: Sampling = sampling
+        self.block = index(block)
+        self.kernel: Literal["auto"] | Kernel = kernel
+        self.scaling = float(scaling)
+        self.key = key
+        rows = weight.shape[0] if weight.dim() > 1 else 1
+        self._matrix = rows, numel // rows
+        self._written = Written(weight)
+        self._begin()
+
+    @classmethod
+    def why_not(cls, layer: nn.Module) -> str | None:
+        """Why a layer cannot be adapted, as the end of a sentence; ``None`` if it can."""
+        return why_not(layer)
+
+    # Which entries are trained.
+
+    def _begin(self) -> None:
+        """Draw the entries, and start them where the base is."""
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        numel = weight.numel()
+        place: dict[str, Any] = {"device": weight.device}
+        with torch.device("cpu"):  # whatever the default device is
+            if self.sampling == "bernoulli":
+                drawn = draw_bernoulli(numel, self.density, self.seed, self.key)
+                if not len(drawn):
+                    raise ValueError(f"density={self.density} has drawn no entry of {numel}: raise it.")
+            else:
+                k = share_of(numel, self.density, self.block) if self.k is None else self.k
+                drawn = torch.empty(k, device="meta") if weight.is_meta else draw_indices(numel, k, self.seed, self.key)
+                drawn = drawn.to(torch.int32 if numel < 2**31 else torch.int64)
+        k = len(drawn)
+        n = k // self.block
+        shape = (k,) if self.block == 1 else (n, self.block)
+        self.delta = nn.Parameter(torch.zeros(shape, dtype=torch.promote_types(weight.dtype, torch.float32), **place))
+        self.gate = Gate(n, cost=self.block).to(weight.device)
+        self.register_buffer("indices", drawn.to(weight.device))
+        self.register_buffer("original", self._read())
+        self._note()
+
+    @torch.no_grad()
+    def _read(self) -> Tensor:
+        """The base's numbers at the entries: (k,)."""
+        return whole(self.base.weight.detach()).reshape(-1)[self.indices]  # type: ignore[operator]
+
+    def placed(self, name: str, others: Any) -> None:
+        for other, adapter in others.items():
+            if isinstance(adapter, SpaRTA) and adapter.base.weight is self.base.weight:
+                raise ValueError(
+                    f"layer {name!r}: its weight is one parameter with that of {other!r}, and both would write into "
+                    "it. Leave one of them out of the targets."
+                )
+        if not self.key:
+            self.key = name
+            self._begin()
+
+    @torch.no_grad()
+    def move(self, indices: Tensor) -> Tensor:
+        """Train other entries, as many as there are: those that stay keep delta and mask, new ones begin where W is.
+
+        Entries that are left get the base's own bits back. An optimizer's state is the caller's to move along.
+
+        Args:
+            indices: (k,) flat positions, ascending.
+
+        Returns:
+            (k,) int64: for each new entry where it was among the old ones; -1 where it was none of them.
+
+        Raises:
+            ValueError: there are not as many, they are no positions, or entries are gated in blocks.
+        """
+        if self.block != 1:
+            raise ValueError(f"entries that are gated in blocks of {self.block} cannot move: use block=1.")
+        numel = self._matrix[0] * self._matrix[1]
+        if indices.shape != self.indices.shape:
+            raise ValueError(f"move takes {len(self.indices)} positions, as many as there are. Got {len(indices)}.")
+        fault = index_fault(indices, numel)
+        if fault is not None:
+            raise ValueError(f"move takes ascending positions in a weight of {numel} entries, and {fault}.")
+        self.restore_base()
+        new, old = indices.to(self.indices), self.indices.clone()
+        at = torch.searchsorted(old, new).clamp_(max=len(old) - 1)
+        before = torch.where(old[at] == new, at, -1)
+        stays = before >= 0
+        self.indices.copy_(new)
+        self.original.copy_(self._read())
+        self.delta.copy_(torch.where(stays, self.delta[at], 0))
+        self.gate.mask.copy_(torch.where(stays, self.gate.mask[at], 1))
+        return before
+
+    # The weight with the entries in it.
+
+    def value(self) -> Tensor:
+        """What multiplies each component, scaling included: (n,)."""
+        value = self.gate.value()
+        return value if self.scaling == 1 else value * self.scaling
+
+    def entries(self) -> Tensor:
+        """What the trained entries are, before they are rounded to the weight's dtype: (k,)."""
+        update = self.delta * spread(self.value().to(self.delta.dtype), self.delta)
+        return self.original.to(update.dtype) + update.reshape(-1)
+
+    def _composed(self) -> Tensor:
+        """The weight as it is stored, composed in the graph: whatever the base's weight holds at the entries."""
+        weight: Tensor = self.base.weight.detach()  # type: ignore[operator]
+        entries = self.entries().to(weight.dtype)
+        return weight.reshape(-1).index_put((self.indices,), entries).view(weight.shape)
+
+    def effective_weight(self) -> Tensor:
+        weight = self._composed()
+        if weight.dim() == 1:
+            return weight
+        return weight.t() if is_transposed(self.base) else weight.flatten(1)
+
+    def _note(self) -> None:
+        """The weight holds the entries as they are now."""
+        note = self._written
+        note.weight = self.base.weight  # type: ignore[assignment]
+        note.delta, note.mask, note.touched = (self.delta._version, self.scaling), self.gate.mask._version, False
+
+    def _is_ready(self) -> bool:
+        """Whether the base's weight holds the entries as they are now; they are written if they may be."""
+        note = self._written
+        changed = note.delta != (self.delta._version, self.scaling)
+        if not changed and note.mask == self.gate.mask._version and (note.followed or not note.touched):
+            return True
+        if note.weight is None:
+            note.weight = self.base.weight  # type: ignore[assignment]
+        if note.weight is not self.base.weight:
+            return False
+        # DDP writes the same mask anew at every forward, and most backwards are followed by no unseen step: then what
+        # is written is what is there, and graphs that hold it may go on.
+        self._write([self], quietly=not changed)
+        return True
+
+    @classmethod
+    def refresh(cls, group: Sequence[Adapter], followed: bool | None = None) -> None:
+        mine = [adapter for adapter in group if isinstance(adapter, SpaRTA)]
+        cls._write(mine)
+        if followed is not None:
+            for adapter in mine:
+                adapter._written.followed = followed
+
+    @staticmethod
+    @torch.no_grad()
+    def _write(group: Sequence[SpaRTA], quietly: bool = False) -> None:
+        kinds: dict[object, list[SpaRTA]] = {}
+        for adapter in group:
+            kinds.setdefault((adapter.original.dtype, adapter.delta.dtype, adapter.delta.device), []).append(adapter)
+        for alike in kinds.values():
+            for part in batches([len(adapter.indices) for adapter in alike]):
+                few = alike[part]
+                delta = _joined([adapter.delta.reshape(-1) for adapter in few])
+                value = _joined(
+                    [spread(adapter.value(), adapter.delta).expand_as(adapter.delta).reshape(-1) for adapter in few]
+                )
+                original = _joined([adapter.original for adapter in few])
+                update = delta * value
+                # What is not changed keeps its very bits, the sign of a zero as well.
+                entries = torch.where(update != 0, (original + update).to(original.dtype), original)
+                for adapter, own in zip(few, entries.split([len(adapter.indices) for adapter in few]), strict=True):
+                    adapter._written.write(adapter.base.weight, adapter.indices, own, quietly)  # type: ignore[arg-type]
+                    adapter._note()
+
+    @torch.no_grad()
+    def restore_base(self) -> None:
+        # Quietly: a look at the base between a forward and its backward changes nothing for good.
+        self._written.write(self.base.weight, self.indices, self.original, quietly=True)  # type: ignore[arg-type]
+        self._written.delta = None
+
+    # What a forward computes, and what its backward finds.
+
+    def forward(self, x: Tensor) -> Tensor:
+        base: Any = self.base
+        if not (self._is_plain() and self._is_ready()):
+            return self._with_weight(x, self._composed())
+        entries = self._entries()
+        if entries is None:
+            y: Tensor = base(x)
+            return y
+        heard = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        if isinstance(base, nn.Embedding):
+            return embedding_entries(base(x), x, entries, base.padding_idx, fresh=not heard)
+        if isinstance(base, nn.Linear) or is_transformers_conv1d(base):
+            if heard:
+                return linear_entries(base(x), x, entries, fresh=False)
+            weight = base.weight.t() if entries.transposed else base.weight
+            return linear_entries(F.linear(x, weight, base.bias), x, entries)
+        return self._with_weight(x, weight_entries(base.weight, entries))
+
+    def _is_plain(self) -> bool:
+        """Whether nobody has to see through what is computed, and delta is itself."""
+        if _is_watched():
+            self._written.touched = True
+            return False
+        return type(self.delta) is nn.Parameter and self.gate.drawn is None
+
+    def _entries(self) -> Entries | None:
+        """What a backward needs, or nothing where there is none."""
+        value = self.value()
+        if not (torch.is_grad_enabled() and (self.delta.requires_grad or value.requires_grad)):
+            return None
+        pattern = self._written.pattern(self.indices, self._matrix)
+        kernel = None if self.kernel == "auto" else self.kernel
+        return Entries(self.delta, value, pattern, kernel, is_transposed(self.base), self._written.touch)
+
+    def _with_weight(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The base with another weight in the place of its own."""
+        base: Any = self.base
+        if isinstance(base, nn.Embedding):
+            return F.embedding(x, weight, base.padding_idx)
+        if isinstance(base, nn.Linear) or is_transformers_conv1d(base):
+            return F.linear(x, weight.t() if is_transposed(base) else weight, base.bias)
+        if is_convolution(base):
+            y: Tensor = base._conv_forward(x, weight, base.bias)
+            return y
+        y = functional_call(base, {"weight": weight}, (x,))
+        return y
+
+    def _stored_weight(self) -> Tensor:
+        if not (self._is_plain() and self._is_ready()):
+            return self._composed()
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        entries = self._entries()
+        return weight if entries is None else weight_entries(weight, entries)
+
+    # What becomes of it.
+
+    def reset_parameters(self) -> None:
+        """Refuse: without this the base's own would answer, and draw its weight anew under the entries.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "SpaRTA keeps what its layer's entries were, so the layer can neither be drawn anew nor filled after it "
+            "was built on the meta device. Give the model its weights before adapters are injected."
+        )
+
+    @torch.no_grad()
+    def compacted(self, keep: Tensor | None = None) -> Adapter | None:
+        keep = self.gate.open() if keep is None else keep
+        kept = spread(keep, self.delta).expand_as(self.delta).reshape(-1)
+        k = int(kept.sum())
+        self.restore_base()
+        if k == 0:
+            return None
+        arguments = self.arguments() | {"k": k, "sampling": "exact"}
+        small = type(self)(self.base, **arguments)
+        small.delta = nn.Parameter(self.delta[keep])
+        small.gate.mask.copy_(self.gate.mask[keep])
+        small.indices, small.original = self.indices[kept], self.original[kept]
+        small._written.delta = None
+        return small.train(self.training)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpaRTA:
+        before = self.delta.data
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        weight: Tensor = self.base.weight  # type: ignore[assignment]
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        if self.delta.dtype != wide:
+            known = self.delta.data if before.is_meta else before.to(self.delta.device)
+            self.delta.data = known.to(wide)
+        self._written = Written(weight)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self._is_plain():
+            self._is_ready()  # what is saved of the base is what acts
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        given = state_dict.get(f"{prefix}indices")
+        if isinstance(given, Tensor) and given.shape == self.indices.shape and not given.is_meta:
+            fault = index_fault(given, self._matrix[0] * self._matrix[1])
+            if fault is not None:
+                error_msgs.append(f"{prefix}indices are no positions in the layer's weight: {fault}.")
+                return
+        self.restore_base()  # the entries that it had may not be those that it gets
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if local_metadata.get("assign_to_params_buffers", False):
+            self._written.weight = None
+
+    def extra_repr(self) -> str:
+        return f"k={len(self.indices)}, seed={self.seed}, block={self.block}, kernel={self.kernel!r}"
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
