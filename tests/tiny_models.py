@@ -61,8 +61,8 @@ def save_decoder(folder: Path, **config: Any) -> str:
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
     tokens = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
     made = LlamaConfig(
-        vocab_size=len(WORDS), intermediate_size=32, max_position_embeddings=64, initializer_range=0.3,
-        **{"tie_word_embeddings": True, **sizes, **tokens, **config},
+        vocab_size=len(WORDS), intermediate_size=32, initializer_range=0.3,
+        **{"tie_word_embeddings": True, "max_position_embeddings": 64, **sizes, **tokens, **config},
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

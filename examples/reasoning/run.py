@@ -1,6 +1,6 @@
 """Ask SmolLM2-135M arithmetic questions, behind examples that it writes itself and in ways that this is compared with.
 
-python examples/reasoning/run.py [--questions 20] [--examples 2] [--tokens 96] [--seed 0] [--out DIR]
+python examples/reasoning/run.py [--questions 8] [--examples 2] [--tokens 64] [--seed 0] [--out DIR]
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ EXAMPLES = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--questions", type=int, default=20, help="how many are made and asked (default: 20)")
+    parser.add_argument("--questions", type=int, default=8, help="how many are made and asked (default: 8)")
     parser.add_argument("--examples", type=int, default=2, help="problems that the model writes for each (default: 2)")
-    parser.add_argument("--tokens", type=int, default=96, help="of one solution, at most (default: 96)")
+    parser.add_argument("--tokens", type=int, default=64, help="of one solution, at most (default: 64)")
     parser.add_argument("--seed", type=int, default=0, help="of the questions and of what is sampled (default: 0)")
     parser.add_argument(
         "--model", help="folder of another model; SmolLM2-135M-Instruct out of its package if not given"
@@ -53,13 +53,17 @@ def main() -> int:
     folder = options.model or smollm_folder(options.out)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     asked = make(options.questions, options.seed)
-    shared = {"max_new_tokens": options.tokens, "seed": options.seed, "batch_size": 32}
-    own = {"n_examples": options.examples, "integrated_tokens": (options.examples + 1) * options.tokens}
-    print(f"{len(asked)} questions, such as: {asked[0][0]} ({asked[0][1]})", flush=True)
     began = time.perf_counter()
 
     def tell(name: str) -> None:
-        print(f"  {time.perf_counter() - began:6.0f} s  {name} ...", flush=True)
+        print(f"  {time.perf_counter() - began:6.0f} s  {name}", flush=True)
+
+    def progress(written: int, of: int) -> None:
+        tell(f"  {written} of {of} texts")
+
+    shared = {"max_new_tokens": options.tokens, "seed": options.seed, "batch_size": 8, "progress": progress}
+    own = {"n_examples": options.examples, "integrated_tokens": (options.examples + 1) * options.tokens}
+    print(f"{len(asked)} questions, such as: {asked[0][0]} ({asked[0][1]})", flush=True)
 
     for mode in ("integrated", "staged"):
         print(f"\nself-generated examples, {mode}", flush=True)

@@ -133,7 +133,8 @@ class Seq2Seq(LightningModule):
 
     def _report(self, metrics: TextMetrics, stage: str) -> None:
         if len(metrics):
-            self.log_dict({f"{stage}/{name}": value for name, value in metrics.compute().items()}, prog_bar=True)
+            values = {f"{stage}/{name}": value for name, value in metrics.compute().items()}
+            self.log_dict(values, prog_bar=True, sync_dist=True)  # equal in all processes already
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Trainable parameters in one group; none if nothing is trainable."""

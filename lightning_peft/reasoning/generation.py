@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -81,6 +81,7 @@ class Writer:
         top_p: likewise.
         batch_size: prompts at a time.
         stop: texts that end an answer.
+        progress: told after each batch how many texts of a stage are written, and of how many.
     Raises:
         ValueError: temperature or top_p that is not above 0, top_p above 1, batch_size below 1.
     """
@@ -94,6 +95,7 @@ class Writer:
         top_p: float = 0.95,
         batch_size: int = 16,
         stop: Sequence[str] = ("\nQ:",),
+        progress: Callable[[int, int], object] | None = None,
     ) -> None:
         for name, value, most in (("temperature", temperature, float("inf")), ("top_p", top_p, 1.0)):
             if not 0 < value <= most:
@@ -101,7 +103,7 @@ class Writer:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: it must be at least 1.")
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
-        self.temperature, self.top_p, self.stop = temperature, top_p, tuple(stop)
+        self.temperature, self.top_p, self.stop, self.progress = temperature, top_p, tuple(stop), progress
         limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         self.max_context_tokens: int | None = limit if max_context_tokens is None else max_context_tokens
 
@@ -146,6 +148,8 @@ class Writer:
             for at in range(0, len(rows), self.batch_size):
                 part = slice(at, at + self.batch_size)
                 found += self._batch(rows[part], [ask.seed for ask in asks[part]], max_new_tokens, stop)
+                if self.progress is not None:
+                    self.progress(len(found), len(rows))
         return found
 
     def _batch(

@@ -46,7 +46,7 @@ class SelfGeneratedCoT(Prompted):
         agreement: share of an example's solutions that must agree.
         integrated_tokens: of the whole text in mode "integrated", at most.
         options: templates, extractor, max_new_tokens (of one solution), seed, max_context_tokens, temperature, top_p,
-            batch_size, stop: as for every solver, see `Prompted`.
+            batch_size, stop, progress: as for every solver, see `Prompted`.
     Raises:
         TypeError: a count is no integer.
         ValueError: an unknown mode, a count that is too small, or agreement outside (0, 1].

@@ -40,7 +40,7 @@ class Prompted(ABC):
         max_new_tokens: of one solution, at most.
         seed: with the question, all there is to what is sampled.
         writing: of :class:`~lightning_peft.reasoning.generation.Writer`: max_context_tokens, temperature, top_p,
-            batch_size, stop.
+            batch_size, stop, progress.
     Raises:
         TypeError: max_new_tokens is no integer.
         ValueError: it is below 1, or the writer refuses an argument.

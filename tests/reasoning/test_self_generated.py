@@ -242,6 +242,16 @@ def test_self_consistency_writes_at_least_the_tokens_it_may(scripted: Any, token
         solver.solve("1+2")
 
 
+def test_progress_is_told_after_each_batch(scripted: Any, tokenizer: Any) -> None:
+    told: list[tuple[int, int]] = []
+    model = scripted({f"{i}?": "So 1." for i in range(5)})
+    solver = ZeroShotCoT(
+        model, tokenizer, templates=SHORT, batch_size=2, progress=lambda written, of: told.append((written, of))
+    )
+    solver.solve_batch([str(i) for i in range(5)])
+    assert told == [(2, 5), (4, 5), (5, 5)]
+
+
 def test_a_text_ends_where_it_is_stopped(scripted: Any, tokenizer: Any) -> None:
     model = scripted({"1+2?": "So 3.\nQ: 5+5? So 10."})
     assert ZeroShotCoT(model, tokenizer, templates=SHORT).solve("1+2").text == "So 3."
