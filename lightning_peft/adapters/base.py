@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.deferred import Deferred
-from lightning_peft.adapters.layers import stored
+from lightning_peft.adapters.layers import stored, why_not
 from lightning_peft.rank.gate import Gate
 
 
@@ -93,6 +93,11 @@ class Adapter(nn.Module, ABC):
         """What :attr:`weight` is; an adapter that has it at hand may say so."""
         weight: Tensor = self.base.weight  # type: ignore[assignment]
         return stored(self.base, self.effective_weight()).to(weight.dtype)
+
+    @classmethod
+    def why_not(cls, layer: nn.Module) -> str | None:
+        """Why a layer cannot be adapted, as the end of a sentence; ``None`` if it can."""
+        return why_not(layer)
 
     def compacted(self, keep: Tensor | None = None) -> Adapter | None:
         """An adapter with some of the components, on the same base; ``None`` if none is left.

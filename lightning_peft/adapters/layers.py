@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NORMS = ("LayerNorm", "RMSNorm", "GroupNorm")  # ends of classes' names: transformers has some dozens
 _NAMES = ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d")
 
 
@@ -62,6 +63,16 @@ def why_not(layer: nn.Module) -> str | None:
     if not weight.is_floating_point():
         return f"its weight is of dtype {weight.dtype}, which has no gradient"
     return None
+
+
+def why_not_with_norms(layer: nn.Module) -> str | None:
+    """Like :func:`why_not`, and a normalisation can be adapted too: a layer with one vector of its own, `weight`."""
+    weight = layer._parameters.get("weight")
+    if not type(layer).__name__.endswith(_NORMS) or weight is None or weight.dim() != 1:
+        return why_not(layer)
+    if "forward" in vars(layer) or parametrize.is_parametrized(layer):
+        return "its forward was replaced on the instance, or its weight is parametrized; adapt it before that"
+    return None if weight.is_floating_point() else f"its weight is of dtype {weight.dtype}, which has no gradient"
 
 
 def is_transposed(layer: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_peft.adapters.base import Adapter
-from lightning_peft.adapters.layers import is_convolution, is_transformers_conv1d, is_transposed, why_not
+from lightning_peft.adapters.layers import is_convolution, is_transformers_conv1d, is_transposed, why_not_with_norms
 from lightning_peft.adapters.written import Written, batches, whole
 from lightning_peft.arguments import require_integer, require_number
 from lightning_peft.functional.low_rank import _is_watched
@@ -64,7 +64,8 @@ class SpaRTA(Adapter):
     weight is composed anew at every forward; that takes a copy of it.
 
     Args:
-        base: any layer that can be adapted, embeddings and attention's projections included.
+        base: any layer that can be adapted, embeddings and attention's projections included; and normalisations,
+            where they are named.
         density: the share of the weight's entries that is trained.
         k: exactly so many entries, in the place of a share; a multiple of `block`.
         seed: what positions are drawn from, with a key.
@@ -164,8 +165,7 @@ class SpaRTA(Adapter):
 
     @classmethod
     def why_not(cls, layer: nn.Module) -> str | None:
-        """Why a layer cannot be adapted, as the end of a sentence; ``None`` if it can."""
-        return why_not(layer)
+        return why_not_with_norms(layer)
 
     # Which entries are trained.
 
@@ -338,8 +338,8 @@ class SpaRTA(Adapter):
         if isinstance(base, nn.Linear) or is_transformers_conv1d(base):
             if heard:
                 return linear_entries(base(x), x, entries, fresh=False)
-            weight = base.weight.t() if entries.transposed else base.weight
-            return linear_entries(F.linear(x, weight, base.bias), x, entries)
+            y = _linear(x, base.weight.t() if entries.transposed else base.weight, base.bias)
+            return linear_entries(y, x, entries, fresh=not y._is_view())
         return self._with_weight(x, weight_entries(base.weight, entries))
 
     def _is_plain(self) -> bool:
@@ -452,3 +452,15 @@ class SpaRTA(Adapter):
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear(x, weight, bias), bit for bit; where torch gives a view of what it has made, the same as no view.
+
+    What is no view may be changed in place, without a copy of its gradient.
+    """
+    if x.dim() == 3 and bias is not None and x.is_contiguous():
+        rows = F.linear(x.view(-1, x.shape[-1]), weight, bias)
+        y: Tensor = torch.ops.aten._unsafe_view(rows, (*x.shape[:-1], rows.shape[-1]))
+        return y
+    return F.linear(x, weight, bias)

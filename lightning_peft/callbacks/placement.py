@@ -23,6 +23,7 @@ from lightning_peft.strategies import (
     averaged,
     clip_by_norm,
     clip_by_value,
+    flattens,
     is_sharded,
     keep_masks_wide,
     keep_whole,
@@ -85,6 +86,7 @@ class AdapterPlacement(Preflight, ABC):
         when_built(pl_module, partial(self._place_unwrapped, callbacks_of(trainer)))
         when_built(pl_module, lambda module: keep_whole(trainer.strategy, module))
         when_built(pl_module, leave_constants)
+        when_built(pl_module, partial(_require_weights, trainer))
         if is_sharded(trainer.strategy) and not self._undo:
             self._undo = [
                 wrap_method(trainer.precision_plugin, "clip_grad_by_norm", clip_by_norm),
@@ -153,3 +155,18 @@ class AdapterPlacement(Preflight, ABC):
         self._averaged = []
         while self._undo:
             self._undo.pop()()
+
+
+def _require_weights(trainer: Trainer, module: LightningModule) -> None:
+    """Refuse adapters that write into weights where there are none to write into.
+
+    Raises:
+        MisconfigurationException: the strategy makes flat slices of them.
+    """
+    name = next((name for name, adapter in adapters(module).items() if adapter.writes_base), None)
+    if name is not None and flattens(trainer.strategy):
+        raise MisconfigurationException(
+            f"the adapter at {name!r} writes into its layer's weight, which {type(trainer.strategy).__name__} has in "
+            "flat slices. Use strategy='ddp', or FSDP2: ModelParallelStrategy(data_parallel_size=<all processes>, "
+            "tensor_parallel_size=1)."
+        )

@@ -19,10 +19,9 @@ from lightning_peft.checkpoint.checks import check, check_entry
 from lightning_peft.checkpoint.entry import ENTRY, adapter_state_dict
 from lightning_peft.export import own_random
 from lightning_peft.head_modules import HeadModule, head_modules, replace_head
-from lightning_peft.heads import hub_models
 from lightning_peft.rank.budget import WHOLE, clean_name
 from lightning_peft.surgery.injection import install
-from lightning_peft.surgery.layers import adaptable, adapters, places
+from lightning_peft.surgery.layers import adaptable, adapters, named, places
 from lightning_peft.surgery.removal import replace
 from lightning_peft.validation import CUT, adapter_class, check_arguments, check_sizes, imported_class
 
@@ -81,7 +80,7 @@ def _take_over(module: nn.Module, recipe: Mapping[str, Any], source: str) -> Cal
 
 def _load(module: nn.Module, checkpoint: Mapping[str, Any], source: str) -> nn.Module:
     entry = checkpoint[ENTRY]
-    prefix = _prefix(entry["recipe"], {*adaptable(module), *hub_models(module), *adapters(module)}, source)
+    prefix = _prefix(entry["recipe"], {*adaptable(module), *dict(named(module)), *adapters(module)}, source)
     if prefix:
         checkpoint = _without_prefix(checkpoint, prefix)
         entry = checkpoint[ENTRY]

@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import nn
 
-from lightning_peft.adapters.attention import AdaptedAttention
+from lightning_peft.adapters.attention import AdaptedAttention, has_in_proj
 from lightning_peft.adapters.base import Adapter, AdapterFactory
 from lightning_peft.adapters.layers import is_convolution, why_not
 from lightning_peft.adapters.thin import ThinLinear
@@ -111,7 +111,13 @@ def refuse_thin(module: nn.Module, chosen: Mapping[str, nn.Module], kind: str) -
 
 def _is_usual(layer: nn.Module) -> bool:
     """Whether a layer is adapted when nobody says which."""
-    return not isinstance(layer, nn.Embedding) and not (is_convolution(layer) and layer.groups != 1)
+    if not has_in_proj(layer) and why_not(layer) is not None:
+        return False  # a kind that some adapters take, and most do not
+    return not (isinstance(layer, nn.Embedding) or _is_grouped(layer))
+
+
+def _is_grouped(layer: nn.Module) -> bool:
+    return is_convolution(layer) and bool(layer.groups != 1)
 
 
 def _no_match(pattern: str, module: nn.Module, layers: Mapping[str, nn.Module]) -> str:
@@ -136,9 +142,13 @@ def kept_trainable(
     train: Sequence[str] | None,
     head: Head,
     chosen: Mapping[str, nn.Module],
+    wanted: Collection[int],
     biased: Collection[str],
 ) -> set[str]:
-    """Names of the base's parameters that stay trainable; of adapted layers the biases of those that `biased` names."""
+    """Names of the base's parameters that stay trainable; of adapted layers the biases of those that `biased` names.
+
+    Of the head those stay that `wanted` has, ids of what required a gradient before adapters were built.
+    """
     adapted = {
         id(p)
         for name, layer in chosen.items()
@@ -147,7 +157,6 @@ def kept_trainable(
     }
     own = {id(p): clean_name(name) for name, p in module.named_parameters() if id(p) not in adapted}
     if train is None:
-        wanted = {id(p) for p in module.parameters() if p.requires_grad}
         return {name for key, name in own.items() if key in wanted and name in head.trained}
     # A tied parameter can be named by any of its names, and goes by the first one.
     named = module.named_parameters(remove_duplicate=False)

@@ -141,8 +141,9 @@ def inject(
     if kind is not None and kind.releases_base:
         refuse_thin(module, chosen, kind.__name__)
     # A pattern that matches nothing is told before anything is built.
-    kept_trainable(module, train, head, chosen, chosen if kind is None or kind.releases_base else ())
-    kept = partial(kept_trainable, module, train, head, chosen)
+    wanted = {id(p) for p in module.parameters() if p.requires_grad}
+    kept = partial(kept_trainable, module, train, head, chosen, wanted)
+    kept(chosen if kind is None or kind.releases_base else ())
     return install(module, {name: (layer, factory) for name, layer in chosen.items()}, kept)
 
 
@@ -198,6 +199,7 @@ def install(
         for name, adapter in built.items():
             adapter.placed(name, told)
             told[name] = adapter
+        _refuse_shared(module, {name: layers[name] for name, adapter in built.items() if adapter.writes_base})
     except Exception:
         # Nothing half done: a layer was refused, so all is put back as it was.
         for attention in inputs.values():
@@ -251,6 +253,23 @@ def _build(factory: AdapterFactory, name: str, layer: nn.Module) -> Adapter:
             "as partial(LoRA, rank=8) does."
         )
     return adapter.train(training)
+
+
+def _refuse_shared(module: nn.Module, written: Mapping[str, nn.Module]) -> None:
+    """Refuse to write into a weight that another layer has as well.
+
+    Raises:
+        ValueError: there is one.
+    """
+    own = {id(layer.weight): (name, layer) for name, layer in written.items()}
+    for path, child in module.named_modules():
+        for part, parameter in child._parameters.items():
+            name, layer = own.get(id(parameter), ("", child))
+            if layer is not child:
+                raise ValueError(
+                    f"layer {name!r}: its weight is one parameter with {clean_name(f'{path}.{part}')!r}, which would "
+                    "change along without a gradient of its own. Leave the layer out of the targets, or untie the two."
+                )
 
 
 def _warn_of_untied(module: nn.Module, released: Mapping[str, object]) -> None:

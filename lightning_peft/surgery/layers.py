@@ -32,8 +32,9 @@ def adapter_paths(module: nn.Module) -> set[str]:
     return {path for path, child in module.named_modules() if isinstance(child, Adapter)}
 
 
-def adaptable(module: nn.Module) -> dict[str, nn.Module]:
+def adaptable(module: nn.Module, kind: type[Adapter] | None = None) -> dict[str, nn.Module]:
     """What can be adapted, by name; a shared layer once. An attention stands for its `in_proj`."""
+    reason = why_not if kind is None else kind.why_not
     found: dict[str, nn.Module] = {}
     adapted: list[str] = []
     for name, child in named(module):
@@ -42,14 +43,14 @@ def adaptable(module: nn.Module) -> dict[str, nn.Module]:
         elif not name.startswith(tuple(adapted)):
             if has_in_proj(child):
                 found[f"{name}.in_proj" if name else "in_proj"] = child
-            elif why_not(child) is None:
+            elif reason(child) is None:
                 found[name] = child
     return found
 
 
 def places(module: nn.Module, kind: type[Adapter] | None) -> dict[str, nn.Module]:
     """What adapters of a class can stand in the place of, by name: layers, or whole transformers models."""
-    return hub_models(module) if kind is not None and kind.adapts == "model" else adaptable(module)
+    return hub_models(module) if kind is not None and kind.adapts == "model" else adaptable(module, kind)
 
 
 def trained(module: nn.Module) -> dict[str, nn.Parameter]:

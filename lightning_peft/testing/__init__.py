@@ -11,8 +11,10 @@ One line covers a class of your own:
 
 pytest then runs `test_my_adapter[linear-starts_as_base]` and so on: every law on every kind of layer. A kind that the
 adapter's constructor refuses with a TypeError is skipped, and so is what the class says it is not (`mergeable = False`,
-no gate); refusing every kind fails. The layers have 24 inputs and 16 outputs. Without pytest, call :func:`check`,
-:func:`check_importance` or :func:`check_policy`. What breaks a law is told by name, with what usually mends it.
+no gate); refusing every kind fails. The layers have 24 inputs and 16 outputs; an adapter that stands in the place of a
+whole transformers model (`adapts = "model"`) is tried on tiny models, :data:`MODELS`. Without pytest, call
+:func:`check`, :func:`check_importance` or :func:`check_policy`. What breaks a law is told by name, with what usually
+mends it.
 """
 
 from __future__ import annotations
@@ -24,14 +26,17 @@ from lightning_peft.adapters.base import AdapterFactory
 from lightning_peft.rank.budget import Budget
 from lightning_peft.rank.importance import Importance
 from lightning_peft.rank.policy import Policy
+from lightning_peft.surgery.choice import adapter_kind
 from lightning_peft.testing import equations, files, importances, lifecycle, policies, training
 from lightning_peft.testing.case import LAYERS, Case, Inapplicable
+from lightning_peft.testing.models import MODELS
 from lightning_peft.testing.trial import ADAPTER, ImportanceTrial, PolicyTrial
 
 __all__ = [
     "IMPORTANCE_LAWS",
     "LAWS",
     "LAYERS",
+    "MODELS",
     "POLICY_LAWS",
     "Case",
     "ImportanceTrial",
@@ -105,19 +110,19 @@ POLICY_LAWS: dict[str, Callable[[PolicyTrial], None]] = _by_name(
 """The laws of a policy by name; each takes a :class:`PolicyTrial`."""
 
 
-def check(factory: AdapterFactory, kinds: Sequence[str] = tuple(LAYERS)) -> None:
+def check(factory: AdapterFactory, kinds: Sequence[str] | None = None) -> None:
     """Try every law on every kind of layer that the adapter takes; what :func:`laws` does, without pytest.
 
     Args:
         factory: builds the adapter with its default or given arguments: `partial(MyAdapter, rank=4)`; at most rank 16.
-        kinds: which of :data:`LAYERS` to try.
+        kinds: which of :data:`LAYERS` or :data:`MODELS` to try; ``None`` for all that the adapter's class is for.
 
     Raises:
         AssertionError: a law does not hold; with the adapter, the law, what was found and what usually mends it.
         TypeError: the adapter takes none of the kinds.
         ValueError: there is no such kind, or the factory's arguments do not suit the layers.
     """
-    _require_kinds(kinds)
+    kinds = _kinds(factory, kinds)
     for kind in kinds:
         for law in LAWS.values():
             _unless_inapplicable(_try_on_layer, law, factory, kind, kinds)
@@ -143,25 +148,25 @@ def check_policy(factory: Callable[[Budget], Policy], adapter: AdapterFactory = 
         _unless_inapplicable(_try, law, PolicyTrial(factory, adapter))
 
 
-def laws(factory: AdapterFactory, kinds: Sequence[str] = tuple(LAYERS)) -> Callable[..., None]:
+def laws(factory: AdapterFactory, kinds: Sequence[str] | None = None) -> Callable[..., None]:
     """A test for pytest of every law on every kind of layer; see this module's first lines.
 
     Args:
         factory: builds the adapter with its default or given arguments: `partial(MyAdapter, rank=4)`; at most rank 16.
-        kinds: which of :data:`LAYERS` to try.
+        kinds: which of :data:`LAYERS` or :data:`MODELS` to try; ``None`` for all that the adapter's class is for.
 
     Raises:
         ValueError: there is no such kind.
     """
     import pytest
 
-    _require_kinds(kinds)
+    chosen = _kinds(factory, kinds)
 
     @pytest.mark.parametrize("law", list(LAWS.values()), ids=list(LAWS))
-    @pytest.mark.parametrize("kind", kinds)
+    @pytest.mark.parametrize("kind", chosen)
     def test(kind: str, law: Law) -> None:
         try:
-            _try_on_layer(law, factory, kind, kinds)
+            _try_on_layer(law, factory, kind, chosen)
         except Inapplicable as reason:
             pytest.skip(str(reason))
 
@@ -237,10 +242,15 @@ def _try(law: Callable[[Any], None], case: Any) -> None:
         ) from error
 
 
-def _require_kinds(kinds: Sequence[str]) -> None:
-    odd = [kind for kind in ([kinds] if isinstance(kinds, str) else kinds) if kind not in LAYERS or kinds == kind]
+def _kinds(factory: AdapterFactory, kinds: Sequence[str] | None) -> Sequence[str]:
+    if kinds is None:
+        kind = adapter_kind(factory)
+        return tuple(MODELS if kind is not None and kind.adapts == "model" else LAYERS)
+    known = {**LAYERS, **MODELS}
+    odd = [kind for kind in ([kinds] if isinstance(kinds, str) else kinds) if kind not in known or kinds == kind]
     if odd or not kinds:
-        raise ValueError(f"kinds is a list of kinds of layers, of {', '.join(LAYERS)}. Got {kinds!r}.")
+        raise ValueError(f"kinds is a list of kinds of layers, of {', '.join(known)}. Got {kinds!r}.")
+    return kinds
 
 
 def _refusal(case: Case) -> TypeError | None:

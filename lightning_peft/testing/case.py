@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_peft.adapters.base import Adapter, AdapterFactory
 from lightning_peft.rank.gate import Gate
 from lightning_peft.surgery.injection import inject
+from lightning_peft.testing.models import MODELS, TOKENS, ModelHost, logits
 
 D_IN, D_OUT = 24, 16
 
@@ -70,7 +71,7 @@ class Case:
 
     Attributes:
         factory: builds the adapter.
-        kind: a key of :data:`LAYERS`.
+        kind: a key of :data:`LAYERS`, or of :data:`~lightning_peft.testing.models.MODELS`.
     """
 
     factory: AdapterFactory
@@ -94,11 +95,22 @@ class Case:
         """The pattern that names the layer in the model."""
         return _TARGETS.get(self.kind, "layer")
 
+    @property
+    def is_model(self) -> bool:
+        """Whether the adapter stands in the place of a whole model."""
+        return self.kind in MODELS
+
+    def output(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """What a layer, a model or its adapter gives for the inputs."""
+        y: Tensor = logits(layer, x) if self.is_model else layer(x)
+        return y
+
     def plain(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The model without an adapter, in eval mode; the same one at every call."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return _Host(LAYERS[self.kind]()).to(dtype).eval()
+            host = ModelHost(MODELS[self.kind]()) if self.is_model else _Host(LAYERS[self.kind]())
+            return host.to(dtype).eval()
 
     def host(self, dtype: torch.dtype = torch.float32, *, start: bool = False, seed: int = 1) -> nn.Module:
         """The model with the adapter; its parameters moved off their start unless `start`."""
@@ -114,10 +126,10 @@ class Case:
         return host
 
     def inputs(self, dtype: torch.dtype = torch.float32, seed: int = 2) -> Tensor:
-        """A batch for the model: (3, 5, 24), (3, 5) indices for an embedding, (3, c_in, *places) for a convolution."""
+        """A batch: (3, 5, 24), (3, 5) indices for an embedding or a model, (3, c_in, *places) for a convolution."""
         generator = torch.Generator().manual_seed(seed)
-        if self.kind == "embedding":
-            return torch.randint(D_IN, (3, 5), generator=generator)
+        if self.kind == "embedding" or self.is_model:
+            return torch.randint(TOKENS if self.is_model else D_IN, (3, 5), generator=generator)
         return torch.randn(3, *_PLACES.get(self.kind, (5, D_IN)), generator=generator, dtype=dtype)
 
     @staticmethod

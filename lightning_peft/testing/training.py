@@ -34,6 +34,8 @@ def takes_any_batch(case: Case) -> None:
     """
     host, x = case.host(), case.inputs()
     adapter = case.adapter(host)
+    if case.is_model:
+        raise Inapplicable("a model takes batches of texts alone")
     weight: Tensor = adapter.base.weight  # type: ignore[assignment]
     if case.kind.startswith("attention") or weight.dim() > 2:
         raise Inapplicable("an attention reads its layers, and a convolution's input has a shape of its own")

@@ -17,6 +17,7 @@ from lightning_peft import (
     PartlyOpen,
     RankPolicy,
     RLoRA,
+    SoftPrompt,
     SoRA,
     SpaRTA,
     Taylor,
@@ -52,6 +53,10 @@ test_rlora_in_blocks = laws(partial(RLoRA, rank=20, path="kron"), ("linear", "at
 test_rlora_io = laws(partial(RLoRA, rank=4, mode="io"), ("conv1d", "attention_in"))
 test_rlora_core = laws(partial(RLoRA, rank=4, mode="core"), ("linear_no_bias", "attention_out"))
 test_rlora_half = laws(partial(RLoRA, rank=4, mode="half"), ("linear", "attention_in"))
+test_soft_prompt = laws(partial(SoftPrompt, length=4))
+test_soft_prompt_after_the_first_token = laws(
+    partial(SoftPrompt, length=3, init="random", prompt_position="after_cls"), ("encoder_model",)
+)
 test_sparta = laws(partial(SpaRTA, density=0.25, block=24))
 test_sparta_entry_by_entry = laws(partial(SpaRTA, k=12, seed=1, scaling=2.0), ("linear", "attention_in"))
 

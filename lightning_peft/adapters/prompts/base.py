@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter
-from lightning_peft.adapters.prompts.passes import listening, prefix_of
+from lightning_peft.adapters.prompts.passes import listening, outside_graphs, prefix_of
 from lightning_peft.adapters.prompts.text_model import TextModel
 from lightning_peft.arguments import require_integer
 
@@ -39,7 +39,7 @@ class Prompt(Adapter):
 
     The model is called with token ids that have m more columns, and what its own embedding returns for these is
     replaced: by a hook that is there during the call alone. So scaled embeddings (BART, Gemma) are scaled before, and
-    embeddings that FSDP shards are gathered as ever.
+    embeddings that FSDP shards are gathered as ever. Compiled, the model runs outside the graph.
 
     What a subclass has to do is fill :meth:`prompt`, and :meth:`offsets` if it has some. Parameters are float32, or the
     embedding's dtype where that is wider; the result is cast to what the embedding returns. `gate`, if there is one,
@@ -106,11 +106,13 @@ class Prompt(Adapter):
     def effective_weight(self) -> Tensor:
         raise TypeError(f"{type(self).__name__} stands in the place of a whole model, which has no single weight.")
 
+    @outside_graphs
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model with the prompt; takes and returns what the model does."""
         with listening(self):
             return self.base(*args, **kwargs)
 
+    @outside_graphs
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own `generate`, with the prompt: token ids go in and come back as without one.
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,16 @@ from torch import Tensor, nn
 from lightning_peft.adapters.prompts.columns import Columns
 from lightning_peft.adapters.prompts.text_model import TextModel
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 if TYPE_CHECKING:
     from lightning_peft.adapters.prompts.base import Prompt
+
+
+def outside_graphs(method: F) -> F:
+    """Run a method as it is written where it is called from what was compiled: a graph would keep its first hooks."""
+    disabled: F = torch.compiler.disable(method)
+    return disabled
 
 
 @contextmanager
