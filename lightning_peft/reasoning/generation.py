@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from lightning_peft.modules.pretrained import padding_of
 
@@ -66,6 +66,29 @@ class SeededSampling(LogitsProcessor):
         scores = scores.clone()
         scores[rows] = (chances + noise).masked_fill(unlikely, -torch.inf).to(scores.dtype)
         return scores
+
+
+class StopsAt(StoppingCriteria):
+    """Ends each row whose text has come to one of these.
+
+    Texts are compared, with any tokenizer: transformers' own criterion looks for tokens that can end in a text, and
+    fails where a vocabulary has none.
+
+    Args:
+        tokenizer: the model's.
+        stop: what ends a text.
+        width: tokens of the prompts, which are not looked at.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], width: int) -> None:
+        self._tokenizer, self._stop, self._width = tokenizer, tuple(stop), width
+        self._tail = max(len(text.encode()) for text in stop) + 4  # a token has one byte at least
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **how: Any) -> Tensor:
+        tails = input_ids[:, max(self._width, input_ids.shape[1] - self._tail) :]
+        texts = self._tokenizer.batch_decode(tails, skip_special_tokens=True)
+        ended = [any(stop in text for stop in self._stop) for text in texts]
+        return torch.tensor(ended, device=input_ids.device)
 
 
 class Writer:
@@ -160,7 +183,7 @@ class Writer:
         ids = torch.tensor([[*[pad] * (width - len(row)), *row] for row in rows], device=device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
         model: Any = self.model
-        stopping = {"stop_strings": list(stop), "tokenizer": self.tokenizer} if stop else {}
+        stopping = StoppingCriteriaList([StopsAt(self.tokenizer, stop, width)] if stop else [])
         whole = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -169,7 +192,7 @@ class Writer:
             num_beams=1,
             pad_token_id=pad,
             logits_processor=LogitsProcessorList([SeededSampling(seeds, self.temperature, self.top_p)]),
-            **stopping,
+            stopping_criteria=stopping,
         )
         texts = [self._kept(row, pad) for row in whole[:, width:].tolist()]
         return [
