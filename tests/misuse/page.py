@@ -11,6 +11,7 @@ from misuse import (
     files,
     information,
     information_terms,
+    models_with_prompts,
     processes,
     sentences,
     trainers,
@@ -26,6 +27,7 @@ TOLD: dict[str, Rows] = {
     "Measures of information": information.ROWS,
     "Files and the command line": files.ROWS,
     "A PEFT model of your own": adopted.ROWS,
+    "A model with a prompt": models_with_prompts.ROWS,
     "Sentences and their VAE": sentences.ROWS,
 }
 SEVERAL = "Several processes"

@@ -94,6 +94,11 @@ class _Passes:
             return None  # the model says itself what is missing
         _require_text(ids, vectors, mask)
         cache, m = given.get("past_key_values"), self.adapter.length
+        if getattr(cache, "is_compileable", False):
+            raise ValueError(
+                "past_key_values are a static cache, made for the text's own length, which the prompt is not a part "
+                "of. Leave cache_implementation out."
+            )
         past = 0 if cache is None else cache.get_seq_length()
         if past == 0 and cache is not None and self._copy_prefix(cache, len(text)):
             past = m
@@ -273,8 +278,8 @@ def _require_text(ids: Tensor | None, vectors: Tensor | None, mask: Tensor | Non
         )
     if mask is not None and mask.dim() != 2:
         raise ValueError(
-            f"attention_mask is of shape {tuple(mask.shape)}, and a prompt is put into one of (batch, length). Static "
-            "caches and packed texts, which make others, do not go with a prompt."
+            f"attention_mask is of shape {tuple(mask.shape)}, and a prompt is put into one of (batch, length). Give "
+            "texts that are padded, not packed into one sequence with borders."
         )
 
 
