@@ -9,11 +9,16 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "red", "green", "blue", "and", "the", "car", "tree", "sky"]
@@ -56,8 +61,8 @@ def save_decoder(folder: Path, **config: Any) -> str:
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
     tokens = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
     made = LlamaConfig(
-        vocab_size=len(WORDS), intermediate_size=32, max_position_embeddings=64, initializer_range=0.3,
-        **{"tie_word_embeddings": True, **sizes, **tokens, **config},
+        vocab_size=len(WORDS), intermediate_size=32, initializer_range=0.3,
+        **{"tie_word_embeddings": True, "max_position_embeddings": 64, **sizes, **tokens, **config},
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -76,3 +81,29 @@ def save_texts(path: Path, count: int = 16) -> str:
         content = "\n".join(["text,label", *(f"{text},{label}" for text, label in rows)])
     path.write_text(content + "\n", encoding="utf-8")
     return str(path)
+
+
+def save_translator(folder: Path, kind: str = "t5") -> str:
+    """A T5 or a BART of one layer on each side, without dropout; its tokenizer ends each text."""
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(single="$A [SEP]", special_tokens=[("[SEP]", 3)])
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder)
+    tokens = {"pad_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 0, "vocab_size": len(WORDS)}
+    model: PreTrainedModel
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if kind == "t5":
+            sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+            model = T5ForConditionalGeneration(T5Config(dropout_rate=0.0, **sizes, **tokens))
+        else:
+            sides = {
+                f"{side}_{name}": number
+                for side in ("encoder", "decoder")
+                for name, number in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 32))
+            }
+            sizes = {"d_model": 16, "max_position_embeddings": 32, "bos_token_id": 2, "forced_eos_token_id": 3}
+            model = BartForConditionalGeneration(BartConfig(dropout=0.0, init_std=0.3, **sides, **sizes, **tokens))
+        model.save_pretrained(folder)
+    return str(folder)

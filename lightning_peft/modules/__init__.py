@@ -6,6 +6,8 @@ from lightning_peft.modules.causal_lm import CausalLM
 from lightning_peft.modules.language_data import LanguageData
 from lightning_peft.modules.sentence_data import SentenceData
 from lightning_peft.modules.sentences import Pieces, Sentences
+from lightning_peft.modules.seq2seq import Seq2Seq
+from lightning_peft.modules.seq2seq_data import Seq2SeqData
 from lightning_peft.modules.text_classifier import TextClassifier
 from lightning_peft.modules.text_data import TextData
 from lightning_peft.modules.text_vae import (
@@ -35,6 +37,8 @@ __all__ = [
     "PretrainedEncoder",
     "SentenceData",
     "Sentences",
+    "Seq2Seq",
+    "Seq2SeqData",
     "TextClassifier",
     "TextData",
     "TextVAE",

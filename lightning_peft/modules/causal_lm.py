@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -11,18 +11,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lightning_peft.modules.documents import IGNORED
+from lightning_peft.modules.generation import DEFAULTS, Generated, write
 from lightning_peft.modules.language_data import LanguageBatch
 from lightning_peft.modules.optimization import Schedule, adamw, require_schedule
 from lightning_peft.modules.packing import attention_within, require_packable, takes_positions
 from lightning_peft.modules.perplexity import Perplexity
-from lightning_peft.modules.pretrained import from_folder_or_hub, padding_of, tokenizer_from
-
-
-class Continuation(TypedDict):
-    """What ``predict_step`` returns: ``tokens`` (batch, new) behind the prompts, and the same as ``texts``."""
-
-    tokens: Tensor
-    texts: list[str]
+from lightning_peft.modules.pretrained import from_folder_or_hub, tokenizer_from
 
 
 class CausalLM(LightningModule):
@@ -65,7 +59,7 @@ class CausalLM(LightningModule):
         require_schedule(warmup, schedule)
         self.save_hyperparameters()
         self.lr, self.weight_decay, self.warmup, self.schedule = lr, weight_decay, warmup, schedule
-        self.generation = {"max_new_tokens": 64, "do_sample": False, **(generation or {})}
+        self.generation = {**DEFAULTS, **(generation or {})}
         self.model, self.newly_initialized = from_folder_or_hub(AutoModelForCausalLM, backbone)
         self.val_perplexity, self.test_perplexity = Perplexity(), Perplexity()
         self._backbone, self._tokenizer = backbone, None
@@ -110,12 +104,9 @@ class CausalLM(LightningModule):
         """Log ``test/loss`` and ``test/perplexity`` likewise."""
         self._evaluate(batch, self.test_perplexity, "test")
 
-    def predict_step(self, batch: LanguageBatch, batch_idx: int) -> Continuation:
+    def predict_step(self, batch: LanguageBatch, batch_idx: int) -> Generated:
         """What the model writes behind prompts that are padded on the left."""
-        model: Any = self.model
-        ids, how = batch["input_ids"], {"pad_token_id": padding_of(self.tokenizer), **self.generation}
-        new = model.generate(input_ids=ids, attention_mask=batch["attention_mask"], **how)[:, ids.shape[1] :]
-        return {"tokens": new, "texts": self.tokenizer.batch_decode(new, skip_special_tokens=True)}
+        return write(self, batch, self.generation, skip=batch["input_ids"].shape[1])
 
     def _evaluate(self, batch: LanguageBatch, perplexity: Perplexity, stage: str) -> None:
         loss = self(batch).loss

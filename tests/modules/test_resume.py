@@ -9,9 +9,11 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from tiny_models import save_decoder, save_translator
 from torch import Tensor, nn
 
-from lightning_peft.modules import TextClassifier, TextData
+from lightning_peft import presets
+from lightning_peft.modules import CausalLM, LanguageData, Seq2Seq, Seq2SeqData, TextClassifier, TextData
 
 QUIET: dict[str, Any] = {
     "accelerator": "cpu",
@@ -125,6 +127,40 @@ def test_classifier_resumes_bit_for_bit(data: Any, tiny_bert: str, tmp_path: Pat
     resumed = run(str(tmp_path / "all" / "stop-step=5.ckpt"), enable_checkpointing=False)
     for (name, a), b in zip(full.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def of_pairs(kind: str, folder: Path) -> tuple[Any, Any]:
+    """A model and data of prompts with answers; each call makes the same again."""
+    source = folder / "pairs.csv"
+    pairs = [f"{'the ' * (1 + i % 3)}red,{'car ' * (1 + i % 4)}" for i in range(20)]
+    source.write_text("source,target\n" + "\n".join(pairs) + "\n")
+    settings: dict[str, Any] = {"train": str(source), "batch_size": 3, "window": 2, "seed": 4, "val_share": 0.1}
+    if kind == "seq2seq":
+        backbone = save_translator(folder / "base")
+        return Seq2Seq(backbone, lr=0.02, generation={"max_new_tokens": 4}), Seq2SeqData(tokenizer=backbone, **settings)
+    backbone = save_decoder(folder / "base")
+    columns = {"prompt": "source", "answer": "target", "separator": "", "block_size": 12}
+    data = LanguageData(tokenizer=backbone, packing=kind, **columns, **settings)  # type: ignore[arg-type]
+    return CausalLM(backbone, lr=0.02), data
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("kind", ["seq2seq", "none", "documents"])
+def test_adapters_resume_bit_for_bit_inside_an_epoch(kind: str, tmp_path: Path) -> None:
+    """With validation that writes, and a checkpoint of adapters only."""
+
+    def run(ckpt_path: str | None = None, **settings: Any) -> dict[str, Tensor]:
+        torch.manual_seed(1)
+        module, data = of_pairs(kind, tmp_path)
+        callbacks = [*presets.lora(rank=2, dropout=0.2), *settings.pop("callbacks", [])]
+        trainer = Trainer(max_epochs=2, **QUIET, callbacks=callbacks, **settings)
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+        return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+    full = run(callbacks=[ModelCheckpoint(tmp_path / "all", "stop-{step}", every_n_train_steps=2, save_top_k=-1)])
+    resumed = run(str(tmp_path / "all" / "stop-step=2.ckpt"), enable_checkpointing=False)
+    assert full.keys() == resumed.keys()
+    assert [name for name in full if not torch.equal(full[name], resumed[name])] == []
 
 
 def test_overfitting_repeats_the_same_batches(data: Any) -> None:

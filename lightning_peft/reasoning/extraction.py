@@ -1,0 +1,84 @@
+"""Answers out of texts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from fractions import Fraction
+
+Extractor = Callable[[str], str | None]
+"""Reads an answer from a text; ``None`` if there is none."""
+
+_MARKER = "The answer is"
+_NUMBER = re.compile(r"(?<![\w.])-?\$?\s?(\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s?/\s?(\d[\d,]*))?")
+_BOXED = re.compile(r"\\boxed\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
+_FRACTION = re.compile(r"\\[dt]?frac\{(-?[\d.,]+)\}\{([\d.,]+)\}")
+_LETTER = re.compile(r"(?<![A-Za-z])\(?([A-Z])\)?(?![A-Za-z'])")
+
+
+def number(text: str, marker: str = _MARKER) -> str | None:
+    """The last number of the line behind the last marker; without a marker, of a box, or else of the whole text.
+
+    Thousands' commas, a dollar and a percent sign are left out, a fraction is a number, and a typographic minus is one.
+
+    Args:
+        text: what a model has written.
+        marker: what stands before an answer.
+
+    Returns:
+        The number as an integer, or a fraction in lowest terms; ``None`` if there is none.
+
+    Example:
+        >>> number("3 of 4. The answer is $1,234.50.")
+        '2469/2'
+        >>> number("The answer is unknown.") is None
+        True
+    """
+    text = text.replace("−", "-").replace("–", "-")
+    _, found, after = text.rpartition(marker)
+    if found:
+        return _last(after.strip().partition("\n")[0])
+    boxes = _BOXED.findall(text)
+    return _last(boxes[-1] if boxes else text)
+
+
+def letter(text: str, marker: str = _MARKER) -> str | None:
+    """The first capital letter that stands alone behind the last marker, as in a multiple choice; ``None`` without.
+
+    Example:
+        >>> letter("A is wrong. The answer is (C).")
+        'C'
+    """
+    _, found, after = text.rpartition(marker)
+    match = _LETTER.search(after) if found else None
+    return match[1] if match else None
+
+
+def same_answer(a: str | None, b: str | None, tolerance: float = 1e-6) -> bool:
+    """Whether two answers agree: as numbers, within a share of the larger, or as texts without regard to case.
+
+    Example:
+        >>> same_answer("0.5", "1/2"), same_answer("C", "c"), same_answer(None, None)
+        (True, True, False)
+    """
+    if a is None or b is None:
+        return False
+    first, second = _value(a), _value(b)
+    if first is None or second is None:
+        return a.strip().casefold() == b.strip().casefold()
+    return abs(first - second) <= Fraction(tolerance) * max(Fraction(1), abs(first), abs(second))
+
+
+def _last(text: str) -> str | None:
+    text = _FRACTION.sub(r"\1/\2", text)
+    found = [value for match in _NUMBER.finditer(text) if (value := _value(match[0])) is not None]
+    return str(found[-1]) if found else None
+
+
+def _value(text: str) -> Fraction | None:
+    plain = re.sub(r"[,$%\s]", "", text.replace("−", "-"))
+    above, slash, below = plain.partition("/")
+    try:
+        return Fraction(above) / (Fraction(below) if slash else 1)
+    except (ValueError, ZeroDivisionError):
+        return None
