@@ -5,6 +5,7 @@ from lightning_peft.adapters.ars import ElementMasks, Hypernetwork, MonotoneMask
 from lightning_peft.adapters.base import Adapter, AdapterFactory
 from lightning_peft.adapters.dynamic_dora import DynamicDoRA, NormShare, component_shares
 from lightning_peft.adapters.elalora import PruneAndGrow
+from lightning_peft.adapters.entry_selection import EntrySelection
 from lightning_peft.adapters.factorized import Factorized
 from lightning_peft.adapters.gora import GoRA
 from lightning_peft.adapters.increlora import Growth, ModuleSensitivity
@@ -14,7 +15,7 @@ from lightning_peft.adapters.low_rank import LowRank, LowRankUpdate
 from lightning_peft.adapters.partly_open import PartlyOpen
 from lightning_peft.adapters.prompts import DPT, DePT, Prompt, SoftPrompt
 from lightning_peft.adapters.rankdyna import GroupImportance
-from lightning_peft.adapters.regrowth import DropAndRegrow, EntrySelection
+from lightning_peft.adapters.regrowth import DropAndRegrow
 from lightning_peft.adapters.rlora import RLoRA
 from lightning_peft.adapters.sora import SoftThreshold, SoRA
 from lightning_peft.adapters.sparse_budget import SparseBudget

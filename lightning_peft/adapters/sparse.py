@@ -47,3 +47,19 @@ def require_sparse(site: Site, by: str) -> Sparse:
             "of another kind. Use it with adapters that train entries."
         )
     return adapter
+
+
+def require_movable(site: Site, by: str) -> Sparse:
+    """The site's adapter, as what trains entries of a weight one by one, so that it can be given others.
+
+    Raises:
+        TypeError: it trains no entries.
+        ValueError: they are gated in blocks.
+    """
+    adapter = require_sparse(site, by)
+    if adapter.delta.dim() > 1:
+        raise ValueError(
+            f"the adapter at {site.name!r} gates its entries in blocks of {adapter.delta.shape[1]}, and these cannot "
+            f"move, which {by} has them do. Use block=1."
+        )
+    return adapter

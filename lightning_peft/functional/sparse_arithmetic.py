@@ -15,7 +15,7 @@ class SparseDelta:
 
     Args:
         indices: (k,) int64, positions in the flattened tensor, ascending and distinct.
-        delta: (k,) float32, what is added there.
+        delta: (k,) float32, or float64 where the tensor is; what is added there.
         shape: of the whole tensor.
 
     Raises:
@@ -55,9 +55,10 @@ class SparseDelta:
             raise ValueError(f"changes of tensors of shapes {self.shape} and {other.shape} cannot be added.")
         every = torch.cat([self.indices, other.indices])
         indices, place = every.unique(return_inverse=True)
-        delta = torch.zeros(len(indices), dtype=torch.float32, device=self.delta.device)
+        wide = torch.promote_types(torch.promote_types(self.delta.dtype, other.delta.dtype), torch.float32)
+        delta = torch.zeros(len(indices), dtype=wide, device=self.delta.device)
         # Two numbers at most meet in an entry, and the sum of two does not depend on their order.
-        delta.index_add_(0, place, torch.cat([self.delta.float(), other.delta.float()]))
+        delta.index_add_(0, place, torch.cat([self.delta.to(wide), other.delta.to(wide)]))
         return SparseDelta(indices, delta, self.shape)
 
     def __mul__(self, factor: float) -> SparseDelta:

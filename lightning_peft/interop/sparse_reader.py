@@ -85,6 +85,10 @@ def _theirs(path: object, tensors: dict[str, Tensor], shapes: Mapping[str, tuple
             raise AdapterFileError(
                 f"{path} changes entries of {name!r} that its shape {shape} does not have: it is of another model."
             )
+        if delta.shape != where.shape[:1]:
+            raise AdapterFileError(
+                f"{path} has {len(where)} positions and {tuple(delta.shape)} deltas in {name!r}; use another copy."
+            )
         if bool((where < 0).any()):
             raise AdapterFileError(f"{path} has negative positions in {name!r}; use another copy.")
         flat = (where * where.new_tensor([prod(shape[dim + 1 :]) for dim in range(len(shape))])).sum(1)

@@ -7,7 +7,8 @@ from typing import Literal
 
 from lightning.pytorch import Callback
 
-from lightning_peft.adapters.regrowth import DropAndRegrow, EntrySelection
+from lightning_peft.adapters.entry_selection import EntrySelection
+from lightning_peft.adapters.regrowth import DropAndRegrow
 from lightning_peft.adapters.sparse_budget import SparseBudget
 from lightning_peft.arguments import require_number
 from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, Calibration, RankMonitor, RankPruning

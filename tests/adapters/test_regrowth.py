@@ -25,7 +25,7 @@ from lightning_peft import (
     eject,
     inject,
 )
-from lightning_peft.adapters.regrowth import largest
+from lightning_peft.adapters.entry_gradients import EntryGradients, largest
 from lightning_peft.compaction import follow_moves
 from lightning_peft.rank.probe import Alone
 from lightning_peft.rank.schedule import Linear
@@ -220,6 +220,46 @@ def test_largest_takes_the_first_of_equal_ones() -> None:
     places, size = largest(worth, 4)
     assert (places.tolist(), size.tolist()) == ([1, 3, 2, 4], [3.0, 3.0, 2.0, 2.0])
     assert largest(worth, 0)[0].numel() == 0
+
+
+@pytest.mark.parametrize("odd", [float("nan"), float("inf")])
+def test_a_gradient_that_overflowed_proposes_nothing(odd: float) -> None:
+    """As a step in float16 that is skipped has it: as many candidates as ever, and none of them is taken in."""
+    for worth in (torch.tensor([odd, 1.0, 2.0, 3.0]), torch.full((4,), odd)):
+        places, size = largest(worth, 3)
+        assert places.numel() == size.numel() == 3
+        assert not bool(size.isfinite().all())
+    net = Net()
+    inject(net, partial(SpaRTA, density=DENSITY), ["0", "2"])
+    importance, x = EntryGradients(0.3), next(iter(loader()))
+    importance.track(RankBudget.of(net))
+    for scale in (1.0, odd):
+        net.zero_grad()
+        importance.listen()
+        (net.training_step(x, 0) * scale).backward()
+        importance.update()
+        found = {name: (places.clone(), size.clone()) for name, (places, size) in importance.candidates().items()}
+        if scale == 1:
+            fine = found
+    for name, (places, size) in found.items():
+        assert torch.equal(places, fine[name][0])
+        assert torch.equal(size, fine[name][1])
+        assert bool((size > 0).all())
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        lambda budget: EntrySelection("magnitude").begin(budget, Alone()),
+        lambda budget: EntrySelection("gradient").begin(budget, Alone()),
+        lambda budget: DropAndRegrow().track(budget),
+    ],
+)
+def test_entries_in_blocks_are_refused_before_anything_is_trained(begin: Any) -> None:
+    net = Net()
+    inject(net, partial(SpaRTA, density=DENSITY, block=2), ["0"])
+    with pytest.raises(ValueError, match=r"'body\.0' gates its entries in blocks of 2, and these cannot move.*block=1"):
+        begin(RankBudget.of(net))
 
 
 def test_state_that_cannot_follow_is_refused() -> None:

@@ -13,8 +13,9 @@ import torch
 from hosts import STRATEGIES, Job, Sharded, ShardedAroundAdapters, change, train_all
 from torch.distributed.tensor import DTensor
 
-from lightning_peft import AdapterCheckpoint, AdapterInjection, SpaRTA
-from lightning_peft.distributed import whole
+from lightning_peft import AdapterCheckpoint, AdapterInjection, DropAndRegrow, RankPruning, SpaRTA
+from lightning_peft.distributed import gather_objects, whole
+from lightning_peft.rank.schedule import Linear
 from lightning_peft.surgery import adapters
 from lightning_peft.testing.processes import run_processes
 
@@ -48,8 +49,28 @@ class Apart(L.Callback):
                 p.add_(0.1 * trainer.global_rank)
 
 
+class Moves(L.Callback):
+    """Whether entries move in the run, and are the same on all processes after every step."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.seen: set[str] = set()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        mine = str([adapter.indices.tolist() for adapter in adapters(pl_module).values()])  # type: ignore[operator, union-attr]
+        assert set(gather_objects(mine)) == {mine}
+        self.seen.add(mine)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert len(self.seen) == 4  # as drawn, and after events that move some: at the last one none moves
+
+
 def callbacks(*more: type[L.Callback]) -> Sequence[L.Callback]:
     return [*(kind() for kind in more), AdapterInjection(FACTORY, train=["net.2"], verbose=False), Witness()]
+
+
+def regrowing() -> Sequence[L.Callback]:
+    policy = DropAndRegrow(0.3, Linear(warmup=0.2, tail=0.2), interval=5)
+    return [*callbacks(), RankPruning(policy), Moves()]
 
 
 class Around(ShardedAroundAdapters):
@@ -61,8 +82,14 @@ JOBS = {
     "plain": Job(callbacks, around=Around),
     "accumulated": Job(callbacks, trainer={"accumulate_grad_batches": 2}),
     "apart": Job(partial(callbacks, Apart)),
+    "regrowing": Job(regrowing),
 }
-RUNS = {"plain": ["ddp", "fsdp2", "fsdp2 around"], "accumulated": ["ddp", "fsdp2"], "apart": ["ddp"]}
+RUNS = {
+    "plain": ["ddp", "fsdp2", "fsdp2 around"],
+    "accumulated": ["ddp", "fsdp2"],
+    "apart": ["ddp"],
+    "regrowing": ["ddp", "fsdp2"],
+}
 
 
 @cache

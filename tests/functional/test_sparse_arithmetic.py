@@ -32,6 +32,13 @@ def test_property_15_two_changes_added_commute() -> None:
     assert torch.equal(dense(one), dense(a) + dense(b))
 
 
+def test_sums_in_double_precision_stay_so() -> None:
+    a = SparseDelta(torch.tensor([1, 4]), torch.tensor([1e-12, 1.0], dtype=torch.float64), SHAPE)
+    b = SparseDelta(torch.tensor([4]), torch.tensor([1e-12], dtype=torch.float64), SHAPE)
+    assert (a + b).delta.tolist() == [1e-12, 1.0 + 1e-12]
+    assert (change(0) + change(1)).delta.dtype == torch.float32
+
+
 def test_multiples() -> None:
     a = change(0)
     assert torch.equal(dense(a * 0.3), dense(a) * 0.3)

@@ -137,6 +137,8 @@ NONE: Any = torch.zeros(0)
         ({"indices.0.weight": torch.tensor([[-1, 5], [0, 0], [1, 1]], dtype=torch.int32)}, "negative positions"),
         ({"indices.0.weight": torch.tensor([[1], [2], [3]], dtype=torch.int32)}, "does not have"),
         ({"indices.0.weight": torch.tensor([[1, 1]] * 3, dtype=torch.int32)}, "ascending, distinct"),
+        ({"deltas.0.weight": torch.ones(4)}, r"3 positions and \(4,\) deltas"),
+        ({"deltas.0.weight": torch.ones(2)}, r"3 positions and \(2,\) deltas"),
         ({"indices.0.weight": torch.zeros(3, 2)}, "positions of torch.float32"),
         ({"indices.0.weight": NONE}, "'0.weight', and does not say which entries"),
         ({"deltas.other": torch.ones(1)}, "'other', which this model does not have"),

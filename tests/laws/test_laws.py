@@ -26,7 +26,7 @@ from lightning_peft import (
     WeightDecomposed,
 )
 from lightning_peft.adapters import adalora, dynamic_dora, elalora, increlora, rankdyna, sora
-from lightning_peft.adapters.regrowth import EntryGradients
+from lightning_peft.adapters.entry_gradients import EntryGradients
 from lightning_peft.testing import importance_laws, laws, policy_laws
 
 MODELS = ("encoder_model", "decoder_model", "encoder_decoder_model")
