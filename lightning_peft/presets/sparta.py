@@ -70,7 +70,7 @@ def sparta(
     require_number("regrow", regrow)
     if start not in ("random", "magnitude", "gradient"):
         raise ValueError(f"start={start!r}: choose 'random', 'magnitude' or 'gradient'.")
-    if regrow < 0:
+    if not 0 <= regrow <= 1:
         raise ValueError(f"regrow is the share of entries that move at an event, from 0 to 1. Got {regrow}.")
     if density is None and parameters is None and sparsity is None:
         sparsity = SPARSITY

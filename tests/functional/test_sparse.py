@@ -137,8 +137,8 @@ def test_the_kernel_follows_device_dtype_density_tokens_and_size() -> None:
     assert choose_kernel(cuda, torch.bfloat16, (11008, 4096), 0.01, 512) == "chunked"
 
 
-def test_the_chunked_kernel_never_has_the_whole_product(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Property 11, as far as it is the kernel's."""
+def test_property_11_the_chunked_kernel_never_has_the_whole_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as it is the kernel's: that no base weight has a gradient is the adapter's."""
     m, n, tokens = 256, 64, 4
     monkeypatch.setattr(sparse, "CAP", m * n * 4 // 4)
     a, b, where = normal(tokens, m, dtype=torch.float32), normal(tokens, n, dtype=torch.float32), pattern(m, n, 50)

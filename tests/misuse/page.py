@@ -16,6 +16,7 @@ from misuse import (
     processes,
     prompts,
     sentences,
+    sparse,
     trainers,
 )
 from misuse.setups import Rows, tell
@@ -33,6 +34,7 @@ TOLD: dict[str, Rows] = {
     "A model with a prompt": models_with_prompts.ROWS,
     "Sentences and their VAE": sentences.ROWS,
     "Prompts": prompts.ROWS,
+    "Sparse adapters": sparse.ROWS,
 }
 SEVERAL = "Several processes"
 _HEAD = """# What went wrong?
