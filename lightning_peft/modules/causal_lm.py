@@ -111,9 +111,7 @@ class CausalLM(LightningModule):
 
     def _evaluate(self, batch: LanguageBatch, perplexity: Perplexity, stage: str) -> None:
         labels = batch["labels"].clone()
-        labels[:, 0] = (
-            IGNORED  # alone nothing predicts it, and a trained prompt would: the same tokens for every method
-        )
+        labels[:, 0] = IGNORED  # only a trained prompt predicts it: all methods are judged by the same tokens
         loss = self({**batch, "labels": labels}).loss
         predicted = int((labels != IGNORED).sum())
         perplexity.update(loss, predicted)
