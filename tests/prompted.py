@@ -1,8 +1,8 @@
-"""Tiny transformers models that get a prompt: large weights, so that what is in front of a text is felt."""
+"""Tiny transformers models of text of every sort, with large weights and no dropout; what they read, and prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,28 +11,101 @@ from torch import Tensor, nn
 
 from lightning_peft import Adapter, AdapterFactory, inject
 
-_SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-_TEXT = {"vocab_size": 40, "max_position_embeddings": 64, "initializer_range": 0.3, "pad_token_id": 1}
-_ENDS = {"bos_token_id": 2, "eos_token_id": 0}
-_DRY = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+TOKENS, LENGTH = 40, 7
+TEXTS = [torch.tensor([5, 6, 7, 8, 9]), torch.tensor([10, 11, 12])]
 
-MODELS: dict[str, Callable[[], nn.Module]] = {
-    "bert": lambda: hf.BertForSequenceClassification(hf.BertConfig(**_SIZES, **_TEXT, **_DRY, num_labels=3)),
-    "roberta": lambda: hf.RobertaForSequenceClassification(hf.RobertaConfig(**_SIZES, **_TEXT, **_DRY, num_labels=3)),
-    "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_SIZES, **_TEXT, **_ENDS)),
-    "gpt2": lambda: hf.GPT2LMHeadModel(
-        hf.GPT2Config(
-            n_layer=2, n_embd=16, n_head=2, n_positions=64, vocab_size=40, initializer_range=0.3, pad_token_id=1,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **_ENDS,
-        )
-    ),
-    "t5": lambda: hf.T5ForConditionalGeneration(
-        hf.T5Config(
-            d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, vocab_size=40, decoder_start_token_id=1,
-            pad_token_id=1, eos_token_id=0, initializer_factor=1.0, dropout_rate=0.0,
-        )
-    ),
+_SIZES: dict[str, Any] = {
+    "vocab_size": TOKENS, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+    "initializer_range": 0.3, "max_position_embeddings": 32,
 }  # fmt: skip
+_DRY: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def _bert(kind: str) -> nn.Module:
+    labels = 2 if "Answering" in kind else 3
+    model: nn.Module = getattr(hf, kind)(hf.BertConfig(**_SIZES, **_DRY, num_labels=labels))
+    return model
+
+
+def _roberta(kind: str) -> nn.Module:
+    sizes = {**_SIZES, "max_position_embeddings": 34}
+    model: nn.Module = getattr(hf, kind)(hf.RobertaConfig(**sizes, **_DRY, num_labels=3, pad_token_id=1))
+    return model
+
+
+def _llama(kind: str) -> nn.Module:
+    model: nn.Module = getattr(hf, kind)(
+        hf.LlamaConfig(**_SIZES, num_labels=3, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    )
+    return model
+
+
+def _gpt2(kind: str) -> nn.Module:
+    dry = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    sizes: dict[str, Any] = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "vocab_size": TOKENS}
+    model: nn.Module = getattr(hf, kind)(
+        hf.GPT2Config(
+            **sizes, **dry, initializer_range=0.3, num_labels=3, pad_token_id=0, bos_token_id=1, eos_token_id=2
+        )
+    )
+    return model
+
+
+def _t5(kind: str) -> nn.Module:
+    model: nn.Module = getattr(hf, kind)(
+        hf.T5Config(
+            vocab_size=TOKENS, d_model=16, d_kv=8, num_layers=2, num_heads=2, d_ff=32, dropout_rate=0.0,
+            pad_token_id=0, decoder_start_token_id=0, eos_token_id=1, num_labels=3,
+        )
+    )  # fmt: skip
+    return model
+
+
+def _bart(kind: str) -> nn.Module:
+    sides: dict[str, Any] = {}
+    for side in ("encoder", "decoder"):
+        sides |= {f"{side}_layers": 2, f"{side}_attention_heads": 2, f"{side}_ffn_dim": 32}
+    model: nn.Module = getattr(hf, kind)(
+        hf.BartConfig(
+            **sides, vocab_size=TOKENS, d_model=16, max_position_embeddings=32, init_std=0.3, scale_embedding=True,
+            dropout=0.0, num_labels=3,
+        )
+    )  # fmt: skip
+    return model
+
+
+MODELS = {
+    "bert": partial(_bert, "BertForSequenceClassification"),
+    "bert backbone": partial(_bert, "BertModel"),
+    "bert tokens": partial(_bert, "BertForTokenClassification"),
+    "bert answers": partial(_bert, "BertForQuestionAnswering"),
+    "roberta": partial(_roberta, "RobertaForSequenceClassification"),
+    "llama": partial(_llama, "LlamaForCausalLM"),
+    "llama classifier": partial(_llama, "LlamaForSequenceClassification"),
+    "gpt2": partial(_gpt2, "GPT2LMHeadModel"),
+    "gpt2 classifier": partial(_gpt2, "GPT2ForSequenceClassification"),
+    "t5": partial(_t5, "T5ForConditionalGeneration"),
+    "t5 encoder": partial(_t5, "T5EncoderModel"),
+    "bart": partial(_bart, "BartForConditionalGeneration"),
+    "bart classifier": partial(_bart, "BartForSequenceClassification"),
+}
+
+
+def build(kind: str) -> Any:
+    """The model, in eval mode; the same one at every call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return MODELS[kind]().eval()
+
+
+def two_texts(model: Any, side: str) -> dict[str, Tensor]:
+    """Both texts, padded on the "left" or on the "right" to more than the longer one needs."""
+    pad = 0 if model.config.pad_token_id is None else model.config.pad_token_id
+    ids, mask = torch.full((2, LENGTH), pad), torch.zeros(2, LENGTH, dtype=torch.long)
+    for i, text in enumerate(TEXTS):
+        at = slice(0, len(text)) if side == "right" else slice(LENGTH - len(text), LENGTH)
+        ids[i, at], mask[i, at] = text, 1
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 class Host(nn.Module):
@@ -48,9 +121,7 @@ class Host(nn.Module):
 
 def plain(kind: str, dtype: torch.dtype = torch.float32) -> Host:
     """A model without a prompt, in eval mode; the same one at every call."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return Host(MODELS[kind]()).to(dtype).eval()
+    return Host(build(kind)).to(dtype).eval()
 
 
 def prompted(
@@ -79,5 +150,5 @@ def padded(inputs: dict[str, Tensor], left: int, right: int) -> dict[str, Tensor
     """The same texts with padding and a mask that says so."""
     ids = inputs["input_ids"]
     mask = torch.ones_like(ids)
-    pads = {"input_ids": (ids, 1), "attention_mask": (mask, 0)}
+    pads = {"input_ids": (ids, 0), "attention_mask": (mask, 0)}
     return inputs | {name: nn.functional.pad(t, (left, right), value=value) for name, (t, value) in pads.items()}

@@ -27,12 +27,15 @@ from lightning_peft.rank.policy import Policy
 PACKAGE = Path(lightning_peft.__file__).parent
 EXAMPLE = "an error's advice: an example of what to write"
 PEFT = "PEFT's name of its file format, not of a class of ours"
+PROMPTS = "which prompts have which tensors in a file of prompts is what it knows"
 READS = "it reads files of PEFT's, and which of our classes stands for which of PEFT's formats is what it knows"
 JOB = "a job's table of methods, by the names on the command line: nothing else in the job knows them"
 # Shared code that names a method: file, name -> why it is no special case.
 REASONED = {
+    ("adapters/prompts/text_model.py", "SoftPrompt"): EXAMPLE,
     ("callbacks/examples.py", "PACBayes"): EXAMPLE,
     ("callbacks/pruning.py", "Taylor"): EXAMPLE,
+    ("callbacks/r_drop.py", "LoRA"): EXAMPLE,
     ("callbacks/regularization.py", "DEM"): EXAMPLE,
     ("callbacks/selection.py", "LearnedRanks"): EXAMPLE,
     ("adapters/ars.py", "LearnedRanks"): "a paper's own file, which sets it up",
@@ -62,6 +65,16 @@ REASONED = {
     ("interop/hf_peft.py", "adalora"): PEFT,
     ("interop/layout.py", "adalora"): PEFT,
     ("interop/targets.py", "LoRA"): PEFT,
+    ("interop/prompt_export.py", "LoRA"): PEFT,
+    ("interop/prompt_files.py", "DPT"): PROMPTS,
+    ("interop/prompt_files.py", "DePT"): PROMPTS,
+    ("interop/prompt_files.py", "SoftPrompt"): PROMPTS,
+    ("interop/prompt_files.py", "dept"): "its import",
+    ("interop/prompt_files.py", "dpt"): "its import",
+    ("interop/prompt_import.py", "SoftPrompt"): READS,
+    ("interop/prompt_positions.py", "DePT"): "it writes this method's offsets into a model: no other has any",
+    ("interop/prompt_positions.py", "SoftPrompt"): "what is left then",
+    ("interop/prompt_positions.py", "dept"): "its import",
     ("interop/triplets.py", "AdaLoRA"): PEFT,
     ("interop/triplets.py", "LoRA"): PEFT,
     ("interop/from_peft.py", "AdaLoRA"): READS,

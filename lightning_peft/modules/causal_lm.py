@@ -24,7 +24,8 @@ class CausalLM(LightningModule):
 
     The module trains the parameters that require a gradient and asks nothing more: alone it is full fine-tuning, with
     ``AdapterInjection`` in the trainer's callbacks it is adapter training. The loss is the mean over the batch's tokens
-    whose label is not -100, and the perplexity exp of the mean over those of the whole set.
+    whose label is not -100, and the perplexity exp of the mean over those of the whole set, but for the first of a row:
+    only a trained prompt predicts it, and numbers that are compared are to be of the same tokens.
 
     Args:
         backbone: hub name, or folder with a ``config.json`` and weights.
@@ -109,8 +110,10 @@ class CausalLM(LightningModule):
         return write(self, batch, self.generation, skip=batch["input_ids"].shape[1])
 
     def _evaluate(self, batch: LanguageBatch, perplexity: Perplexity, stage: str) -> None:
-        loss = self(batch).loss
-        predicted = int((batch["labels"][:, 1:] != IGNORED).sum())  # the first token of a row is not
+        labels = batch["labels"].clone()
+        labels[:, 0] = IGNORED  # only a trained prompt predicts it: all methods are judged by the same tokens
+        loss = self({**batch, "labels": labels}).loss
+        predicted = int((labels != IGNORED).sum())
         perplexity.update(loss, predicted)
         # Weighted by tokens: the mean of batches that predict unequally many is not that of their means.
         loss = loss if predicted else loss.nan_to_num(0.0)

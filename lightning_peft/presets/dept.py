@@ -8,7 +8,7 @@ from typing import Literal
 
 from lightning_peft.adapters.prompts.base import PromptPosition
 from lightning_peft.adapters.prompts.dept import DePT
-from lightning_peft.adapters.prompts.soft_prompt import Start
+from lightning_peft.adapters.prompts.starts import Start
 from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, RankMonitor
 from lightning_peft.presets.base import Preset
 from lightning_peft.presets.dpt import falling

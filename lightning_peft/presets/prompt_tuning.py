@@ -8,7 +8,8 @@ from functools import partial
 from lightning.pytorch import Callback
 
 from lightning_peft.adapters.prompts.base import PromptPosition
-from lightning_peft.adapters.prompts.soft_prompt import SoftPrompt, Start
+from lightning_peft.adapters.prompts.soft_prompt import SoftPrompt
+from lightning_peft.adapters.prompts.starts import Start
 from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, InitialPrompt, RankMonitor
 from lightning_peft.presets.base import Preset
 

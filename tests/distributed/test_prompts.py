@@ -12,12 +12,12 @@ import torch
 from hosts import BATCHES, GLOBAL_BATCH, STRATEGIES, Job, Sharded, change, train_all
 from presets.every import NAMES as ALL
 from presets.every import adapts_models, small
+from prompted import TOKENS, build
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import TensorDataset
 from transformers.models.bert.modeling_bert import BertForSequenceClassification, BertLayer
-from wrapped import TOKENS, build
 
 from lightning_peft import AdapterCheckpoint, AdapterInjection, RankPruning, SoftPrompt
 from lightning_peft.checkpoint import adapter_state_dict

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from misuse.setups import Rows
+from prompted import build
 from torch import nn
-from wrapped import build
 
 from lightning_peft import SoftPrompt, inject, merge
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.prompts.base import Prompt, PromptPosition
-from lightning_peft.adapters.prompts.starts import embeddings_size, require_text, token_rows, without_values
+from lightning_peft.adapters.prompts.starts import Start, first_rows, require_start, without_values
 from lightning_peft.adapters.prompts.text_model import TextModel
 from lightning_peft.arguments import require_integer, require_number
 from lightning_peft.functional.prompts import dept_split, position_offsets
@@ -80,7 +80,7 @@ class DePT(Prompt):
         rank: int = 30,
         reach: int = 256,
         alpha: float | None = 8.0,
-        init: Literal["vocabulary", "text", "random"] = "vocabulary",
+        init: Start = "vocabulary",
         text_ids: Sequence[int] | None = None,
         rate: float | None = None,
         align: Literal["tokens", "absolute"] = "tokens",
@@ -101,19 +101,12 @@ class DePT(Prompt):
                 require_number(name, value)
                 if not (value > 0 and isfinite(value)):
                     raise ValueError(f"{name} multiplies and must be positive. Got {value}.")
-        if init not in ("vocabulary", "text", "random"):
-            raise ValueError(f"init must be 'vocabulary', 'text' or 'random'. Got {init!r}.")
-        if (init == "text") != (text_ids is not None):
-            raise ValueError(
-                f"text_ids are the token ids of a text to start with, for init='text' alone. Got init={init!r} and "
-                f"text_ids={text_ids!r}."
-            )
         if align not in ("tokens", "absolute"):
             raise ValueError(f"align must be 'tokens' or 'absolute'. Got {align!r}.")
         self.rank, self.reach = index(rank), index(reach)
         self.alpha = None if alpha is None else float(alpha)
-        self.init: Literal["vocabulary", "text", "random"] = init
-        self.text_ids = require_text(base, text_ids)
+        self.init: Start = init
+        self.text_ids = require_start(base, init, text_ids)
         self.rate = None if rate is None else float(rate)
         self.align: Literal["tokens", "absolute"] = align
         self._told = False
@@ -150,10 +143,7 @@ class DePT(Prompt):
         """Fill P as `init` says, A in U(-1/sqrt(r), 1/sqrt(r)) and B with zeros; nothing on the meta device."""
         if self.P.device.type == "meta" or without_values(self.base):
             return
-        if self.init == "random":
-            self.P.normal_().mul_(embeddings_size(self.base))
-        else:
-            self.P.copy_(token_rows(self.base, self.length, self.text_ids))
+        self.P.copy_(first_rows(self.base, self.length, self.init, self.text_ids))
         if self.rank:
             bound = 1 / sqrt(self.rank)
             self.A.uniform_(-bound, bound)

@@ -6,17 +6,14 @@ Lester, Al-Rfou, Constant, The Power of Scale for Parameter-Efficient Prompt Tun
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_peft.adapters.prompts.base import Prompt, PromptPosition
-from lightning_peft.adapters.prompts.text_model import TextModel, embedded
-from lightning_peft.arguments import require_integer
+from lightning_peft.adapters.prompts.starts import Start, first_rows, require_start, without_values
+from lightning_peft.adapters.prompts.text_model import TextModel
 from lightning_peft.rank.gate import Gate
-
-Start = Literal["vocabulary", "text", "random"]
 
 
 class SoftPrompt(Prompt):
@@ -59,47 +56,19 @@ class SoftPrompt(Prompt):
         prompt_position: PromptPosition = "start",
     ) -> None:
         super().__init__(base, length, prompt_position)
-        if init not in ("vocabulary", "text", "random"):
-            raise ValueError(f"init must be 'vocabulary', 'text' or 'random'. Got {init!r}.")
         self.init: Start = init
-        self.text_ids = None if text_ids is None else list(text_ids)
-        if (init == "text") != bool(self.text_ids):
-            raise ValueError(
-                f"text_ids are the token ids of a text to start with, for init='text' alone. Got init={init!r} and "
-                f"text_ids={text_ids!r}."
-            )
-        embedding = TextModel.of(base).embedding()
-        for token in self.text_ids or ():
-            require_integer("a token id in text_ids", token)
-            if not 0 <= token < embedding.num_embeddings:
-                raise ValueError(
-                    f"text_ids has {token}, and the model's vocabulary {embedding.num_embeddings} tokens. Take the ids "
-                    "from the model's own tokenizer."
-                )
-        weight = embedding.weight
+        self.text_ids = require_start(base, init, text_ids)
+        weight = TextModel.of(base).embedding().weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.P = nn.Parameter(torch.empty(length, self.width, dtype=dtype, device=weight.device))
-        self.gate = Gate(length, cost=self.width)
-        self.gate.to(weight.device)
+        self.gate = Gate(length, cost=self.width).to(weight.device)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Fill P as `init` says, with torch's global generator; on the meta device there is nothing to fill."""
-        embedding = TextModel.of(self.base).embedding()
-        if self.P.device.type == "meta" or embedding.weight.device.type == "meta":
-            return
-        if self.init == "random":
-            square = embedded(embedding, torch.arange(embedding.num_embeddings)).square().mean()
-            self.P.normal_().mul_(square.sqrt())
-            return
-        if self.text_ids is not None:
-            ids = torch.tensor(self.text_ids).repeat(-(-self.length // len(self.text_ids)))[: self.length]
-        else:
-            # More than the vocabulary has: over again.
-            rounds = -(-self.length // embedding.num_embeddings)
-            ids = torch.cat([torch.randperm(embedding.num_embeddings) for _ in range(rounds)])[: self.length]
-        self.P.copy_(embedded(embedding, ids))
+        if self.P.device.type != "meta" and not without_values(self.base):
+            self.P.copy_(first_rows(self.base, self.length, self.init, self.text_ids))
 
     def prompt(self) -> Tensor:
         return self.P * self.gate.value().to(self.P.dtype)[:, None]

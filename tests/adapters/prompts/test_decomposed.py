@@ -80,8 +80,8 @@ def test_property_the_loss_leaves_out_the_prompt(method: str) -> None:
 @every_method
 def test_property_too_long_a_text_is_told(method: str) -> None:
     host, prompt = prompted("bert", METHODS[method])
-    with pytest.raises(ValueError, match=f"a prompt of {prompt.length} need .* positions, and BertForSeq.* has 64"):
-        host(**batch("bert", length=62))
+    with pytest.raises(ValueError, match=f"a prompt of {prompt.length} need .* positions, and BertForSeq.* has 32"):
+        host(**batch("bert", length=30))
 
 
 @every_method

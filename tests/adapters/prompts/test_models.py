@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from prompted import LENGTH, TEXTS, TOKENS, build, two_texts
 from torch import Tensor, nn
-from wrapped import LENGTH, TEXTS, TOKENS, batch, build
 
 from lightning_peft import Adapter, SoftPrompt
 from lightning_peft.adapters.prompts import Prompt
@@ -67,7 +67,7 @@ def test_property_padding_changes_nothing(kind: str, position: str, sides: str) 
     with torch.no_grad():
         alone = [found(adapter(input_ids=t[None], **only(i, more)))[0] for i, t in enumerate(TEXTS)]
         for side in sides.split():
-            inputs = batch(adapter, side)
+            inputs = two_texts(adapter, side)
             both = found(adapter(**inputs, **more))
             if both.shape[1] == LENGTH:  # a row per token
                 both = [row[shown.bool()] for row, shown in zip(both, inputs["attention_mask"], strict=True)]
@@ -79,7 +79,7 @@ def test_property_padding_changes_nothing(kind: str, position: str, sides: str) 
 def test_it_is_the_model_called_with_longer_embeddings(kind: str) -> None:
     """What transformers itself computes of [P ; X], with everything that goes with it given by hand."""
     adapter = prompted(kind)
-    inputs, model = batch(adapter, "right"), adapter.base
+    inputs, model = two_texts(adapter, "right"), adapter.base
     inside = model.get_encoder() if kind in ("t5", "bart") else model
     with torch.no_grad():
         text = inside.get_input_embeddings()(inputs["input_ids"])
@@ -112,7 +112,7 @@ def test_pooling_after_the_first_token() -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_property_loss_ignores_the_prompts_labels(kind: str, side: str) -> None:
     adapter = prompted(kind)
-    inputs = batch(adapter, side)
+    inputs = two_texts(adapter, side)
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     first = inputs["attention_mask"].argmax(1)
     labels[range(2), first] = -100  # without it, the losses are of the same tokens
@@ -136,7 +136,7 @@ def test_first_token_is_predicted_by_the_prompt() -> None:
 @pytest.mark.parametrize("position", ["start", "after_cls"])
 def test_labels_of_tokens_and_of_answers_move_with_the_text(position: str) -> None:
     tokens, answers = prompted("bert tokens", position), prompted("bert answers", position)
-    inputs = batch(tokens, "right")
+    inputs = two_texts(tokens, "right")
     labels = torch.randint(3, (2, LENGTH)).masked_fill(inputs["attention_mask"] == 0, -100)
     output = tokens(**inputs, token_type_ids=torch.ones(2, LENGTH, dtype=torch.long), labels=labels)
     assert output.logits.shape == (2, LENGTH, 3)
@@ -154,7 +154,7 @@ def test_labels_of_tokens_and_of_answers_move_with_the_text(position: str) -> No
 def test_hidden_states_are_the_texts() -> None:
     adapter = prompted("bert backbone")
     adapter.set_attn_implementation("eager")  # which has attentions to show
-    output = adapter(**batch(adapter, "right"), output_hidden_states=True, output_attentions=True)
+    output = adapter(**two_texts(adapter, "right"), output_hidden_states=True, output_attentions=True)
     assert output.last_hidden_state.shape == (2, LENGTH, 16)
     assert [each.shape for each in output.hidden_states] == 3 * [(2, LENGTH, 16)]
     assert output.attentions[0].shape[-2:] == (M + LENGTH, M + LENGTH)
@@ -163,7 +163,7 @@ def test_hidden_states_are_the_texts() -> None:
 
 def test_it_returns_a_tuple_where_the_model_would() -> None:
     adapter = prompted("llama")
-    inputs = batch(adapter, "left")
+    inputs = two_texts(adapter, "left")
     expected = adapter(**inputs)
     (logits, *_) = adapter(inputs["input_ids"], inputs["attention_mask"], return_dict=False)
     assert torch.equal(logits, expected.logits)
@@ -172,7 +172,7 @@ def test_it_returns_a_tuple_where_the_model_would() -> None:
 @pytest.mark.parametrize("kept", [1, 3, torch.tensor([0, 6])])
 def test_rows_that_are_kept_are_the_texts(kept: Any) -> None:
     adapter = prompted("llama")
-    inputs = batch(adapter, "left")
+    inputs = two_texts(adapter, "left")
     rows = adapter(**inputs).logits
     expected = rows[:, -kept:] if isinstance(kept, int) else rows[:, kept]
     torch.testing.assert_close(adapter(**inputs, logits_to_keep=kept).logits, expected)
@@ -180,7 +180,7 @@ def test_rows_that_are_kept_are_the_texts(kept: Any) -> None:
 
 def test_it_takes_embeddings_in_the_place_of_ids() -> None:
     adapter = prompted("llama")
-    inputs = batch(adapter, "left")
+    inputs = two_texts(adapter, "left")
     text = adapter.get_input_embeddings()(inputs["input_ids"])
     actual = adapter(inputs_embeds=text, attention_mask=inputs["attention_mask"]).logits
     torch.testing.assert_close(actual, adapter(**inputs).logits)
@@ -189,7 +189,7 @@ def test_it_takes_embeddings_in_the_place_of_ids() -> None:
 @pytest.mark.parametrize("position", ["start", "after_cls"])
 def test_it_takes_the_callers_positions(position: str) -> None:
     adapter = prompted("gpt2", position)
-    inputs = batch(adapter, "left")
+    inputs = two_texts(adapter, "left")
     counted = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     shown = inputs["attention_mask"].bool()
     expected = adapter(**inputs).logits[shown]
@@ -209,7 +209,7 @@ def test_property_generation(kind: str, beams: int) -> None:
     if kind in ("llama", "gpt2"):
         assert all(torch.equal(ids[:-6], text) for ids, text in zip(alone, TEXTS, strict=True))
     assert torch.equal(adapter.generate(**shown[0], **more, use_cache=False)[0], alone[0])
-    padded = adapter.generate(**batch(adapter, "right" if kind == "bart" else "left"), **more)
+    padded = adapter.generate(**two_texts(adapter, "right" if kind == "bart" else "left"), **more)
     assert all(torch.equal(mine[-6:], ids[-6:]) for mine, ids in zip(padded, alone, strict=True))
     with torch.no_grad():
         felt = [found(model(**shown[0], **only(0, decoder(adapter)))) for model in (adapter, adapter.base)]
@@ -234,7 +234,7 @@ def test_property_generation_is_greedy(kind: str, position: str) -> None:
 @pytest.mark.parametrize("beams", [1, 3])
 def test_prefix_is_computed_once(kind: str, beams: int) -> None:
     adapter = prompted(kind)
-    inputs, more = batch(adapter, "left"), {**GENERATE, "num_beams": beams}
+    inputs, more = two_texts(adapter, "left"), {**GENERATE, "num_beams": beams}
     expected = adapter.generate(**inputs, **more)
     lengths: list[int] = []
     with adapter.prefix_cached():
@@ -273,21 +273,21 @@ def test_offsets_count_the_tokens_that_are_shown(kind: str) -> None:
     more = decoder(adapter)
     with torch.no_grad():
         for side in ("left", "right"):
-            both = adapter(**batch(adapter, side), **more).logits
+            both = adapter(**two_texts(adapter, side), **more).logits
             for i, text in enumerate(TEXTS):
                 alone = adapter(input_ids=text[None], **only(i, more)).logits[0]
                 at = slice(None) if kind == "t5" else slice(-len(text), None) if side == "left" else slice(len(text))
                 torch.testing.assert_close(both[i, at], alone, rtol=1e-5, atol=1e-5)
     assert adapter.seen[0] == [[-1, -1, 0, 1, 2, 3, 4], [-1, -1, -1, -1, 0, 1, 2]]
     adapter.align, adapter.seen = "absolute", []
-    adapter(**batch(adapter, "left"), **more)
+    adapter(**two_texts(adapter, "left"), **more)
     assert adapter.seen == [[[-1, -1, 2, 3, 4, 5, 6], [-1, -1, -1, -1, 4, 5, 6]]]
 
 
 def test_generated_tokens_have_the_offset_of_their_place() -> None:
     torch.manual_seed(1)
     adapter = Shifted(build("llama"))
-    inputs = batch(adapter, "left")
+    inputs = two_texts(adapter, "left")
     cached = adapter.generate(**inputs, **GENERATE)
     assert adapter.seen[1] == [[5], [3]]
     assert torch.equal(cached, adapter.generate(**inputs, **GENERATE, use_cache=False))
@@ -316,7 +316,7 @@ def test_checkpointed_activations_give_the_same_gradients(kind: str) -> None:
         adapter = prompted(kind).train()
         if recompute is not None:
             adapter.activation_checkpointing_enable({"use_reentrant": recompute})
-        adapter(**batch(adapter, "right"), **decoder(adapter)).logits.square().mean().backward()
+        adapter(**two_texts(adapter, "right"), **decoder(adapter)).logits.square().mean().backward()
         gradients.append(adapter.P.grad)
         assert all(p.grad is None for p in adapter.base.parameters())
     for each in gradients:
@@ -328,7 +328,7 @@ def test_wide_prompt_on_a_narrow_model(dtype: torch.dtype) -> None:
     model = build("llama").to(dtype)
     adapter = SoftPrompt(model, M)
     assert adapter.P.dtype == torch.float32
-    inputs = batch(adapter, "left")
+    inputs = two_texts(adapter, "left")
     assert adapter(**inputs).logits.dtype == dtype
     adapter(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert adapter.P.grad is not None
@@ -355,10 +355,10 @@ def test_property_base_is_bit_identical_after_training() -> None:
 
 def test_nothing_is_left_listening() -> None:
     adapter = prompted("t5")
-    adapter(**batch(adapter, "right"), **decoder(adapter))
-    adapter.generate(**batch(adapter, "right"), **GENERATE)
+    adapter(**two_texts(adapter, "right"), **decoder(adapter))
+    adapter.generate(**two_texts(adapter, "right"), **GENERATE)
     with pytest.raises(ValueError, match="both given"):
-        adapter(**batch(adapter, "right"), inputs_embeds=torch.zeros(2, LENGTH, 16), **decoder(adapter))
+        adapter(**two_texts(adapter, "right"), inputs_embeds=torch.zeros(2, LENGTH, 16), **decoder(adapter))
     assert not any(child._forward_hooks or child._forward_pre_hooks for child in adapter.modules())
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
+from prompted import TOKENS, build
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from wrapped import TOKENS, build
 
 from lightning_peft import (
     AdapterCheckpoint,
