@@ -82,19 +82,21 @@ def table(
                 waiting.append(method.title)
                 continue
             final = [row for row in section if row["method"] == name and not row["search"]]
+            if not final:
+                continue
             tried = sorted((row for row in search if row["method"] == name), key=lambda row: row["lr"])
             line, note = _line(final, tried, method, seeds(name, data, rank))
             parts.append(line)
             notes += [f"- {method.title}: {note}" for note in note]
         if waiting:
-            notes.append(f"- Not run here yet: {', '.join(waiting)}.")
+            notes.append(f"- Not run here: {', '.join(waiting)}.")
         some = next(row for row in section if not row["search"])
         notes.append(
             f"- {some['evaluated_on']}, {some['steps']} steps, precision {some['precision']}, one thread; "
             + ", ".join(f"{package} {number}" for package, number in some["versions"].items())
             + "."
         )
-        parts += ["", *notes, *_searched_only([row for row in section if row["search"]], methods)]
+        parts += ["", *notes, *_searched_only(section, methods)]
         parts += _claim([row for row in section if not row["search"]], methods)
         parts += _where_ranks_went([row for row in section if not row["search"]], methods)
     return "\n".join(parts) + "\n"
@@ -117,7 +119,7 @@ def _line(
         notes.append(f"seeds missing: {', '.join(map(str, missing))}.")
     search = _rates(searched)
     rate_cell = f"{rate:g} ({search})" if rate is not None else ("not yet" if method.searched else "head only")
-    if not final:
+    if not final:  # none at the best rate
         return f"| {method.title} | 0 | {rate_cell} |" + " – |" * 9, notes
     ranks = final[0]["ranks"]
     spread = f"{min(row['ranks']['min'] for row in final)}–{max(row['ranks']['max'] for row in final)}"
@@ -146,12 +148,13 @@ def _rates(searched: Sequence[Mapping[str, Any]]) -> str:
 def _searched_only(rows: Sequence[Mapping[str, Any]], methods: Mapping[str, Method]) -> list[str]:
     """Held-out accuracy of what has no final runs: one setting of a method, changed."""
     lines: list[str] = []
+    finished = {row["method"] for row in rows if not row["search"]}
     for name, method in methods.items():
-        tried = sorted((row for row in rows if row["method"] == name), key=lambda row: row["lr"])
-        if method.seeds or not tried:
+        tried = sorted((row for row in rows if row["method"] == name and row["search"]), key=lambda row: row["lr"])
+        if name in finished or not tried:
             continue
         if not lines:
-            lines = ["", "What one setting is worth, held out, one seed; no final runs:", ""]
+            lines = ["", "Searched alone, held out, one seed: what one setting is worth.", ""]
         lines.append(f"- {method.title}: {_rates(tried)}.")
     return lines
 

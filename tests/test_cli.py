@@ -470,6 +470,7 @@ def test_commands_and_options_stay_what_they_are(capsys: pytest.CaptureFixture[s
     assert set(re.findall(r"^  (--[\w-]+)", shown["plan"], re.MULTILINE)) == {
         "--architecture", "--dtype", "--method", "--rank", "--final-rank", "--targets", "--train", "--world-size",
         "--nodes", "--strategy", "--precision", "--optimizer", "--accumulate", "--json",
+        "--sparsity", "--density", "--parameters",
     }  # fmt: skip
     assert shown["compress"].startswith("usage: lightning-peft compress MODEL OUT --data FILE [options]\n")
     assert set(re.findall(r"^  (--[\w-]+)", shown["compress"], re.MULTILINE)) == {

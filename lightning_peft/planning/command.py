@@ -6,6 +6,7 @@ import argparse
 import inspect
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, get_args
 
 from torch import nn
@@ -17,6 +18,7 @@ from lightning_peft.planning.figures import Optimizer, Precision, Strategy
 from lightning_peft.planning.skeleton import DTYPES, skeleton
 from lightning_peft.rank.policy import Policy
 from lightning_peft.regularizers import Regularizer
+from lightning_peft.surgery.choice import adapter_kind
 from lightning_peft.surgery.injection import inject
 
 HELP = "memory, files and network traffic of a job, before it runs"
@@ -77,7 +79,10 @@ def run(options: argparse.Namespace) -> str:
         FileNotFoundError, ValueError, TypeError: what is wrong with the model's config or an option.
     """
     injection, policy, terms = _method(options)
-    module = skeleton(options.model, options.architecture, options.dtype)
+    model = module = skeleton(options.model, options.architecture, options.dtype)
+    kind = adapter_kind(injection.adapter)
+    if kind is not None and kind.adapts == "model":
+        module = nn.Sequential(model)  # what stands in a whole model's place needs one that it stands in
     for term in terms.values():
         term.before_adapters(module)
     targets = injection.targets if options.targets is None else options.targets
@@ -97,6 +102,7 @@ def run(options: argparse.Namespace) -> str:
         importance=policy.importance if policy else None,
         accumulate=options.accumulate,
     )
+    found = replace(found, model=type(model).__name__)
     return json.dumps(found.as_dict(), indent=2) if options.json else str(found)
 
 

@@ -72,7 +72,7 @@ def test_every_option_acts(llama: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_every_method_is_planned(method: str, llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = figures(capsys, llama, "--method", method)
     load = found["start"]
-    parts = (load["weights"], load["gradients"], load["optimizer"], load["statistics"])
+    parts = (load[part] for part in ("weights", "gradients", "optimizer", "statistics", "constants"))
     assert load["memory"] == found["base"] + sum(parts)
     assert cli.main(["plan", str(llama), "--method", method]) == 0
     printed = capsys.readouterr().out

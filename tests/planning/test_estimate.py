@@ -35,6 +35,7 @@ from lightning_peft import (
 )
 from lightning_peft.adapters import Adapter, AdapterFactory
 from lightning_peft.planning.figures import Load, Optimizer, Precision, Strategy
+from lightning_peft.surgery.layers import adapters
 
 BERT = BertConfig(vocab_size=99, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=96)
 LLAMA = LlamaConfig(
@@ -347,9 +348,9 @@ def test_every_figure_is_in_the_text_or_the_dictionary(strategy: Strategy) -> No
 
 
 class ScalesAtTheStart(Scales):
-    """Weighs after the first step only, and what the choice of components is based on."""
+    """Weighs after the first step only, with what the choice of components is based on and what never changes."""
 
-    statistics = 0
+    statistics = constants = 0
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         if trainer.global_step == 1:
@@ -358,6 +359,8 @@ class ScalesAtTheStart(Scales):
             (saved,) = [c.state_dict() for c in pruning(trainer.callbacks)] or [{}]  # type: ignore[attr-defined]
             state = saved.get("policy", {}).get("importance", {})
             self.statistics = size(row for rows in state.values() for row in rows.values())
+            each = adapters(pl_module).values()
+            self.constants = size(adapter.get_buffer(name) for adapter in each for name in adapter.constants)
 
 
 def pruning(callbacks: Iterable[L.Callback]) -> list[RankPruning]:
@@ -379,7 +382,7 @@ def test_a_plan_of_every_preset_is_what_it_takes(name: str, tmp_path: Path) -> N
     every = [each.terms for each in preset() if isinstance(each, Regularization)]
     for term in (term for terms in every for term in terms.values()):
         term.before_adapters(shapes)  # type: ignore[operator]
-    inject(shapes, injection.adapter, train=injection.train)
+    inject(shapes, injection.adapter, injection.targets, injection.train)
     if isinstance(policy, SamplingPolicy):  # what draws masks is trained, too, and a plan counts what is in the module
         shapes.add_module("peft_masks", policy.build(RankBudget.of(shapes)))
     for terms in every:
@@ -399,10 +402,10 @@ def test_a_plan_of_every_preset_is_what_it_takes(name: str, tmp_path: Path) -> N
     trainer.fit(job)
     # The room for components counts from the start, whether they are open or not.
     agrees(planned.start, planned.base, scales, scales.checkpoint)
-    assert planned.start.statistics == scales.statistics
-    assert planned.memory(planned.start) == sum(
-        (planned.base, planned.start.weights, planned.start.gradients, planned.start.optimizer, scales.statistics)
-    )
+    assert (planned.start.statistics, planned.start.constants) == (scales.statistics, scales.constants)
+    start = planned.start
+    counted = (planned.base, start.weights, start.gradients, start.optimizer, scales.statistics, scales.constants)
+    assert planned.memory(start) == sum(counted)
     assert ("statistics of importance" in str(planned)) == (scales.statistics > 0)
     if policy is not None:
         (mine,) = pruning(real)
