@@ -157,10 +157,11 @@ class HookedStep(RepeatedStep):
         if ids is not None and ids.shape != E.shape[:2]:
             ids = None
         mask = self._passes[called.passed].mask
-        for adapter in self._longer if mask is not None and mask.shape != E.shape[:2] else ():
-            longer = adapter.lengthened(mask.long()) if len(mask) == len(E) else None
-            if longer is not None and longer.shape == E.shape[:2]:
-                return noisy_tokens(ids, longer, self.protect_ids)
+        if mask is not None and mask.shape != E.shape[:2] and len(mask) == len(E):
+            for adapter in self._longer:
+                longer = adapter.lengthened(mask.long())
+                if longer is not None and longer.shape == E.shape[:2]:
+                    return noisy_tokens(ids, longer, self.protect_ids)
         if mask is None or mask.shape != E.shape[:2]:
             padding = getattr(self._layers[called.name], "padding_idx", None)
             mask = None
