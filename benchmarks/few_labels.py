@@ -117,6 +117,7 @@ class Study:
         base: the row whose learning rate a method without rates of its own takes.
         seeds: seeds of the final runs.
         whole: data sets that are run with all texts too, where 0 is among the numbers, and the optimizer steps then.
+        tested: texts of the test set that are looked at.
         costs: whether the table has the processor time of a step, over that of the base row.
     """
 
@@ -132,6 +133,7 @@ class Study:
     base: str = ""
     seeds: tuple[int, ...] = field(default=SEEDS)
     whole: Mapping[str, int] = field(default_factory=dict)
+    tested: int = TESTED
     costs: bool = False
 
     @property
@@ -142,6 +144,7 @@ class Study:
     def settings(self, run: Run) -> dict[str, Any]:
         """All that a run depends on beside its own fields."""
         own = {"steps": self.steps_of(run), "batch": self.batch, "max_length": self.data[run.data].length}
+        own |= {"tested": self.tested} if self.tested != TESTED else {}
         return {**PROTOCOL, **own, **self.methods[run.method].settings}
 
     def steps_of(self, run: Run) -> int:
@@ -220,7 +223,7 @@ def write(folder: Path, name: str, rows: Sequence[Row]) -> str:
     return str(path)
 
 
-def files(texts: Texts, run: Run, folder: Path) -> tuple[str, str, list[str]]:
+def files(texts: Texts, run: Run, folder: Path, tested: int) -> tuple[str, str, list[str]]:
     """What the run trains on, what it is scored on, and the names of all classes."""
     train, draw = rows_of(texts, "train"), random.Random(run.seed)
     names = sorted({row.label for row in train})
@@ -229,7 +232,7 @@ def files(texts: Texts, run: Run, folder: Path) -> tuple[str, str, list[str]]:
         taken = set(chosen)
         scored = draw.sample([row for place, row in enumerate(train) if place not in taken], HELD_OUT)
     else:
-        scored = random.Random(0).sample(rows_of(texts, "test"), TESTED)
+        scored = random.Random(0).sample(rows_of(texts, "test"), tested)
     return write(folder, "train", [train[place] for place in chosen]), write(folder, "scored", scored), names
 
 
@@ -237,7 +240,7 @@ def execute(study: Study, run: Run, trial: int = 0) -> dict[str, Any]:
     """Train and score once; the result is one line of the results file."""
     started, texts = time.perf_counter(), study.data[run.data]
     with tempfile.TemporaryDirectory() as place:
-        train, scored, names = files(texts, run, Path(place))
+        train, scored, names = files(texts, run, Path(place), study.tested)
         seed_everything(run.seed, verbose=False)
         data = TextData(
             train,

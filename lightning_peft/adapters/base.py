@@ -230,6 +230,17 @@ class Adapter(nn.Module, ABC):
         """A token id that it puts into its model's text, and whose embeddings it replaces; ``None`` for none."""
         return None
 
+    def lengthened(self, mask: Tensor) -> Tensor | None:
+        """Which columns of the text that its model sees are tokens that were shown to it; ``None`` if it adds none.
+
+        Args:
+            mask: (B, L), not 0 for what is no padding.
+
+        Returns:
+            (B, L + m), of the mask's dtype, and 0 in columns of its own.
+        """
+        return None
+
     def own_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The adapter's own parameters, without its base's."""
         return ((name, p) for name, p in self.named_parameters() if not name.startswith("base."))

@@ -11,12 +11,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_peft.adapters.base import Adapter
 from lightning_peft.arguments import require_integer
 from lightning_peft.callbacks.repeated_steps import RepeatedStep, Step
 from lightning_peft.distributed import rank
 from lightning_peft.embeddings import Called, EmbeddingHook, find_embeddings
 from lightning_peft.functional.embedding_noise import noisy_tokens
-from lightning_peft.padding import attention_mask_of
+from lightning_peft.padding import shown_tokens
 from lightning_peft.patterns import require_patterns
 from lightning_peft.regularizers.counted import told_by
 from lightning_peft.surgery.layers import adapters
@@ -52,7 +53,7 @@ class Pass:
 
     Attributes:
         place: where it is in the training data: epoch, batch, number of the pass.
-        mask: (B, L), the batch's attention mask, if it has one.
+        mask: (B, L) bool, what is no padding, if the batch says so.
     """
 
     place: str
@@ -85,6 +86,7 @@ class HookedStep(RepeatedStep):
         self._hook = EmbeddingHook(self._change)
         self._layers: dict[str, nn.Module] = {}
         self._left_alone: tuple[int, ...] = ()
+        self._longer: tuple[Adapter, ...] = ()
         self._passes: dict[int, Pass] = {}
         self._batch = (-1, -1)
         self._next = 0
@@ -101,14 +103,15 @@ class HookedStep(RepeatedStep):
     def begin(self, trainer: Trainer, module: LightningModule) -> None:
         if not self._hook.attached:
             # What is embedded for a prompt's columns is replaced: noise leaves them alone, and does not read them.
-            own = {adapter.placeholder for adapter in adapters(module).values()}
+            self._longer = tuple(each for each in adapters(module).values() if each.placeholder is not None)
+            own = {adapter.placeholder for adapter in self._longer}
             self._left_alone = (*self.protect_ids, *(token for token in own if token is not None))
             self._layers = dict(find_embeddings(module, self.embedding))
             self._hook.attach(self._layers)
 
     def end(self) -> None:
         self._hook.detach()
-        self._layers, self._passes, self._batch = {}, {}, (-1, -1)
+        self._layers, self._longer, self._passes, self._batch = {}, (), {}, (-1, -1)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -133,7 +136,7 @@ class HookedStep(RepeatedStep):
             self._batch, self._next = batch, 0
             self._forget()
         number, self._next = self._next, self._next + count
-        mask = attention_mask_of(step.batch) if self.padding == "keep" else None
+        mask = shown_tokens(step.batch) if self.padding == "keep" else None
         for i in range(number, number + count):
             self._passes[i] = Pass(f"{batch[0]}|{batch[1]}|{i}", mask)
         return number
@@ -154,6 +157,11 @@ class HookedStep(RepeatedStep):
         if ids is not None and ids.shape != E.shape[:2]:
             ids = None
         mask = self._passes[called.passed].mask
+        if mask is not None and mask.shape != E.shape[:2] and len(mask) == len(E):
+            for adapter in self._longer:
+                longer = adapter.lengthened(mask.long())
+                if longer is not None and longer.shape == E.shape[:2]:
+                    return noisy_tokens(ids, longer, self.protect_ids)
         if mask is None or mask.shape != E.shape[:2]:
             padding = getattr(self._layers[called.name], "padding_idx", None)
             mask = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from lightning_peft.reasoning.baselines import FewShotCoT, SelfConsistency, ZeroShot, ZeroShotCoT
 from lightning_peft.reasoning.evaluation import Comparison, Score, evaluate
 from lightning_peft.reasoning.extraction import letter, number, same_answer
+from lightning_peft.reasoning.record import load_solver, save_solver
 from lightning_peft.reasoning.result import Example, Result, Solver
 from lightning_peft.reasoning.self_generated import SelfGeneratedCoT
 from lightning_peft.reasoning.statistics import mcnemar, wilson
@@ -28,8 +29,10 @@ __all__ = [
     "ZeroShotCoT",
     "evaluate",
     "letter",
+    "load_solver",
     "mcnemar",
     "number",
     "same_answer",
+    "save_solver",
     "wilson",
 ]

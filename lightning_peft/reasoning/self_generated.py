@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -45,6 +45,8 @@ class SelfGeneratedCoT(Prompted):
         filter_k: further solutions of each example in mode "staged"; 0 keeps all examples with an answer.
         agreement: share of an example's solutions that must agree.
         integrated_tokens: of the whole text in mode "integrated", at most.
+        known: examples by question that are there already, such as those of earlier results: in mode "staged" a
+            question among them is answered behind these, and none are written.
         options: templates, extractor, max_new_tokens (of one solution), seed, max_context_tokens, temperature, top_p,
             batch_size, stop, progress: as for every solver, see `Prompted`.
     Raises:
@@ -67,6 +69,7 @@ class SelfGeneratedCoT(Prompted):
         filter_k: int = 0,
         agreement: float = 0.6,
         integrated_tokens: int = 1024,
+        known: Mapping[str, Sequence[Example]] | None = None,
         **options: Any,
     ) -> None:
         super().__init__(model, tokenizer, **options)
@@ -81,6 +84,9 @@ class SelfGeneratedCoT(Prompted):
             raise ValueError(f"agreement={agreement}: it is a share of an example's solutions, above 0 and at most 1.")
         if filter_k and mode == "integrated":
             raise ValueError(f"filter_k={filter_k} is for mode='staged': an integrated text is not taken apart.")
+        if known and mode == "integrated":
+            raise ValueError("known examples are for mode='staged': an integrated text has its own.")
+        self.known = {question: tuple(Example(*each) for each in found) for question, found in (known or {}).items()}
         self.n_examples, self.mode, self.votes = n_examples, mode, votes
         self.filter_k, self.agreement, self.integrated_tokens = filter_k, agreement, integrated_tokens
 
@@ -110,24 +116,29 @@ class SelfGeneratedCoT(Prompted):
         return None if section is None else self.extractor(section)
 
     def _staged(self, questions: Sequence[str]) -> list[Result]:
+        fresh = [question for question in questions if question not in self.known]
         asks = [
             Ask(self.templates.ask_similar(question, self.n_examples), seed_of(self.seed, question, "similar"))
-            for question in questions
+            for question in fresh
         ]
         lists = self.writer.write(asks, self.max_new_tokens, stop=())
-        candidates = [self._fit(text, question) for text, question in zip(lists, questions, strict=True)]
-        solved, spent = self._solved(questions, candidates)
-        contexts = [self._in_context(q, examples) for q, examples in zip(questions, solved, strict=True)]
+        candidates = [self._fit(text, question) for text, question in zip(lists, fresh, strict=True)]
+        solved, spent = self._solved(fresh, candidates)
+        made = iter([(examples, [first, *costs]) for examples, first, costs in zip(solved, lists, spent, strict=True)])
+        rows: list[tuple[Sequence[Example], list[Written]]] = [
+            (self.known[question], []) if question in self.known else next(made) for question in questions
+        ]
+        contexts = [self._in_context(q, examples) for q, (examples, _) in zip(questions, rows, strict=True)]
         results = self._finish(questions, contexts)
         return [
             replace(
                 result,
-                n_calls=result.n_calls + 1 + len(costs),
-                n_prompt_tokens=result.n_prompt_tokens + sum(each.n_prompt_tokens for each in (first, *costs)),
-                n_new_tokens=result.n_new_tokens + sum(each.n_new_tokens for each in (first, *costs)),
+                n_calls=result.n_calls + len(costs),
+                n_prompt_tokens=result.n_prompt_tokens + sum(each.n_prompt_tokens for each in costs),
+                n_new_tokens=result.n_new_tokens + sum(each.n_new_tokens for each in costs),
                 fallback=not result.examples,
             )
-            for result, first, costs in zip(results, lists, spent, strict=True)
+            for result, (_, costs) in zip(results, rows, strict=True)
         ]
 
     def _cut_off(self, text: Written) -> bool:

@@ -24,9 +24,9 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, default_collate
 from torchmetrics.classification import MulticlassAccuracy
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from lightning_peft import (
     DEM,
@@ -519,8 +519,10 @@ def test_the_columns_of_a_prompt_are_left_alone() -> None:
     placed = AdapterInjection(partial(SoftPrompt, length=3))
     fit(module, placed, RandomPositionNoise(1.0, scope="sample"), Looks(), max_steps=1)
     (ids, clean), (_, noisy) = seen
-    prompt = ids == module.model.placeholder
-    assert prompt[:, :3].all()
+    prompt = torch.zeros_like(ids, dtype=torch.bool)
+    prompt[:, :3] = True
+    assert (ids[prompt] == module.model.placeholder).all()
+    assert (ids[~prompt] == module.model.placeholder).any()  # which in the text is a token like any other
     assert torch.equal(noisy[prompt], clean[prompt])
     text = (ids != 0) & ~prompt
     assert (noisy[text] != clean[text]).float().mean() > 0.9
@@ -534,3 +536,62 @@ def test_checkpoints_hold_nothing_of_it(tmp_path: Path) -> None:
     content = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert not any("Noise" in key for key in content["callbacks"])
     assert content["state_dict"].keys() == TextCNN().state_dict().keys()
+
+
+@pytest.mark.parametrize("position", ["start", "after_cls"])
+def test_padding_is_known_behind_a_prompt_too(position: Any) -> None:
+    class Writer(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            # No id of padding: its embedding has no padding_idx, and the prompt's columns have an ordinary id.
+            config = GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+            self.model = GPT2LMHeadModel(config)
+
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            loss: Tensor = self.model(**batch | {"labels": batch["input_ids"]}).loss
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD((p for p in self.parameters() if p.requires_grad), 0.1)
+
+    class Looks(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            pl_module.get_submodule("model.base.transformer.wte").register_forward_hook(
+                lambda layer, args, output: seen.append(output.detach())
+            )
+
+    seen: list[Tensor] = []
+    batch = default_collate(rows(4))
+    batch["input_ids"][batch["attention_mask"].bool() & (batch["input_ids"] == 3)] = 0  # as ordinary as any other
+    module = Writer()
+    placed = AdapterInjection(partial(SoftPrompt, length=3, prompt_position=position))
+    trainer(placed, RandomPositionNoise(1.0, causal=False), Looks(), max_steps=1).fit(
+        module, DataLoader([batch], batch_size=None)
+    )
+    clean, noisy = seen
+    text = module.model.lengthened(batch["attention_mask"]).bool()
+    assert text.sum() == batch["attention_mask"].sum()
+    assert torch.equal(noisy[~text], clean[~text])
+    assert ((noisy != clean).float().mean(-1)[text] > 0.3).all()
+    for i in range(4):
+        assert torch.isin(noisy[i][text[i]], clean[i][text[i]]).all()
+
+
+@pytest.mark.parametrize("form", ["pairs", "heads", "packed"])
+def test_padding_is_known_from_masks_of_pairs_and_from_packed_rows(form: str) -> None:
+    class Net(TextCNN):
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Any:
+            return nn.functional.cross_entropy(self(batch["input_ids"]), batch["labels"])
+
+    module, batch = Net(), default_collate(rows(4))
+    module.embed.padding_idx = None
+    text = batch.pop("attention_mask").bool()
+    pairs = text[:, None] & torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+    batch |= {
+        "pairs": {"attention_mask": pairs}, "heads": {"attention_mask": pairs[:, None].long()},
+        "packed": {"document_ids": text.long()},
+    }[form]  # fmt: skip
+    trainer(RandomPositionNoise(1.0), max_steps=1).fit(module, DataLoader([batch], batch_size=None))
+    clean, noisy = module.embedded
+    assert torch.equal(noisy[~text], clean[~text])
+    assert (noisy[text] != clean[text]).float().mean() > 0.5

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter
-from lightning_peft.adapters.prompts.passes import listening, outside_graphs, prefix_of
+from lightning_peft.adapters.prompts.passes import columns_of, listening, outside_graphs, prefix_of
 from lightning_peft.adapters.prompts.text_model import TextModel
 from lightning_peft.arguments import require_integer
 
@@ -89,6 +89,10 @@ class Prompt(Adapter):
     def placeholder(self) -> int:
         """The token id in the prompt's columns."""
         return TextModel.of(self.base).placeholder()
+
+    def lengthened(self, mask: Tensor) -> Tensor:
+        """A mask of the text, (B, L), with 0 in the prompt's columns: (B, m + L)."""
+        return columns_of(self, mask).filled(mask, 0)
 
     @abstractmethod
     def prompt(self) -> Tensor:

@@ -44,6 +44,11 @@ def listening(adapter: Prompt) -> Iterator[None]:
         yield
 
 
+def columns_of(adapter: Prompt, mask: Tensor) -> Columns:
+    """Where the prompt's columns stand among those of texts that begin anew: mask is (B, L), 0 for padding."""
+    return Columns(adapter.length, _Passes(adapter, TextModel.of(adapter.base))._first(mask, mask))
+
+
 @torch.no_grad()
 def prefix_of(adapter: Prompt) -> Any:
     """Keys and values of the prompt alone: a cache for a batch of one."""
