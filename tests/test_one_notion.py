@@ -38,6 +38,7 @@ REASONED = {
     ("callbacks/r_drop.py", "LoRA"): EXAMPLE,
     ("callbacks/regularization.py", "DEM"): EXAMPLE,
     ("callbacks/selection.py", "LearnedRanks"): EXAMPLE,
+    ("adapters/entry_selection.py", "entry_gradients"): "it hears gradients as that method does: its import",
     ("adapters/ars.py", "LearnedRanks"): "a paper's own file, which sets it up",
     ("adapters/ars.py", "learned_ranks"): "its import",
     ("adapters/sparse_budget.py", "SpaRTA"): "a method's own factory: how many entries its adapters have",

@@ -24,7 +24,7 @@ from lightning_peft.head_modules import head_modules
 from lightning_peft.modules import TextClassifier, TextData
 from lightning_peft.modules.text_files import read_file
 
-ENCODER = [r"encoder\.layer\..*"]  # all linear layers of the encoder: attention and feed-forward
+ENCODER = [r"encoder\.layer\..*\.(query|key|value|dense)"]  # all linear layers: attention and feed-forward
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ METHODS = {
     "eva": Method("EVA of 8", lambda: presets.eva(rank=8, targets=ENCODER)),
     "gora": Method("GoRA of 8", lambda: presets.gora(rank=8, targets=ENCODER)),
     "rlora": Method("RLoRA r=256", lambda: presets.rlora(rank=256, targets=ENCODER)),
+    "sparta": Method("SpaRTA, 2 % of the entries", lambda: presets.sparta(density=0.02, targets=ENCODER)),
     "pac-bayes": Method("LoRA r=8, PAC-Bayes", lambda: presets.pac_bayes(rank=8, targets=ENCODER)),
     "pac-tuning": Method("LoRA r=8, PAC-tuning", lambda: presets.pac_tuning(rank=8, targets=ENCODER)),
     "blob": Method("BLoB r=8", lambda: presets.blob(rank=8, batch_size=32, targets=ENCODER)),
