@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lightning_peft.adapters.attention import AdaptedAttention
 from lightning_peft.functional.sparse_arithmetic import SparseDelta
 from lightning_peft.interop.host import plain_copy
 from lightning_peft.interop.targets import PREFIX
@@ -65,7 +66,9 @@ def lay_out_sparse(host: nn.Module, deltas: Mapping[str, SparseDelta]) -> tuple[
     """
     for name in deltas:
         base: Any = host.get_submodule(name).base if _has(host, name) else None
-        if type(base) is not nn.Linear:
+        # An attention's input projection is a layer only while it is adapted.
+        inside = isinstance(host.get_submodule(name.rpartition(".")[0]), AdaptedAttention)
+        if type(base) is not nn.Linear or inside:
             raise TypeError(
                 f"layer {name!r} cannot be written for PEFT, whose SHiRA takes nn.Linear alone. Save a SparseAdapter, "
                 "or the merged model with save_merged."
