@@ -22,6 +22,7 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -197,28 +198,29 @@ def finished(run: Run) -> bool:
     return any(runs.same(run, row) for row in load())
 
 
-def plan(data: str, rank: int, methods: list[str]) -> None:
-    """Run what is missing: all searches, then seed by seed, so that an unfinished table compares like with like."""
-    searched = SEARCHED_ON[data, rank]
-    if searched == (data, rank):
-        for name in methods:
-            if METHODS[name].searched:
-                _search(name, data, rank)
-    for seed in range(max((len(METHODS[name].seeds) for name in methods), default=0)):
-        for name in methods:
-            if seed in seeds(name, data, rank):
-                rate = best_rate(load(), name, *searched) if METHODS[name].searched else RATES[0]
-                _in_own_process(Run(name, data, rank, seed, rate, search=False))
+def plan(data: str, rank: int, methods: list[str]) -> Iterator[list[Run]]:
+    """The runs in stages: searches, then the rows seed by seed: an unfinished table compares like with like.
+
+    A search is three learning rates, and on R52 one beyond them where the best is the lowest or the highest.
+    """
+    at, searched = SEARCHED_ON[data, rank], [name for name in methods if METHODS[name].searched]
+    if at == (data, rank):
+        yield [Run(name, data, rank, 0, lr, search=True) for name in searched for lr in METHODS[name].rates]
+        if data == "r52":
+            beyond = [(name, _beyond(METHODS[name].rates, best_rate(load(), name, data, rank))) for name in searched]
+            yield [Run(name, data, rank, 0, lr, search=True) for name, lr in beyond if lr is not None]
+    rates = {name: best_rate(load(), name, *at) if METHODS[name].searched else RATES[0] for name in methods}
+    yield [
+        Run(name, data, rank, seed, rates[name], search=False)
+        for seed in range(max((len(METHODS[name].seeds) for name in methods), default=0))
+        for name in methods
+        if seed in seeds(name, data, rank)
+    ]
 
 
-def _search(method: str, data: str, rank: int) -> None:
-    """Three learning rates; on R52 one beyond them where the best is the lowest or the highest."""
-    rates = METHODS[method].rates
-    for lr in rates:
-        _in_own_process(Run(method, data, rank, 0, lr, search=True))
-    best = best_rate(load(), method, data, rank)
-    if data == "r52" and best in (rates[0], rates[-1]):
-        _in_own_process(Run(method, data, rank, 0, best / 2 if best == rates[0] else best * 2, search=True))
+def _beyond(rates: Sequence[float], best: float) -> float | None:
+    """The rate beyond the end at which the best one stands; none where it stands between, or was beyond already."""
+    return {rates[0]: best / 2, rates[-1]: best * 2}.get(best)
 
 
 def seeds(method: str, data: str, rank: int) -> tuple[int, ...]:
@@ -226,10 +228,9 @@ def seeds(method: str, data: str, rank: int) -> tuple[int, ...]:
     return METHODS[method].seeds if SEARCHED_ON[data, rank] == (data, rank) else METHODS[method].seeds[:1]
 
 
-def _in_own_process(run: Run) -> None:
-    arguments = ["--method", run.method, "--data", run.data, "--rank", run.rank, "--seed", run.seed, "--lr", run.lr]
-    search = ["--search"] if run.search else []
-    runs.in_own_process(run, __file__, [*arguments, *search], lambda: finished(run))
+def _arguments(run: Run) -> list[object]:
+    options = ["--method", run.method, "--data", run.data, "--rank", run.rank, "--seed", run.seed, "--lr", run.lr]
+    return [*options, *(["--search"] if run.search else [])]
 
 
 def _run_once(run: Run) -> None:
@@ -283,7 +284,7 @@ def main() -> None:
         chosen = args.methods.split(",") if args.methods else list(PAGES[args.page][0])
         if unknown := [name for name in chosen if name not in METHODS]:
             parser.error(f"unknown methods {unknown}; known: {', '.join(METHODS)}")
-        plan(args.data, args.rank, chosen)
+        runs.carry_out(plan(args.data, args.rank, chosen), __file__, _arguments, finished)
     elif args.max_steps > 0:
         print(
             _summary(execute(Run(args.method, args.data, args.rank, args.seed, args.lr, args.search), args.max_steps))

@@ -307,10 +307,9 @@ def main() -> None:
         return
     runs.one_quiet_thread()
     if args.command == "plan":
-        for seed in map(int, args.seeds.split(",")):
-            for prior in ("split", "none"):
-                run = planned(args.data, prior, seed)
-                runs.in_own_process(run, __file__, _arguments(run), lambda run=run: finished(run))
+        seeds = map(int, args.seeds.split(","))
+        rows = [planned(args.data, prior, seed) for seed in seeds for prior in ("split", "none")]
+        runs.carry_out([rows], __file__, _arguments, finished)
         return
     given = {field.name: getattr(args, field.name) for field in fields(Run) if hasattr(args, field.name)}
     run = replace(planned(given.get("data", "r8"), given.get("prior", "split"), given.get("seed", 0)), **given)

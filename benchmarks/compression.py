@@ -21,6 +21,7 @@ import argparse
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -224,17 +225,14 @@ def _compressed(run: Run, trial: int) -> dict[str, Any]:
     }
 
 
-def plan(methods: list[str], ratios: list[float], seeds: list[int]) -> None:
-    """Run what is missing: the searches, the dense models, then the rows, seed by seed."""
-    for name in ("dense", "fwsvd", "rankdyna"):
-        wanted = name == "dense" or any(name == _searched(method) for method in methods)
-        for lr in RATES[name] if wanted else ():
-            _in_own_process(Run(name, 1.0 if name == "dense" else min(RATIOS), 0, lr, search=True))
-    for seed in seeds:
-        _in_own_process(Run("dense", 1.0, seed, best_rate("dense"), search=False))
-        for ratio in ratios:
-            for name in methods:
-                _in_own_process(Run(name, ratio, seed, best_rate(_searched(name)), search=False))
+def plan(methods: list[str], ratios: list[float], seeds: list[int]) -> Iterator[list[Run]]:
+    """The runs in stages: the searches, fine-tuning's after the dense model's; the dense models; the rows."""
+    yield [Run("dense", 1.0, 0, lr, search=True) for lr in RATES["dense"]]
+    searched = sorted({_searched(method) for method in methods})
+    yield [Run(name, min(RATIOS), 0, lr, search=True) for name in searched for lr in RATES[name]]
+    yield [Run("dense", 1.0, seed, best_rate("dense"), search=False) for seed in seeds]
+    rates = {name: best_rate(_searched(name)) for name in methods}
+    yield [Run(name, ratio, seed, rates[name], search=False) for seed in seeds for ratio in ratios for name in methods]
 
 
 def _searched(method: str) -> str:
@@ -242,10 +240,9 @@ def _searched(method: str) -> str:
     return "fwsvd" if ROWS[method].rounds == 2 else method
 
 
-def _in_own_process(run: Run) -> None:
+def _arguments(run: Run) -> list[object]:
     options = ["--method", run.method, "--ratio", run.ratio, "--seed", run.seed, "--lr", run.lr]
-    search = ["--search"] if run.search else []
-    runs.in_own_process(run, __file__, [*options, *search], lambda: finished(run))
+    return [*options, *(["--search"] if run.search else [])]
 
 
 def _run_once(run: Run, trial: int) -> None:
@@ -286,7 +283,9 @@ def main() -> None:
         methods = args.methods.split(",")
         if unknown := [name for name in methods if name not in ROWS]:
             parser.error(f"unknown methods {unknown}; known: {', '.join(ROWS)}")
-        plan(methods, [float(ratio) for ratio in args.ratios.split(",")], [int(seed) for seed in args.seeds.split(",")])
+        ratios = [float(ratio) for ratio in args.ratios.split(",")]
+        seeds = [int(seed) for seed in args.seeds.split(",")]
+        runs.carry_out(plan(methods, ratios, seeds), __file__, _arguments, finished)
         return
     ratio = 1.0 if args.method == "dense" else args.ratio
     _run_once(Run(args.method, ratio, args.seed, args.lr, args.search), args.trial)

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -311,43 +311,43 @@ def predictions(classifier: TextClassifier, data: TextData) -> tuple[torch.Tenso
     return torch.cat(probabilities), torch.cat(labels)
 
 
-def plan(study: Study, data: Sequence[str], methods: Sequence[str]) -> None:
-    """Run what is missing: the searches, then all numbers of examples, seed by seed."""
-    for name in data:
-        # The base row first: others take its rate.
-        for method in sorted({*methods, study.base} - {""}, key=lambda method: not study.methods[method].rates):
-            _search(study, method, name)
-    for seed in study.seeds:
-        for name in data:
-            for examples in study.sizes(name, seed):
-                for method in methods:
-                    rate, strength = study.best(method, name)
-                    _in_own_process(study, Run(method, name, examples, seed, rate, strength, search=False))
+def plan(study: Study, data: Sequence[str], methods: Sequence[str]) -> Iterator[list[Run]]:
+    """The runs in stages: searches, those of rates first, which others take; then all numbers of examples."""
+    searched = [name for name in dict.fromkeys([*methods, study.base]) if name and not study.is_fixed(name)]
+    for rates in (True, False):
+        rows = [(name, place) for place in data for name in searched if bool(study.methods[name].rates) is rates]
+        yield [_search(study, name, place, value) for name, place in rows for value in _values(study, name)]
+        beyond = [(name, place, _beyond(study, name, place)) for name, place in rows]
+        yield [_search(study, name, place, value) for name, place, value in beyond if value is not None]
+    yield [
+        Run(method, name, examples, seed, *study.best(method, name), search=False)
+        for seed in study.seeds
+        for name in data
+        for examples in study.sizes(name, seed)
+        for method in methods
+    ]
 
 
-def _search(study: Study, name: str, data: str) -> None:
-    """The values of a row, and one beyond them where the best stands at an end."""
-    if study.is_fixed(name):
-        return
-    method = study.methods[name]
-    values = method.rates or method.strengths
-
-    def attempt(value: float) -> None:
-        rate, strength = (value, 0.0) if method.rates else (study.best(study.base, data)[0], value)
-        _in_own_process(study, Run(name, data, study.search_examples, SEARCH_SEED, rate, strength, search=True))
-
-    for value in values:
-        attempt(value)
-    best = study.best(name, data)[0 if method.rates else 1]
-    step = values[1] / values[0]
-    if best in (values[0], values[-1]):
-        attempt(best / step if best == values[0] else best * step)
+def _values(study: Study, name: str) -> Sequence[float]:
+    """What is searched: rates, or strengths."""
+    return study.methods[name].rates or study.methods[name].strengths
 
 
-def _in_own_process(study: Study, run: Run) -> None:
-    arguments = ["--method", run.method, "--data", run.data, "--examples", run.examples, "--seed", run.seed]
-    numbers = ["--lr", run.lr, "--strength", run.strength, *(["--search"] if run.search else [])]
-    runs.in_own_process(run, study.script, [*arguments, *numbers], lambda: study.finished(run))
+def _search(study: Study, name: str, data: str, value: float) -> Run:
+    rate, strength = (value, 0.0) if study.methods[name].rates else (study.best(study.base, data)[0], value)
+    return Run(name, data, study.search_examples, SEARCH_SEED, rate, strength, search=True)
+
+
+def _beyond(study: Study, name: str, data: str) -> float | None:
+    """The value beyond the end at which the best one stands; none where it stands between, or was beyond already."""
+    values = _values(study, name)
+    best, step = study.best(name, data)[0 if study.methods[name].rates else 1], values[1] / values[0]
+    return {values[0]: best / step, values[-1]: best * step}.get(best)
+
+
+def _arguments(run: Run) -> list[object]:
+    options = ["--method", run.method, "--data", run.data, "--examples", run.examples, "--seed", run.seed]
+    return [*options, "--lr", run.lr, "--strength", run.strength, *(["--search"] if run.search else [])]
 
 
 def table(study: Study) -> str:
@@ -445,7 +445,8 @@ def main(study: Study, description: str | None) -> None:
         return
     runs.one_quiet_thread()
     if args.command == "plan":
-        plan(study, args.data.split(","), args.methods.split(","))
+        stages = plan(study, args.data.split(","), args.methods.split(","))
+        runs.carry_out(stages, study.script, _arguments, study.finished)
         return
     one = Run(args.method, args.data, args.examples, args.seed, args.lr, args.strength, args.search)
     if args.trial:

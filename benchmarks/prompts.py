@@ -22,7 +22,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -334,27 +334,20 @@ def best_rate(method: str) -> float:
     return float(max(sorted(rows, key=lambda row: row["lr"]), key=lambda row: row["accuracy"])["lr"])
 
 
-def plan(jobs: list[str], rounds: int) -> None:
-    """Run what is missing: searches, then seed by seed, so that an unfinished table compares like with like."""
+def plan(jobs: list[str]) -> Iterator[list[Run]]:
+    """The runs in stages: searches, then seed by seed, so that an unfinished table compares like with like."""
     if "r8" in jobs:
-        for method in JOBS["r8"]:
-            for lr in METHODS[method].rates["r8"]:
-                _in_own_process(Run("r8", method, lr, 0, search=True))
-        for seed in SEEDS:
-            for method in JOBS["r8"]:
-                _in_own_process(Run("r8", method, best_rate(method), seed, search=False))
+        yield [Run("r8", name, lr, 0, search=True) for name in JOBS["r8"] for lr in METHODS[name].rates["r8"]]
+        rates = {name: best_rate(name) for name in JOBS["r8"]}
+        yield [Run("r8", name, rates[name], seed, search=False) for seed in SEEDS for name in JOBS["r8"]]
     if "smollm2" in jobs:
-        for place in range(3):
-            for method in JOBS["smollm2"]:
-                _in_own_process(Run("smollm2", method, METHODS[method].rates["smollm2"][place], 0, search=False))
-    if "speed" in jobs and not any(row["job"] == "speed" for row in load()):
-        for row in speed(rounds):
-            runs.append(row, RESULTS)
+        tried = [(name, METHODS[name].rates["smollm2"][place]) for place in range(3) for name in JOBS["smollm2"]]
+        yield [Run("smollm2", name, lr, 0, search=False) for name, lr in tried]
 
 
-def _in_own_process(run: Run) -> None:
-    arguments = ["--job", run.job, "--method", run.method, "--lr", run.lr, "--seed", run.seed]
-    runs.in_own_process(run, __file__, [*arguments, *(["--search"] if run.search else [])], lambda: finished(run))
+def _arguments(run: Run) -> list[object]:
+    options = ["--job", run.job, "--method", run.method, "--lr", run.lr, "--seed", run.seed]
+    return [*options, *(["--search"] if run.search else [])]
 
 
 def main() -> None:
@@ -387,7 +380,10 @@ def main() -> None:
         jobs = args.jobs.split(",")
         if unknown := [name for name in jobs if name not in (*JOBS, "speed")]:
             parser.error(f"unknown jobs {unknown}; known: {', '.join((*JOBS, 'speed'))}")
-        plan(jobs, args.rounds)
+        runs.carry_out(plan(jobs), __file__, _arguments, finished)
+        if "speed" in jobs and not any(row["job"] == "speed" for row in load()):
+            for row in speed(args.rounds):
+                runs.append(row, RESULTS)
     else:
         run = Run(args.job, args.method, args.lr, args.seed, args.search)
         if args.max_steps > 0:

@@ -7,6 +7,7 @@ and shared by processes.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -14,12 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 import transformers
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 RESULTS = Path(__file__).resolve().parent / "results"
+R = TypeVar("R", bound="DataclassInstance")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -52,24 +54,36 @@ def same(run: DataclassInstance, row: Mapping[str, Any]) -> bool:
     return all(row.get(key) == value for key, value in asdict(run).items())
 
 
-def in_own_process(
-    run: DataclassInstance, script: str, arguments: Iterable[object], finished: Callable[[], bool]
+def carry_out(
+    stages: Iterable[Sequence[R]],
+    script: str,
+    arguments: Callable[[R], Iterable[object]],
+    finished: Callable[[R], bool],
 ) -> None:
-    """Run `script run ARGUMENTS` unless the run is there, or has come while another process had it in hand."""
-    with claimed(run):
-        if finished():
-            print(f"there already: {run}", flush=True)
-            return
-        subprocess.run([sys.executable, script, "run", *map(str, arguments)], check=True)
+    """Do all runs that are missing, each as `script run ARGUMENTS` in a process of its own.
+
+    Several processes may carry out the same plan: what one has in hand, another leaves for the end of the stage, and
+    waits for it there. A stage is asked for when all runs before it are there, and may depend on what they found.
+    """
+    for stage in stages:
+        for wait in (False, True):
+            for run in stage:
+                with claimed(run, wait) as ours:
+                    if ours and not finished(run):
+                        subprocess.run([sys.executable, script, "run", *map(str, arguments(run))], check=True)
 
 
 @contextmanager
-def claimed(run: DataclassInstance) -> Iterator[None]:
-    """Wait until no other plan has this run in hand; the claim ends with the process that holds it."""
-    name = "-".join(str(value) for value in ("lightning-peft", *asdict(run).values()))
-    with (Path(tempfile.gettempdir()) / f"{name}.claim").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def claimed(run: DataclassInstance, wait: bool = True) -> Iterator[bool]:
+    """Whether this run is ours and no other plan's; to wait makes it so. A claim ends with the process that has it."""
+    name = hashlib.sha256(repr(run).encode()).hexdigest()[:16]
+    with (Path(tempfile.gettempdir()) / f"lightning-peft-{name}.claim").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def announced(run: DataclassInstance, execute: Callable[[], dict[str, Any]], path: Path) -> dict[str, Any]:

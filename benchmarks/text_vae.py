@@ -229,14 +229,12 @@ class Bench:
         used = [row for row in found if row["au"] > 0 and row["mi"] > 1]
         return float(min(used or found, key=lambda row: row["nll"])["weight"])
 
-    def planned(self, methods: Sequence[str]) -> Iterator[Run]:
-        """The runs of the plan in their order, whether they are there or not."""
+    def planned(self, methods: Sequence[str]) -> Iterator[list[Run]]:
+        """The runs of the plan in stages, whether they are there or not."""
         if "mi" in methods:
-            for weight in WEIGHTS:
-                yield Run("mi", SEARCH_SEED, weight, search=True)
-        for seed in SEEDS:
-            for name in methods:
-                yield Run(name, seed, self.best_weight() if name == "mi" else 0.0, search=False)
+            yield [Run("mi", SEARCH_SEED, weight, search=True) for weight in WEIGHTS]
+        weights = {name: self.best_weight() if name == "mi" else 0.0 for name in methods}
+        yield [Run(name, seed, weights[name], search=False) for seed in SEEDS for name in methods]
 
     def table(self) -> str:
         """The page: a row per method, mean ± standard deviation over seeds."""
@@ -313,6 +311,11 @@ def _run_of(row: Mapping[str, Any]) -> Run:
     return Run(**{field: row[field] for field in Run.__dataclass_fields__})
 
 
+def _arguments(run: Run) -> list[object]:
+    options = ["--method", run.method, "--seed", run.seed, "--weight", run.weight]
+    return [*options, *(["--search"] if run.search else [])]
+
+
 def _cells(own: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if not own:
         return ["–"] * 8
@@ -361,10 +364,8 @@ def main() -> None:
     runs.one_quiet_thread()
     if args.command == "plan":
         same = [*(["--quick"] if args.quick else []), "--results", args.results]
-        for one in bench.planned(args.methods.split(",")):
-            own = ["--method", one.method, "--seed", one.seed, "--weight", one.weight]
-            search = ["--search"] if one.search else []
-            runs.in_own_process(one, __file__, [*own, *search, *same], partial(bench.finished, one))
+        stages = bench.planned(args.methods.split(","))
+        runs.carry_out(stages, __file__, lambda one: [*_arguments(one), *same], bench.finished)
         return
     one = Run(args.method, args.seed, args.weight, args.search)
     if args.trial:
