@@ -28,18 +28,28 @@ def missing() -> str:
 @pytest.mark.slow
 @pytest.mark.skipif(bool(missing()), reason=missing())
 def test_a_decoder_is_compressed_as_its_page_says(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
     command = [sys.executable, str(SCRIPT), "--quick", "--methods", "svd", "--ratios", "0.8", "--out", str(tmp_path)]
+    command += ["--page", str(page)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert "SmolLM2-135M-Instruct, plain SVD, uniform ranks: 210 layers" in done.stdout
-    report = json.loads((tmp_path / "svd-0.8" / "report.json").read_text(encoding="utf-8"))
+    folder = tmp_path / "svd-0.8-quick"
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert report["before"]["parameters"] == 134_515_008
     assert 0.79 < report["ratio"] <= 0.8
     assert len(report["ranks"]) == 210
     assert report["quality_before"]["perplexity"] < report["quality_after"]["perplexity"]
     # What is written is as large as what is reported, in float32, and its header.
-    size = (tmp_path / "svd-0.8" / "model.safetensors").stat().st_size
+    size = (folder / "model.safetensors").stat().st_size
     assert 0 < size - report["after"]["bytes"] < 100_000
+    # The page has what the report has, and a second call has nothing to do.
+    shown = f"| plain SVD, uniform ranks | 0.8 | {report['ratio']:.3f} | {report['quality_after']['perplexity']:.2f} |"
+    assert shown in page.read_text(encoding="utf-8")
+    page.unlink()
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+    assert done.stdout.startswith(f"there already: {folder}")
+    assert shown in page.read_text(encoding="utf-8")
     shutil.rmtree(tmp_path)  # a gigabyte
 
 
