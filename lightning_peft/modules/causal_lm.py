@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lightning_peft.modules.documents import IGNORED
-from lightning_peft.modules.generation import DEFAULTS, Generated, write
+from lightning_peft.modules.generation import Generated, write
 from lightning_peft.modules.language_data import LanguageBatch
-from lightning_peft.modules.optimization import Schedule, adamw, require_schedule
+from lightning_peft.modules.optimization import Schedule
 from lightning_peft.modules.packing import attention_within, require_packable, takes_positions
 from lightning_peft.modules.perplexity import Perplexity
-from lightning_peft.modules.pretrained import from_folder_or_hub, tokenizer_from
+from lightning_peft.modules.pretrained import from_folder_or_hub
+from lightning_peft.modules.text_generator import TextGenerator
 
 
-class CausalLM(LightningModule):
+class CausalLM(TextGenerator):
     """Next-token prediction, on blocks of text, packed documents or padded rows, and generation.
 
     The module trains the parameters that require a gradient and asks nothing more: alone it is full fine-tuning, with
@@ -56,26 +53,11 @@ class CausalLM(LightningModule):
         schedule: Schedule = "linear",
         generation: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
-        require_schedule(warmup, schedule)
+        super().__init__(backbone, lr, weight_decay, warmup, schedule, generation)
         self.save_hyperparameters()
-        self.lr, self.weight_decay, self.warmup, self.schedule = lr, weight_decay, warmup, schedule
-        self.generation = {**DEFAULTS, **(generation or {})}
         self.model, self.newly_initialized = from_folder_or_hub(AutoModelForCausalLM, backbone)
         self.val_perplexity, self.test_perplexity = Perplexity(), Perplexity()
-        self._backbone, self._tokenizer = backbone, None
         self._takes_positions = takes_positions(self.model)  # now: a wrapper's forward tells nothing
-
-    @property
-    def tokenizer(self) -> Any:
-        """The backbone's, loaded when it is first asked for.
-
-        Raises:
-            ValueError: it cannot be loaded.
-        """
-        if self._tokenizer is None:
-            self._tokenizer = tokenizer_from(self._backbone)
-        return self._tokenizer
 
     def forward(self, batch: LanguageBatch) -> Any:
         """Run the model; the output has ``logits`` and ``loss``. Keys and values are not kept: nothing is generated.
@@ -90,12 +72,6 @@ class CausalLM(LightningModule):
             require_packable(model.config, self._takes_positions, documents.shape[1])
             inputs["attention_mask"] = attention_within(documents, model.dtype)
         return self.model(**inputs, use_cache=False)
-
-    def training_step(self, batch: LanguageBatch, batch_idx: int) -> Mapping[str, Tensor]:
-        """Mean cross-entropy of a batch; the logits ride along for loss terms that need them."""
-        outputs = self(batch)
-        self.log("train/loss", outputs.loss.detach(), prog_bar=True, batch_size=len(batch["labels"]))
-        return {"loss": outputs.loss, "logits": outputs.logits}
 
     def validation_step(self, batch: LanguageBatch, batch_idx: int) -> None:
         """Log ``val/loss``, the mean over all predicted tokens, and ``val/perplexity``."""
@@ -119,17 +95,3 @@ class CausalLM(LightningModule):
         loss = loss if predicted else loss.nan_to_num(0.0)
         self.log(f"{stage}/loss", loss, prog_bar=stage == "val", batch_size=predicted, sync_dist=True)
         self.log(f"{stage}/perplexity", perplexity, prog_bar=True, batch_size=predicted)
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Trainable parameters in one group; none if nothing is trainable."""
-        trainable = [p for p in self.parameters() if p.requires_grad]
-        return [{"name": "model", "lr": self.lr, "params": trainable}] if trainable else []
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW, with linear warm-up and decay over the trainer's own number of steps.
-
-        Raises:
-            MisconfigurationException: nothing is trainable, or the number of steps is not known.
-        """
-        advice = "leave a part of the model to train"
-        return adamw(self, self.parameter_groups(), self.weight_decay, self.warmup, self.schedule, advice)

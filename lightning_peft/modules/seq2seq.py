@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM
 
 from lightning_peft.modules.documents import IGNORED
-from lightning_peft.modules.generation import DEFAULTS, Generated, write
-from lightning_peft.modules.optimization import Schedule, adamw, require_schedule
-from lightning_peft.modules.pretrained import from_folder_or_hub, tokenizer_from
+from lightning_peft.modules.generation import Generated, write
+from lightning_peft.modules.optimization import Schedule
+from lightning_peft.modules.pretrained import from_folder_or_hub
 from lightning_peft.modules.seq2seq_data import Seq2SeqBatch
+from lightning_peft.modules.text_generator import TextGenerator
 from lightning_peft.modules.text_metrics import TextMetric, TextMetrics
 
 
-class Seq2Seq(LightningModule):
+class Seq2Seq(TextGenerator):
     """Text to text with an encoder-decoder of the kinds of T5 and BART.
 
     The module trains the parameters that require a gradient and asks nothing more: alone it is full fine-tuning, with
@@ -59,9 +57,7 @@ class Seq2Seq(LightningModule):
         metrics: Sequence[TextMetric] = ("exact_match",),
         generation: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__()
-        require_schedule(warmup, schedule)
-        self.generation = {**DEFAULTS, **(generation or {})}
+        super().__init__(backbone, lr, weight_decay, warmup, schedule, generation)
         several = self.generation.get("num_return_sequences", 1)
         if metrics and several != 1:
             raise ValueError(
@@ -69,32 +65,13 @@ class Seq2Seq(LightningModule):
                 "Leave it out, or give metrics=()."
             )
         self.save_hyperparameters()
-        self.lr, self.weight_decay, self.warmup, self.schedule = lr, weight_decay, warmup, schedule
         self.val_metrics, self.test_metrics = TextMetrics(metrics), TextMetrics(metrics)
         self.model, self.newly_initialized = from_folder_or_hub(AutoModelForSeq2SeqLM, backbone)
-        self._backbone, self._tokenizer = backbone, None
-
-    @property
-    def tokenizer(self) -> Any:
-        """The backbone's, loaded when it is first asked for.
-
-        Raises:
-            ValueError: it cannot be loaded.
-        """
-        if self._tokenizer is None:
-            self._tokenizer = tokenizer_from(self._backbone)
-        return self._tokenizer
 
     def forward(self, batch: Seq2SeqBatch) -> Any:
         """Run encoder and decoder; the output has ``logits`` and ``loss``. Keys and values are not kept."""
         inputs = {name: value for name, value in batch.items() if name != "references"}
         return self.model(**inputs, use_cache=False)
-
-    def training_step(self, batch: Seq2SeqBatch, batch_idx: int) -> Mapping[str, Tensor]:
-        """Mean cross-entropy of a batch; the logits ride along for loss terms that need them."""
-        outputs = self(batch)
-        self.log("train/loss", outputs.loss.detach(), prog_bar=True, batch_size=len(batch["labels"]))
-        return {"loss": outputs.loss, "logits": outputs.logits}
 
     def on_validation_epoch_start(self) -> None:
         """Forget the texts of the last validation."""
@@ -135,17 +112,3 @@ class Seq2Seq(LightningModule):
         if len(metrics):
             values = {f"{stage}/{name}": value for name, value in metrics.compute().items()}
             self.log_dict(values, prog_bar=True, sync_dist=True)  # equal in all processes already
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Trainable parameters in one group; none if nothing is trainable."""
-        trainable = [p for p in self.parameters() if p.requires_grad]
-        return [{"name": "model", "lr": self.lr, "params": trainable}] if trainable else []
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW, with linear warm-up and decay over the trainer's own number of steps.
-
-        Raises:
-            MisconfigurationException: nothing is trainable, or the number of steps is not known.
-        """
-        advice = "leave a part of the model to train"
-        return adamw(self, self.parameter_groups(), self.weight_decay, self.warmup, self.schedule, advice)
