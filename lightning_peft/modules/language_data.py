@@ -144,7 +144,7 @@ class LanguageData(PlannedData):
             source = self.sources[split]
             if split in self._splits:
                 continue
-            if split == "train" or (split == "val" and source is None and self.val_share > 0):
+            if split == "train" or (split == "val" and self._holds_out):
                 self._read_train()
             elif source is not None and split == "predict":
                 self._splits[split] = Prompts(list(self._questions(source)), self.block_size)
@@ -168,32 +168,14 @@ class LanguageData(PlannedData):
     def _read_train(self) -> None:
         source = self.sources["train"]
         assert source is not None
-        holds_out = self.sources["val"] is None and self.val_share > 0
         if self.packing == "blocks":
             whole = Blocks(self._stream(source), self.block_size)
-            self._splits["train"] = whole
-            if holds_out:
-                kind = f"blocks of {self.block_size} tokens"
-                for split, chosen in self._split_up(source, len(whole), kind).items():
-                    self._splits[split] = Blocks(whole.ids.flatten(), self.block_size, chosen)
+            kind = f"blocks of {self.block_size} tokens"
+            for split, chosen in self._divided(range(len(whole)), source, kind).items():
+                self._splits[split] = Blocks(whole.ids.flatten(), self.block_size, torch.tensor(chosen))
             return
-        documents = self._documents(source)
-        if not holds_out:
-            self._splits["train"] = self._packed(documents, source)
-            return
-        for split, chosen in self._split_up(source, len(documents), "documents").items():
-            self._splits[split] = self._packed([documents[i] for i in chosen.tolist()], source)
-
-    def _split_up(self, source: str, count: int, kind: str) -> dict[str, Tensor]:
-        """Numbers of the rows that are held out, and of those that are trained on."""
-        held = round(self.val_share * count)
-        if not 0 < held < count:
-            raise ValueError(
-                f"{source!r} has {count} {kind}, too few to hold out a share of {self.val_share}. Give more text, a "
-                "file val=..., or val_share=0."
-            )
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))
-        return {"val": order[:held].sort().values, "train": order[held:].sort().values}
+        for split, documents in self._divided(self._documents(source), source, "documents").items():
+            self._splits[split] = self._packed(documents, source)
 
     def _rows(self, source: str) -> Any:
         if self.packing == "blocks":

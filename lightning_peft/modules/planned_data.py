@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -16,6 +16,8 @@ from lightning_peft.modules.pretrained import tokenizer_from
 
 NEEDED = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 """Splits that each stage of a Trainer needs."""
+
+Item = TypeVar("Item")
 
 
 class PlannedData(LightningDataModule, ABC):
@@ -136,6 +138,33 @@ class PlannedData(LightningDataModule, ABC):
             num_workers=self.num_workers,
             generator=torch.Generator().manual_seed(self.seed),  # else each iterator draws from the global generator
         )
+
+    @property
+    def _holds_out(self) -> bool:
+        """Whether some training rows are validated on."""
+        return self.sources["val"] is None and self.val_share > 0
+
+    def _divided(self, rows: Sequence[Item], source: str, kind: str) -> dict[str, list[Item]]:
+        """Training rows by split, in their order: those held out by the seed, where some are, and those to train on.
+
+        Args:
+            rows: all of them.
+            source: where they are from, for the error's sentence.
+            kind: what they are, for the same.
+
+        Raises:
+            ValueError: there are too few.
+        """
+        if not self._holds_out:
+            return {"train": list(rows)}
+        held = round(self.val_share * len(rows))
+        if not 0 < held < len(rows):
+            raise ValueError(
+                f"{source!r} has {len(rows)} {kind}, too few to hold out a share of {self.val_share}. Give more text, "
+                "a file val=..., or val_share=0."
+            )
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        return {"val": [rows[i] for i in sorted(order[:held])], "train": [rows[i] for i in sorted(order[held:])]}
 
     def _split(self, split: str) -> Any:
         """The rows of a split.

@@ -219,22 +219,12 @@ class SentenceData(PlannedData):
     def _read_train(self) -> None:
         source = self.sources["train"]
         assert source is not None
-        texts = self._texts(source)
-        held: list[str] = []
-        if self.sources["val"] is None and self.val_share > 0:
-            order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(self.seed)).tolist()
-            count = round(self.val_share * len(texts))
-            if not 0 < count < len(texts):
-                raise ValueError(
-                    f"{source!r} has {len(texts)} text(s), too few to hold out a share of {self.val_share}. Give a "
-                    "file of more texts, a file val=..., or val_share=0."
-                )
-            held, texts = [texts[i] for i in sorted(order[:count])], [texts[i] for i in sorted(order[count:])]
-        sentences = self._sentences(texts, source)
+        parts = self._divided(self._texts(source), source, "text(s)")
+        sentences = self._sentences(parts["train"], source)
         self._vocabulary = Vocabulary.build(sentences, self.vocabulary_size)
         self._splits["train"] = self._rows(sentences)
-        if held:
-            self._splits["val"] = self._rows(self._sentences(held, source))
+        if "val" in parts:
+            self._splits["val"] = self._rows(self._sentences(parts["val"], source))
 
     def _rows(self, sentences: Sequence[Sequence[str]]) -> Rows:
         return Rows(sentences, self.vocabulary, self.load_tokenizer() if self.tokenizer else None)

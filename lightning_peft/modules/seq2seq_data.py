@@ -172,7 +172,7 @@ class Seq2SeqData(PlannedData):
             source = self.sources[split]
             if split in self._splits:
                 continue
-            if split == "train" or (split == "val" and source is None and self.val_share > 0):
+            if split == "train" or (split == "val" and self._holds_out):
                 self._read_train()
             elif source is not None:
                 pairs = self._pairs(source)
@@ -193,18 +193,10 @@ class Seq2SeqData(PlannedData):
     def _read_train(self) -> None:
         source = self.sources["train"]
         assert source is not None
-        pairs = self._known(self._pairs(source), source)
-        if self.sources["val"] is None and self.val_share > 0:
-            held = round(self.val_share * len(pairs))
-            if not 0 < held < len(pairs):
-                raise ValueError(
-                    f"{source!r} has {len(pairs)} rows, too few to hold out a share of {self.val_share}. Give more, a "
-                    "file val=..., or val_share=0."
-                )
-            order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(self.seed)).tolist()
-            self._splits["val"] = self._evaluated([pairs[i] for i in sorted(order[:held])])
-            pairs = [pairs[i] for i in sorted(order[held:])]
-        self._splits["train"] = self._encoded(pairs)
+        parts = self._divided(self._known(self._pairs(source), source), source, "rows")
+        self._splits["train"] = self._encoded(parts["train"])
+        if "val" in parts:
+            self._splits["val"] = self._evaluated(parts["val"])
 
     def _pairs(self, source: str) -> list[Pair]:
         return read_pairs(source, self.source, self.target, dataset=self.dataset)

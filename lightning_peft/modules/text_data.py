@@ -182,7 +182,7 @@ class TextData(PlannedData):
                 f"Known: {', '.join(map(repr, self._given_names[:10]))}."
             )
         self._label_names = ordered if self._given_names is None else self._given_names
-        if self.sources["val"] is None and self.val_share > 0:
+        if self._holds_out:
             held = self._held_out(rows)
             self._splits["val"] = self._number([row for i, row in enumerate(rows) if i in held], source)
             rows = [row for i, row in enumerate(rows) if i not in held]
