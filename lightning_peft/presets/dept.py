@@ -9,10 +9,8 @@ from typing import Literal
 from lightning_peft.adapters.prompts.base import PromptPosition
 from lightning_peft.adapters.prompts.dept import DePT
 from lightning_peft.adapters.prompts.starts import Start
-from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, RankMonitor
 from lightning_peft.presets.base import Preset
-from lightning_peft.presets.dpt import falling
-from lightning_peft.presets.prompt_tuning import started
+from lightning_peft.presets.prompts import cubic_pruning, prompted
 
 
 def dept(
@@ -89,6 +87,5 @@ def dept(
     else:
         sizes = {"length": 60 if length is None else length, "rank": 30 if rank is None else rank}
         adapter = partial(DePT, **sizes, **options)  # type: ignore[arg-type]
-    pruning = falling(final_rank, warmup, tail, interval, compact)
-    placed = AdapterInjection(adapter, targets, train)
-    return Preset([placed, *started(init_from), *pruning, RankMonitor(), AdapterCheckpoint()])
+    pruning = cubic_pruning(final_rank, warmup, tail, interval, compact)
+    return prompted(adapter, init_from, targets, train, pruning)

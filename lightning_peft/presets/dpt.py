@@ -6,17 +6,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
-from lightning.pytorch import Callback
-
 from lightning_peft.adapters.prompts.base import PromptPosition
 from lightning_peft.adapters.prompts.dpt import DPT, Form
-from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, RankMonitor, RankPruning
 from lightning_peft.presets.base import Preset
-from lightning_peft.presets.prompt_tuning import started
-from lightning_peft.rank.budget import Budget
-from lightning_peft.rank.importance import Taylor
-from lightning_peft.rank.policy import RankPolicy
-from lightning_peft.rank.schedule import Cubic
+from lightning_peft.presets.prompts import cubic_pruning, prompted
 
 
 def dpt(
@@ -78,15 +71,5 @@ def dpt(
     adapter = partial(DPT, rank=rank, **options)  # type: ignore[arg-type]
     if parameters is not None:
         adapter = partial(DPT.within, parameters=parameters, **options)  # type: ignore[arg-type]
-    pruning = falling(final_rank, warmup, tail, interval, compact)
-    placed = AdapterInjection(adapter, targets, train)
-    return Preset([placed, *started(init_from), *pruning, RankMonitor(), AdapterCheckpoint()])
-
-
-def falling(
-    final_rank: int | None, warmup: float, tail: float, interval: int, compact: Literal["never", "final"]
-) -> list[Callback]:
-    """What closes components on schedule, down to `final_rank`; nothing without one."""
-    if final_rank is None:
-        return []
-    return [RankPruning(RankPolicy(Cubic(warmup, tail), Taylor(), Budget(rank=final_rank), interval), compact)]
+    pruning = cubic_pruning(final_rank, warmup, tail, interval, compact)
+    return prompted(adapter, init_from, targets, train, pruning)

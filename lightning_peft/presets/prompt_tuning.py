@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from lightning.pytorch import Callback
-
 from lightning_peft.adapters.prompts.base import PromptPosition
 from lightning_peft.adapters.prompts.soft_prompt import SoftPrompt
 from lightning_peft.adapters.prompts.starts import Start
-from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, InitialPrompt, RankMonitor
 from lightning_peft.presets.base import Preset
+from lightning_peft.presets.prompts import prompted
 
 
 def prompt_tuning(
@@ -42,9 +40,4 @@ def prompt_tuning(
         Lester, Al-Rfou, Constant, 2021, arXiv 2104.08691.
     """
     adapter = partial(SoftPrompt, length=length, init=init, text_ids=text_ids, prompt_position=prompt_position)
-    return Preset([AdapterInjection(adapter, targets, train), *started(init_from), RankMonitor(), AdapterCheckpoint()])
-
-
-def started(init_from: str | None) -> list[Callback]:
-    """What has a prompt start from another one; nothing without a file."""
-    return [] if init_from is None else [InitialPrompt(init_from)]
+    return prompted(adapter, init_from, targets, train)
