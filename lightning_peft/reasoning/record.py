@@ -74,11 +74,9 @@ def load_solver(
             raise ValueError(f"its format is {content['format']!r}")
         templates, settings = Templates(**content["templates"]), dict(content["settings"])
         known = {question: [Example(*each) for each in found] for question, found in content["examples"].items()}
-        named = {"number": None, "letter": letter}
-        if extractor is None and content["extractor"] in named:
-            extractor = named[content["extractor"]]
-        elif extractor is None:
-            extractor = _missing
+        name = content["extractor"]
+        if extractor is None and name == "letter":
+            extractor = letter
         solver = SelfGeneratedCoT(
             model, tokenizer, templates=templates, extractor=extractor, known=known or None, **settings
         )
@@ -86,7 +84,7 @@ def load_solver(
         raise AdapterFileError(
             f"{os.fspath(path)} is no file of a solver: {error}. Give one that save_solver has written."
         ) from error
-    if extractor is _missing:
+    if extractor is None and name != "number":  # which is a solver's own where it is given none
         raise ValueError(
             f"the solver in {os.fspath(path)} read answers with a function of its own, which no file holds. Give it: "
             "load_solver(..., extractor=...)."
@@ -98,7 +96,3 @@ def _name_of(extractor: Extractor) -> str:
     if isinstance(extractor, partial) and extractor.func is number:
         return "number"
     return "letter" if extractor is letter else "own"
-
-
-def _missing(text: str) -> str | None:
-    raise NotImplementedError
