@@ -1,6 +1,7 @@
 """The rows of `sparse.py`: ways to train a few entries of a weight, and what they are compared with.
 
-Each way is given as a layer (forward and backward, the input's gradient included) and as a whole training step.
+Each way is given as a layer (forward and backward, the input's gradient included) and as a whole training step. Every
+step has an encoder of its own: some rows write its weights.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from step_time_rows import Shape
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification
 
 from lightning_peft import LoRA, SpaRTA, inject
 from lightning_peft.functional.sparse import draw_indices, share_of
@@ -108,46 +108,29 @@ def layer_call(kind: str, d_out: int, d_in: int, density: float, tokens: int) ->
     return Call(call, sum(p.numel() for p in parameters))
 
 
-def encoder() -> BertForSequenceClassification:
-    """Random weights from a private seed, its own for every row: some rows write them. No dropout."""
-    config = BertConfig(
-        vocab_size=1000,
-        num_hidden_layers=ENCODER.layers,
-        hidden_size=ENCODER.width,
-        intermediate_size=ENCODER.inner,
-        num_attention_heads=12,
-        num_labels=8,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return BertForSequenceClassification(config).train()
-
-
 def full_step(density: float) -> Call:
     """Everything trains but the embeddings."""
-    model = encoder()
+    model = ENCODER.new_encoder()
     model.bert.embeddings.requires_grad_(False)
     return step_of(model)
 
 
 def lora_step(density: float) -> Call:
     """This package's LoRA of the nearest number of parameters."""
-    model = encoder()
+    model = ENCODER.new_encoder()
     inject(model, partial(LoRA, rank=round(density * LINEARS / COUNTED), alpha=16.0), targets=[TARGETS])
     return step_of(model)
 
 
 def shira_step(density: float) -> Call:
     """PEFT's SHiRA of the same number of parameters as LoRA's."""
-    linears = [n for n, m in encoder().named_modules() if isinstance(m, nn.Linear) and ".layer." in n]
-    return step_of(peft_shira(encoder(), round(density * LINEARS / COUNTED), linears, task_type="SEQ_CLS"))
+    linears = [n for n, m in ENCODER.new_encoder().named_modules() if isinstance(m, nn.Linear) and ".layer." in n]
+    return step_of(peft_shira(ENCODER.new_encoder(), round(density * LINEARS / COUNTED), linears, task_type="SEQ_CLS"))
 
 
 def index_put_step(density: float) -> Call:
     """The weights put together in every forward."""
-    model = encoder()
+    model = ENCODER.new_encoder()
     model.bert.requires_grad_(False)
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and ".layer." in n]:
         parent = model.get_submodule(name.rpartition(".")[0])
@@ -157,7 +140,7 @@ def index_put_step(density: float) -> Call:
 
 def sparta_step(density: float, kernel: str = "auto") -> Call:
     """This package's adapter, its entries written into the weights after every step."""
-    model = encoder()
+    model = ENCODER.new_encoder()
     inject(model, partial(SpaRTA, density=density, kernel=kernel), targets=[TARGETS])
     return step_of(model)
 

@@ -51,12 +51,8 @@ class Shape:
     batch: int
     length: int
 
-    def encoder(self) -> BertForSequenceClassification:
-        """Random weights from a private seed. No dropout in the base: it would hide part of what adapters cost.
-
-        The layers' tensors, frozen in every row, are the same in all rows: else each row would find its weights
-        thrown out of the cache by the others', as no training run does.
-        """
+    def new_encoder(self) -> BertForSequenceClassification:
+        """Random weights from a private seed. No dropout in the base: it would hide part of what adapters cost."""
         config = BertConfig(
             vocab_size=1000,
             num_hidden_layers=self.layers,
@@ -69,7 +65,14 @@ class Shape:
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = BertForSequenceClassification(config).train()
+            return BertForSequenceClassification(config).train()
+
+    def encoder(self) -> BertForSequenceClassification:
+        """One whose layers' tensors, frozen in every row, are the same in all rows.
+
+        Else each row would find its weights thrown out of the cache by the others', as no training run does.
+        """
+        model = self.new_encoder()
         for name, parameter in model.bert.encoder.named_parameters():
             parameter.data = _FROZEN.setdefault((self, name), parameter.data)
         return model
