@@ -1,15 +1,15 @@
 """SpaRTA, sparse random parameter adaptation (Rios, Dognin, Luss, Natesan Ramamurthy, Findings of EMNLP 2025).
 
 In the order of the method: which entries are trained, the weight with them in it, their gradient, and what others ask
-of an adapter. What is drawn and how gradients are found is in :mod:`lightning_peft.functional.sparse`.
+of an adapter. What is drawn and how gradients are found is in :mod:`lightning_peft.functional.sparse`, when entries are
+written into the weight in :mod:`lightning_peft.adapters.written_entries`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from math import isfinite
 from operator import index
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,8 @@ from torch.func import functional_call
 
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.layers import is_convolution, is_transformers_conv1d, is_transposed, why_not_with_norms
-from lightning_peft.adapters.written import Written, batches, whole
+from lightning_peft.adapters.written_entries import WrittenEntries
 from lightning_peft.arguments import require_integer, require_number
-from lightning_peft.functional.low_rank import _is_watched
 from lightning_peft.functional.sparse import (
     Kernel,
     draw_bernoulli,
@@ -37,12 +36,11 @@ from lightning_peft.functional.sparse_layers import (
     spread,
     weight_entries,
 )
-from lightning_peft.rank.gate import Gate
 
 Sampling = Literal["exact", "bernoulli"]
 
 
-class SpaRTA(Adapter):
+class SpaRTA(WrittenEntries):
     """Train a few entries of a weight, drawn at random, and leave all others as they are.
 
         W.flat[I] = cast( original + scaling * (m * delta) )        y = W x + bias
@@ -96,15 +94,6 @@ class SpaRTA(Adapter):
         torch.Size([8])
     """
 
-    writes_base: ClassVar[bool] = True
-    constants: ClassVar[tuple[str, ...]] = ("indices", "original")
-
-    gate: Gate
-    delta: nn.Parameter
-    indices: Tensor
-    original: Tensor
-    scaling: float
-
     def __init__(
         self,
         base: nn.Module,
@@ -148,19 +137,15 @@ class SpaRTA(Adapter):
                 "sampling='bernoulli' draws a random number of entries, so it goes neither with k nor with blocks: "
                 "leave them out, or use sampling='exact'."
             )
-        super().__init__(base)
         # Plain numbers, whatever a sweep hands over: they are written into checkpoints, which hold nothing else.
+        super().__init__(base, float(scaling))
         self.density = float(density)
         self.k = None if k is None else index(k)
         self.seed = index(seed)
         self.sampling: Sampling = sampling
         self.block = index(block)
         self.kernel: Literal["auto"] | Kernel = kernel
-        self.scaling = float(scaling)
         self.key = key
-        rows = weight.shape[0] if weight.dim() > 1 else 1
-        self._matrix = rows, numel // rows
-        self._written = Written(weight)
         self._begin()
 
     @classmethod
@@ -173,7 +158,6 @@ class SpaRTA(Adapter):
         """Draw the entries, and start them where the base is."""
         weight: Tensor = self.base.weight  # type: ignore[assignment]
         numel = weight.numel()
-        place: dict[str, Any] = {"device": weight.device}
         with torch.device("cpu"):  # whatever the default device is
             if self.sampling == "bernoulli":
                 drawn = draw_bernoulli(numel, self.density, self.seed, self.key)
@@ -183,19 +167,7 @@ class SpaRTA(Adapter):
                 k = share_of(numel, self.density, self.block) if self.k is None else self.k
                 drawn = torch.empty(k, device="meta") if weight.is_meta else draw_indices(numel, k, self.seed, self.key)
                 drawn = drawn.to(torch.int32 if numel < 2**31 else torch.int64)
-        k = len(drawn)
-        n = k // self.block
-        shape = (k,) if self.block == 1 else (n, self.block)
-        self.delta = nn.Parameter(torch.zeros(shape, dtype=torch.promote_types(weight.dtype, torch.float32), **place))
-        self.gate = Gate(n, cost=self.block).to(weight.device)
-        self.register_buffer("indices", drawn.to(weight.device))
-        self.register_buffer("original", self._read())
-        self._note()
-
-    @torch.no_grad()
-    def _read(self) -> Tensor:
-        """The base's numbers at the entries: (k,)."""
-        return whole(self.base.weight.detach()).reshape(-1)[self.indices]  # type: ignore[operator]
+        self._begin_at(drawn.to(weight.device), self.block)
 
     def placed(self, name: str, others: Any) -> None:
         for other, adapter in others.items():
@@ -244,11 +216,6 @@ class SpaRTA(Adapter):
 
     # The weight with the entries in it.
 
-    def value(self) -> Tensor:
-        """What multiplies each component, scaling included: (n,)."""
-        value = self.gate.value()
-        return value if self.scaling == 1 else value * self.scaling
-
     def entries(self) -> Tensor:
         """What the trained entries are, before they are rounded to the weight's dtype: (k,)."""
         update = self.delta * spread(self.value().to(self.delta.dtype), self.delta)
@@ -265,62 +232,6 @@ class SpaRTA(Adapter):
         if weight.dim() == 1:
             return weight
         return weight.t() if is_transposed(self.base) else weight.flatten(1)
-
-    def _note(self) -> None:
-        """The weight holds the entries as they are now."""
-        note = self._written
-        note.weight = self.base.weight  # type: ignore[assignment]
-        note.delta, note.mask, note.touched = (self.delta._version, self.scaling), self.gate.mask._version, False
-
-    def _is_ready(self) -> bool:
-        """Whether the base's weight holds the entries as they are now; they are written if they may be."""
-        note = self._written
-        changed = note.delta != (self.delta._version, self.scaling)
-        if not changed and note.mask == self.gate.mask._version and (note.followed or not note.touched):
-            return True
-        if note.weight is None:
-            note.weight = self.base.weight  # type: ignore[assignment]
-        if note.weight is not self.base.weight:
-            return False
-        # DDP writes the same mask anew at every forward, and most backwards are followed by no unseen step: then what
-        # is written is what is there, and graphs that hold it may go on.
-        self._write([self], quietly=not changed)
-        return True
-
-    @classmethod
-    def refresh(cls, group: Sequence[Adapter], followed: bool | None = None) -> None:
-        mine = [adapter for adapter in group if isinstance(adapter, SpaRTA)]
-        cls._write(mine)
-        if followed is not None:
-            for adapter in mine:
-                adapter._written.followed = followed
-
-    @staticmethod
-    @torch.no_grad()
-    def _write(group: Sequence[SpaRTA], quietly: bool = False) -> None:
-        kinds: dict[object, list[SpaRTA]] = {}
-        for adapter in group:
-            kinds.setdefault((adapter.original.dtype, adapter.delta.dtype, adapter.delta.device), []).append(adapter)
-        for alike in kinds.values():
-            for part in batches([len(adapter.indices) for adapter in alike]):
-                few = alike[part]
-                delta = _joined([adapter.delta.reshape(-1) for adapter in few])
-                value = _joined(
-                    [spread(adapter.value(), adapter.delta).expand_as(adapter.delta).reshape(-1) for adapter in few]
-                )
-                original = _joined([adapter.original for adapter in few])
-                update = delta * value
-                # What is not changed keeps its very bits, the sign of a zero as well.
-                entries = torch.where(update != 0, (original + update).to(original.dtype), original)
-                for adapter, own in zip(few, entries.split([len(adapter.indices) for adapter in few]), strict=True):
-                    adapter._written.write(adapter.base.weight, adapter.indices, own, quietly)  # type: ignore[arg-type]
-                    adapter._note()
-
-    @torch.no_grad()
-    def restore_base(self) -> None:
-        # Quietly: a look at the base between a forward and its backward changes nothing for good.
-        self._written.write(self.base.weight, self.indices, self.original, quietly=True)  # type: ignore[arg-type]
-        self._written.delta = None
 
     # What a forward computes, and what its backward finds.
 
@@ -341,13 +252,6 @@ class SpaRTA(Adapter):
             y = _linear(x, base.weight.t() if entries.transposed else base.weight, base.bias)
             return linear_entries(y, x, entries, fresh=not y._is_view())
         return self._with_weight(x, weight_entries(base.weight, entries))
-
-    def _is_plain(self) -> bool:
-        """Whether nobody has to see through what is computed, and delta is itself."""
-        if _is_watched():
-            self._written.touched = True
-            return False
-        return type(self.delta) is nn.Parameter and self.gate.drawn is None
 
     def _entries(self) -> Entries | None:
         """What a backward needs, or nothing where there is none."""
@@ -407,51 +311,8 @@ class SpaRTA(Adapter):
         small._written.delta = None
         return small.train(self.training)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SpaRTA:
-        before = self.delta.data
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        weight: Tensor = self.base.weight  # type: ignore[assignment]
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        if self.delta.dtype != wide:
-            known = self.delta.data if before.is_meta else before.to(self.delta.device)
-            self.delta.data = known.to(wide)
-        self._written = Written(weight)
-        return self
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if self._is_plain():
-            self._is_ready()  # what is saved of the base is what acts
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        given = state_dict.get(f"{prefix}indices")
-        if isinstance(given, Tensor) and given.shape == self.indices.shape and not given.is_meta:
-            fault = index_fault(given, self._matrix[0] * self._matrix[1])
-            if fault is not None:
-                error_msgs.append(f"{prefix}indices are no positions in the layer's weight: {fault}.")
-                return
-        self.restore_base()  # the entries that it had may not be those that it gets
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if local_metadata.get("assign_to_params_buffers", False):
-            self._written.weight = None
-
     def extra_repr(self) -> str:
         return f"k={len(self.indices)}, seed={self.seed}, block={self.block}, kernel={self.kernel!r}"
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
