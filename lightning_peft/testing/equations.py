@@ -135,6 +135,22 @@ def only_adapters_get_gradients(case: Case) -> None:
         holds((parameter.grad is not None) == wanted, f"{name} {'gets no' if wanted else 'gets a'} gradient")
 
 
+def output_may_change_in_place(case: Case) -> None:
+    """What follows may change the output in place, as it may behind a plain layer, with the same gradients.
+
+    Fix: return a tensor of its own, no view, from a `torch.autograd.Function`, and do not keep it for the backward.
+    """
+    host, x = case.host(), case.inputs()
+    trained = [p for _, p in case.adapter(host).own_parameters() if p.requires_grad]
+    expected = torch.autograd.grad((2 * host(x)).square().sum(), trained)
+    try:
+        found = torch.autograd.grad(host(x).mul_(2).square().sum(), trained)
+    except RuntimeError as error:
+        raise AssertionError(f"the output cannot be changed in place: {error}") from error
+    for gradient, wanted in zip(found, expected, strict=True):
+        close(gradient, wanted, "the gradient is another one behind a change in place")
+
+
 def mask_gradient_is_finite_difference(case: Case) -> None:
     """The mask's gradient is the derivative of the loss, at open and at closed components, in float64.
 
