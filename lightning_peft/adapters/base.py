@@ -73,6 +73,12 @@ class Adapter(nn.Module, ABC):
         self.gate = None
         self.training = base.training
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # torch's layers call their input `input`, and so may whoever calls them.
+        if not args and "input" in kwargs:
+            args = (kwargs.pop("input"),)
+        return super().__call__(*args, **kwargs)
+
     @abstractmethod
     def effective_weight(self) -> Tensor:
         """The weight that the layer acts with: (d_out, d_in), in the adapter's dtype."""

@@ -157,17 +157,17 @@ class InformationMonitor(Preflight):
         self._rows = {}
         for name, adapter in self._watched(module).items():
             hear: Callable[..., None] = torch.compiler.disable(partial(self._hear, name))
-            self._hooks.append(adapter.register_forward_hook(hear))
+            self._hooks.append(adapter.register_forward_hook(hear, with_kwargs=True))
 
     @torch.no_grad()
-    def _hear(self, name: str, adapter: Adapter, args: tuple[Any, ...], output: Any) -> None:
+    def _hear(self, name: str, adapter: Adapter, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         rows = self._rows.setdefault(name, [])
         left = self.examples - sum(len(one) for one, _ in rows)
-        if left <= 0 or not args or not isinstance(output, Tensor):
+        if left <= 0 or not isinstance(output, Tensor):
             return
         if torch._C._current_graph_task_id() != -1:
             return  # activation checkpointing computes again what was heard
-        before = pooled(adapter.base(args[0]), adapter, name, self._mask, self.pool)
+        before = pooled(adapter.base(*args, **kwargs), adapter, name, self._mask, self.pool)
         after = pooled(output, adapter, name, self._mask, self.pool)
         rows.append((before[:left].detach().clone(), after[:left].detach().clone()))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_peft.arguments import require_number
 from lightning_peft.callbacks.repeated_steps import Reduction, RepeatedStep, Step, reduced, require_reduction, with_loss
 from lightning_peft.functional.r_drop import symmetric_kl
-from lightning_peft.regularizers.calls import Call, Calls, logits_of, shown_rows, with_logits
+from lightning_peft.regularizers.calls import Call, Calls, counted_rows, logits_of, with_logits
 
 
 class RDrop(RepeatedStep):
@@ -21,9 +21,10 @@ class RDrop(RepeatedStep):
 
         loss = L_1 + L_2 + alpha / 2 [ KL(P_1 || P_2) + KL(P_2 || P_1) ]
 
-    or with the mean of L_1 and L_2. The divergence is the mean over rows, or over the tokens that a 2-d
-    `attention_mask` shows, of the outputs of one module on every call that `training_step` makes of it. Both passes are
-    kept for one backward. Logged as `loss/r_drop`, without alpha.
+    or with the mean of L_1 and L_2. The divergence is the mean over rows of the outputs of one module, on every call
+    that `training_step` makes of it. Of outputs for every token those count that have a label, where the model is given
+    `labels` and they are not -100; without them, those that a 2-d `attention_mask` shows. Both passes are kept for one
+    backward. Logged as `loss/r_drop`, without alpha.
 
     Dropout draws from the global generators, as it would without this callback: two processes have other numbers than
     one.
@@ -115,5 +116,6 @@ class RDrop(RepeatedStep):
             self._calls.on = False
 
     def _divergence(self, one: Call, other: Call) -> Tensor:
+        assert self._calls is not None
         first, second = (logits_of(call.output, self.read, "the module", "RDrop") for call in (one, other))
-        return symmetric_kl(first, second, shown_rows(one.kwargs.get("attention_mask"), first))
+        return symmetric_kl(first, second, counted_rows(self._calls.root, one, first))

@@ -146,6 +146,16 @@ def _is_addmm(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in _CPU_ADDMM and x.dim() in (2, 3) and x.is_contiguous()
 
 
+def linear_of_its_own(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear inside a `torch.autograd.Function`: contiguous, and no view, which could not be changed in place later.
+
+    With a bias F.linear may compute rows and return them under another shape. Nobody else has those rows, so the shape
+    can be given without a trace; a copy would be one more pass.
+    """
+    y = F.linear(x, weight, bias).contiguous()
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+
+
 def _linear_plus(x: Tensor, weight: Tensor, bias: Tensor | None, hT: Tensor, Bv: Tensor) -> Tensor:
     """F.linear(x, weight, bias) + hT^T Bv; a new tensor and no view, so that what follows may change it in place."""
     d_out, d_in = weight.shape
@@ -158,7 +168,7 @@ def _linear_plus(x: Tensor, weight: Tensor, bias: Tensor | None, hT: Tensor, Bv:
         torch.mm(F.pad(hT, (0, 0, 0, 1), value=1.0).t(), torch.cat([Bv, bias.unsqueeze(0)]), out=rows)
         rows.addmm_(x.view(-1, d_in), weight.t())
         return y
-    y = F.linear(x, weight, bias).contiguous()
+    y = linear_of_its_own(x, weight, bias)
     rows = y.view(-1, d_out)
     if rows.dtype == hT.dtype:
         rows.addmm_(hT.t(), Bv)

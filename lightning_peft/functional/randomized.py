@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_peft.functional.low_rank import _PLAIN, _cast, _is_watched
+from lightning_peft.functional.low_rank import _PLAIN, _cast, _is_watched, linear_of_its_own
 from lightning_peft.functional.srht import Projection, up
 
 
@@ -190,7 +190,7 @@ class _RandomizedLinear(torch.autograd.Function):
                 width = len(U) if out is None else out.width  # type: ignore[arg-type]  # one of the two is there
                 y = x.new_zeros(*x.shape[:-1], width, dtype=dtype)
             else:
-                y = F.linear(x, weight, bias).contiguous()
+                y = linear_of_its_own(x, weight, bias)
             outer = y.view(*ctx.rows, y.shape[-1])
             size = into.piece if out is None else min(into.piece, out.piece)
             ctx.pieces = list(_pieces(ctx.rows, size, x.device))

@@ -93,6 +93,9 @@ class Auxiliary(Regularizer, Wide):
     def penalty(self, *features: Tensor) -> Tensor:
         """The term's value, of features of all processes, with own parameters fixed: a scalar."""
 
+    def require(self, *features: Tensor) -> None:
+        """Raise an error about features of all processes that nothing can be fitted to; once before the inner steps."""
+
     def hears(self, module: nn.Module) -> Sequence[str]:
         """Names of layers to hear, as :func:`~lightning_peft.regularizers.probes.only_probed` gives them."""
         return ()
@@ -151,6 +154,7 @@ class Auxiliary(Regularizer, Wide):
             )
         with torch.autocast(rows[0].device.type, enabled=False):
             if torch.is_grad_enabled():
+                self.require(*rows)
                 self._fit([each.detach() for each in rows])
             return self.penalty(*rows)
 

@@ -9,11 +9,14 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_peft.rank.budget import clean_name
 from lightning_peft.regularizers.base import BESIDE_MODEL
+
+_IGNORED = -100  # the label that torch and transformers leave out
 
 
 @dataclass
@@ -53,18 +56,18 @@ class Calls:
         self._log: list[tuple[str | None, tuple[Any, ...], dict[str, Any], Any]] = []
         self.blind: set[str] = set()
         """Names of modules that ran without gradients, though training was heard: re-entrant checkpointing does so."""
-        self._root = root
+        self.root = root
         self._paths = {name: path_of(root, name) for name in names}
         self._hooks: dict[str | None, tuple[nn.Module, RemovableHandle]] = {}
 
     def attach(self) -> None:
         """Hear from now on; idempotent."""
         for name, path in self._paths.items():
-            module = self._root.get_submodule(path)
+            module = self.root.get_submodule(path)
             if self._is_new(name, module):
                 self._hooks[name] = module, module.register_forward_hook(_uncompiled(partial(self._hear_inside, name)))
-        if self._is_new(None, self._root):
-            self._hooks[None] = self._root, self._root.register_forward_hook(_uncompiled(self._hear), with_kwargs=True)
+        if self._is_new(None, self.root):
+            self._hooks[None] = self.root, self.root.register_forward_hook(_uncompiled(self._hear), with_kwargs=True)
 
     def _is_new(self, name: str | None, module: nn.Module) -> bool:
         if name in self._hooks and self._hooks[name][0] is not module:
@@ -174,6 +177,27 @@ def shown_rows(mask: Any, outputs: Tensor) -> Tensor | None:
     if isinstance(mask, Tensor) and mask.dim() == 2 and outputs.shape[:-1] == mask.shape:
         return mask.bool()
     return None
+
+
+def counted_rows(model: nn.Module, call: Call, outputs: Tensor) -> Tensor | None:
+    """The rows of logits that the loss counts: (batch, length) bool; ``None`` for all.
+
+    By the `labels` that a transformers model was called with: those that are not -100, each one place earlier in a
+    decoder, whose row t predicts label t + 1. Without such labels, those that :func:`shown_rows` gives.
+
+    Args:
+        model: what was called.
+        call: of it.
+        outputs: its logits, (batch, length, classes) or (batch, classes).
+    """
+    labels = call.kwargs.get("labels")
+    if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.shape != outputs.shape[:-1]:
+        return shown_rows(call.kwargs.get("attention_mask"), outputs)
+    counted = labels != _IGNORED
+    writes: Callable[[], bool] = getattr(model, "can_generate", lambda: False)
+    if writes() and not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return F.pad(counted[:, 1:], (0, 1))
+    return counted
 
 
 def with_logits(root: nn.Module, of: str | None, asks: str) -> nn.Module:

@@ -321,9 +321,9 @@ class CategoricalCLUB(_CLUB):
             raise RuntimeError(f"the nuisance label must be (N,) integers. Got {kind}.")
         return found
 
-    def _require_classes(self, y: Tensor) -> None:
-        # Here, of the rows of all processes: they stop together.
-        for found in torch.stack(y.aminmax()).tolist():
+    def require(self, *features: Tensor) -> None:
+        # Of the rows of all processes: they stop together.
+        for found in torch.stack(features[1].long().aminmax()).tolist():
             if not 0 <= found < self.classes:
                 raise RuntimeError(
                     f"nuisance labels go from 0 to {self.classes - 1}, as classes={self.classes} says. Got {found}: "
@@ -332,7 +332,6 @@ class CategoricalCLUB(_CLUB):
 
     def fitting(self, *features: Tensor) -> Tensor:
         x, y = features
-        self._require_classes(y.long())
         return F.cross_entropy(self._q()(x), y.long())
 
     def penalty(self, *features: Tensor) -> Tensor:

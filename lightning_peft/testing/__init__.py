@@ -66,6 +66,8 @@ LAWS: dict[str, Law] = _by_name(
     equations.closed_component_changes_nothing,
     equations.closed_component_is_scored,
     equations.only_adapters_get_gradients,
+    equations.may_be_called_by_keyword,
+    equations.output_may_change_in_place,
     equations.mask_gradient_is_finite_difference,
     training.learns,
     training.takes_any_batch,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -133,6 +134,35 @@ def only_adapters_get_gradients(case: Case) -> None:
         wanted = id(parameter) in own
         holds(parameter.requires_grad == wanted, f"{name}.requires_grad is {parameter.requires_grad}")
         holds((parameter.grad is not None) == wanted, f"{name} {'gets no' if wanted else 'gets a'} gradient")
+
+
+def may_be_called_by_keyword(case: Case) -> None:
+    """The adapter takes its input by the name that the base has for it, as well as by position.
+
+    Fix: call the input of `forward` x, and leave `__call__` to the base class, which knows `input`.
+    """
+    host, x = case.host(), case.inputs()
+    adapter = case.adapter(host)
+    if case.is_model or case.kind.startswith("attention"):
+        raise Inapplicable("it is not called with one input")
+    name = next(iter(inspect.signature(adapter.base.forward).parameters))
+    same(adapter(**{name: x}), adapter(x), f"called with {name}=, the adapter gives something else")
+
+
+def output_may_change_in_place(case: Case) -> None:
+    """What follows may change the output in place, as it may behind a plain layer, with the same gradients.
+
+    Fix: return a tensor of its own, no view, from a `torch.autograd.Function`, and do not keep it for the backward.
+    """
+    host, x = case.host(), case.inputs()
+    trained = [p for _, p in case.adapter(host).own_parameters() if p.requires_grad]
+    expected = torch.autograd.grad((2 * host(x)).square().sum(), trained)
+    try:
+        found = torch.autograd.grad(host(x).mul_(2).square().sum(), trained)
+    except RuntimeError as error:
+        raise AssertionError(f"the output cannot be changed in place: {error}") from error
+    for gradient, wanted in zip(found, expected, strict=True):
+        close(gradient, wanted, "the gradient is another one behind a change in place")
 
 
 def mask_gradient_is_finite_difference(case: Case) -> None:

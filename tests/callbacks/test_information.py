@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
+from transformers.pytorch_utils import Conv1D
 
 from lightning_peft import AdapterCheckpoint, AdapterInjection, Factorized, InformationMonitor, LoRA
 from lightning_peft.functional.kept_information import kept_information
@@ -115,6 +116,29 @@ def test_it_is_measured_at_every_validation_and_does_not_touch_the_run(tmp_path:
     assert not any(child._forward_hooks for child in module.modules())
     run.validate(module, data(), verbose=False)
     assert list(monitor.history) == [0, 4, 8, 12]
+
+
+def test_layers_that_are_called_by_keyword_are_heard() -> None:
+    class Positional(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                self.first, self.second = Conv1D(6, 8), Conv1D(6, 6)
+
+    class Named(Positional):
+        def forward(self, x: Tensor) -> Tensor:
+            logits: Tensor = self.head(self.second(x=self.first(x=x).relu()).relu().mean(1))
+            return logits
+
+    found = []
+    for module in (Positional(), Named()):
+        torch.manual_seed(1)
+        monitor = InformationMonitor()
+        trainer(injection(), monitor).fit(module, data(), data())
+        found.append(monitor.history)
+    assert found[0] == found[1]
+    assert {name for values in found[1].values() for name in values} == {"first", "second"}
 
 
 def test_it_is_measured_every_so_many_steps(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from callbacks.noise_hosts import TextCNN, assert_close, fit, loader, rows, trai
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import default_collate
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from lightning_peft import RDrop
 from lightning_peft.functional.r_drop import symmetric_kl
@@ -79,6 +81,57 @@ def test_tokens_that_a_mask_hides_count_for_nothing() -> None:
     with pytest.warns(UserWarning, match="both passes of RDrop give the same predictions, so it only costs time"):
         run = fit(Tags(), RDrop(), max_steps=2)
     assert run.callback_metrics["loss/r_drop"] == 0
+
+
+def decoder() -> nn.Module:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=20,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            attention_dropout=0.5,
+        )
+    )
+
+
+def translator() -> nn.Module:
+    return T5ForConditionalGeneration(
+        T5Config(vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    )
+
+
+@pytest.mark.parametrize(("model", "shift"), [(decoder, 1), (translator, 0)])
+def test_tokens_that_are_not_predicted_count_for_nothing(model: Callable[[], nn.Module], shift: int) -> None:
+    class Writer(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model()
+            self.logits: list[Tensor] = []
+
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            # As long as what is written: the mask of what an encoder reads must not be taken for it.
+            shown = torch.ones_like(batch["labels"])
+            shown[:, :3] = 0
+            output = self.model(input_ids=batch["input_ids"], attention_mask=shown, labels=batch["labels"])
+            self.logits.append(output.logits.detach())
+            loss: Tensor = output.loss
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    torch.manual_seed(0)
+    module, tokens = Writer(), torch.randint(1, 20, (4, 7))
+    batch = {"input_ids": tokens, "labels": tokens.masked_fill(torch.arange(7) < 4, -100)}
+    run = trainer(RDrop(), max_steps=1)
+    run.fit(module, torch.utils.data.DataLoader([batch], batch_size=None))
+    first, second = module.logits
+    answers = slice(4 - shift, 7 - shift)
+    expected = symmetric_kl(first[:, answers], second[:, answers])
+    torch.testing.assert_close(run.callback_metrics["loss/r_drop"], expected)
+    assert not torch.isclose(expected, symmetric_kl(first, second))
 
 
 def test_logits_that_are_somewhere_else() -> None:

@@ -89,6 +89,15 @@ class Idle(Rank):
         self.unused = nn.Parameter(torch.zeros(1))
 
 
+class Positional(Rank):
+    __call__ = nn.Module.__call__  # without the name that torch's layers have for their input
+
+
+class Kept(Rank):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).exp()  # whose backward reads its output
+
+
 class Forgetful(Rank):
     def __init__(self, base: nn.Module, rank: int = 3) -> None:
         super().__init__(base, rank)
@@ -187,6 +196,8 @@ class Doubled(LoRA):
         ("closed_component_changes_nothing", Ungated, "component 0 alone adds nothing"),
         ("closed_component_is_scored", Detached, "components without a score"),
         ("only_adapters_get_gradients", Idle, "layer.unused gets no gradient"),
+        ("may_be_called_by_keyword", Positional, r"got an unexpected keyword argument 'input'"),
+        ("output_may_change_in_place", Kept, "the output cannot be changed in place: one of the variables needed"),
         ("mask_gradient_is_finite_difference", StraightThrough, "the mask's gradient is not the loss's derivative"),
         ("survives_copies", Unsaved, "the output changes through state_dict"),
         ("arguments_rebuild", Forgetful, "its tensors differ"),

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from lightning_peft import CLUB, AdapterInjection, CategoricalCLUB, LoRA, Regularization, Regularizer
@@ -111,6 +112,24 @@ def test_the_categorical_term_is_its_formula() -> None:
     y = torch.stack([row["domain"] for row in rows])
     every = torch.stack([log_q[:, label] for label in y], 1)
     torch.testing.assert_close(value, every.diagonal().mean() - every.mean(), rtol=1e-5, atol=1e-5)
+
+
+def test_labels_are_looked_at_once_a_step() -> None:
+    class Waits(TorchDispatchMode):
+        """Counts what has to wait for the device."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.count += func is torch.ops.aten.aminmax.default
+            return func(*args, **(kwargs or {}))
+
+    _, step = begun(categorical(inner_steps=3))
+    with Waits() as waits:
+        step()
+    assert waits.count == 1
 
 
 @pytest.mark.parametrize("make", [gaussian, categorical, partial(gaussian, negatives="sample")])
