@@ -20,6 +20,7 @@ from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.layers import is_convolution, is_transformers_conv1d, is_transposed, why_not_with_norms
 from lightning_peft.adapters.written_entries import WrittenEntries
 from lightning_peft.arguments import require_integer, require_number
+from lightning_peft.functional.low_rank import linear_of_its_own
 from lightning_peft.functional.sparse import (
     Kernel,
     draw_bernoulli,
@@ -249,8 +250,8 @@ class SpaRTA(WrittenEntries):
         if isinstance(base, nn.Linear) or is_transformers_conv1d(base):
             if heard:
                 return linear_entries(base(x), x, entries, fresh=False)
-            y = _linear(x, base.weight.t() if entries.transposed else base.weight, base.bias)
-            return linear_entries(y, x, entries, fresh=not y._is_view())
+            y = linear_of_its_own(x, base.weight.t() if entries.transposed else base.weight, base.bias)
+            return linear_entries(y, x, entries, fresh=True)
         return self._with_weight(x, weight_entries(base.weight, entries))
 
     def _entries(self) -> Entries | None:
@@ -313,15 +314,3 @@ class SpaRTA(WrittenEntries):
 
     def extra_repr(self) -> str:
         return f"k={len(self.indices)}, seed={self.seed}, block={self.block}, kernel={self.kernel!r}"
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear(x, weight, bias), bit for bit; where torch gives a view of what it has made, the same as no view.
-
-    What is no view may be changed in place, without a copy of its gradient.
-    """
-    if x.dim() == 3 and bias is not None and x.is_contiguous():
-        rows = F.linear(x.view(-1, x.shape[-1]), weight, bias)
-        y: Tensor = torch.ops.aten._unsafe_view(rows, (*x.shape[:-1], rows.shape[-1]))
-        return y
-    return F.linear(x, weight, bias)

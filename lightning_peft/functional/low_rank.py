@@ -147,10 +147,11 @@ def _is_addmm(x: Tensor) -> bool:
 
 
 def linear_of_its_own(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear inside a `torch.autograd.Function`: contiguous, and no view, which could not be changed in place later.
+    """F.linear, bit for bit, for a `torch.autograd.Function` to return or change: contiguous and no view.
 
-    With a bias F.linear may compute rows and return them under another shape. Nobody else has those rows, so the shape
-    can be given without a trace; a copy would be one more pass.
+    With a bias F.linear may compute rows and return them under another shape, and what a function gives on may be
+    changed in place only if it is no view. Nobody else has those rows, so the shape can be given without a trace; a
+    copy would be one more pass.
     """
     y = F.linear(x, weight, bias).contiguous()
     return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
