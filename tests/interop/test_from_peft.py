@@ -309,8 +309,8 @@ DAMAGED: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]]
         lambda t: t | {A.replace("lora_A.weight", "weight"): torch.ones(32, 32)}, "has no layer '.*adapted",
     ),
     "another type": (
-        lambda t: t | {"base_model.model.classifier.bias": torch.zeros(3, dtype=torch.complex64)},
-        "'classifier.bias' is of dtype torch.complex64, and in this model of torch.float32.",
+        lambda t: t | {"base_model.model.classifier.bias": torch.zeros(3, dtype=torch.int64)},
+        "'classifier.bias' is of dtype torch.int64, and in this model of torch.float32.",
     ),
 }  # fmt: skip
 

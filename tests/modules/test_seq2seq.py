@@ -106,7 +106,7 @@ def test_it_learns_to_write_what_is_wanted(translators: dict[str, str], source: 
     model = Seq2Seq(
         translators["t5"], lr=0.03, metrics=["exact_match", "chrf", "rougeL"], generation={"max_new_tokens": 6}
     )
-    trainer = Trainer(max_steps=30, check_val_every_n_epoch=30, **QUIET)
+    trainer = Trainer(max_steps=50, check_val_every_n_epoch=50, **QUIET)
     (before,) = trainer.validate(model, datamodule=data, verbose=False)
     assert before["val/exact_match"] < 1
     trainer.fit(model, datamodule=data)

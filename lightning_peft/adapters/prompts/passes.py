@@ -121,6 +121,9 @@ class _Passes:
         if "position_ids" in self.names:
             new["position_ids"] = self._position_ids(given.get("position_ids"), mask, columns, text, past)
         call = _Call(None if past else columns, positions, text.shape[1] + (0 if past else m), False, ids is None)
+        if given.get("cache_position") is not None:
+            # Older transformers tells a model which columns of the cache a call fills: the text's, without ours.
+            new["cache_position"] = torch.arange(past, past + call.length, device=text.device)
         if not past:
             self._insert(new, call, columns)
         if ids is None:
