@@ -28,7 +28,8 @@ def smollm_folder(cache: Path) -> str:
     source = _packed()
     packed = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     config = copy.deepcopy(packed.config)
-    del config.quantization_config  # it is not quantised any more, and would not be saved as it is
+    if hasattr(config, "quantization_config"):  # as newer transformers has it
+        del config.quantization_config  # it is not quantised any more, and would not be saved as it is
     model = LlamaForCausalLM(config)
     model.load_state_dict(packed.state_dict())
     model.save_pretrained(folder)
