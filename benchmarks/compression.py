@@ -44,7 +44,7 @@ DENSE, AFTER = 2 * EPOCH, 4 * EPOCH
 RATIOS = (0.48, 0.33)
 SEEDS = (0, 1)
 TARGETS = [r"encoder\.layer\..*"]
-RATES = {name: (3e-5, 1e-4, 3e-4) for name in ("dense", "fwsvd", "rankdyna")}
+RATES = dict.fromkeys(("dense", "fwsvd", "rankdyna"), (3e-5, 1e-4, 3e-4))
 """What is searched; the rate of "fwsvd" is that of all methods of two rounds."""
 RESULTS = runs.RESULTS / "compression.jsonl"
 MODELS = Path(tempfile.gettempdir()) / "lightning-peft-compression"
