@@ -56,9 +56,10 @@ def adamw(
         )
     groups = split_by_rate(module, groups)
     devices = {p.device.type for group in groups for p in group["params"]}
-    # A fused kernel unscales float16 gradients by itself, and then Lightning can no longer clip them.
-    fused = devices <= _FUSED_DEVICES and module.trainer.precision != "16-mixed"
-    optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=fused)
+    optimizer = torch.optim.AdamW(groups, weight_decay=weight_decay, fused=devices <= _FUSED_DEVICES)
+    # A fused kernel would take float16's scale out of gradients itself, and Lightning refuses to clip those in mixed
+    # precision, bfloat16 too. Both the scaler and Lightning look at this flag of torch's: unscale before the step.
+    optimizer._step_supports_amp_scaling = False
     rising, total = round(warmup * total), int(total)
 
     def share(step: int) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
@@ -181,9 +182,20 @@ def test_optimizer_is_fused_adamw_on_the_processor(tiny_bert: str, data: TextDat
     assert [(group["fused"], group["weight_decay"]) for group in optimizer.param_groups] == [(True, 0.07)] * 2
 
 
-def test_clipping_works_with_it(tiny_bert: str, data: TextData) -> None:
+@pytest.mark.parametrize(
+    "precision",
+    [
+        {},
+        {"precision": "bf16-mixed"},
+        # Lightning has no string for it on a CPU.
+        {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**8))]},
+    ],
+    ids=["32-true", "bf16-mixed", "16-mixed"],
+)
+def test_clipping_works_with_it(precision: dict[str, Any], tiny_bert: str, data: TextData) -> None:
     class Norms(Callback):
-        seen: list[float] = []  # noqa: RUF012  # one instance
+        def __init__(self) -> None:
+            self.seen: list[float] = []
 
         def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
             grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
@@ -191,9 +203,10 @@ def test_clipping_works_with_it(tiny_bert: str, data: TextData) -> None:
                 self.seen.append(math.sqrt(sum(float(grad.square().sum()) for grad in grads)))
 
     norms = Norms()
-    trainer = Trainer(max_steps=4, gradient_clip_val=1e-2, callbacks=[norms], **QUIET)
+    trainer = Trainer(max_steps=4, gradient_clip_val=1e-2, callbacks=[norms], **QUIET, **precision)
     trainer.fit(TextClassifier(tiny_bert, 3), datamodule=data)
     assert len(norms.seen) == 3
+    assert all(group["fused"] for group in trainer.optimizers[0].param_groups)
     assert norms.seen == pytest.approx([1e-2] * 3, rel=1e-3)
 
 
