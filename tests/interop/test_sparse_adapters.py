@@ -101,7 +101,11 @@ def test_a_base_in_bfloat16(tmp_path: Path) -> None:
 
 
 def test_the_merged_folder(tmp_path: Path) -> None:
-    assert save_merged(adapted(), tmp_path / "merged").max_difference == 0
+    found = save_merged(adapted(), tmp_path / "merged")
+    assert "every tensor equal to the merged model's" in found.check
+    # Outputs are not compared to the bit: kernels may round by where in memory a file's tensors come to lie.
+    assert found.max_difference is not None
+    assert found.max_difference < 1e-6
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -321,9 +321,10 @@ def test_every_example_has_a_draw_of_its_own() -> None:
     eps = torch.randn(3 * 5, generator=generator()).view(3, 5)
     wanted = module[2](torch.tanh(module[0].base(same_rows) * (1 + 0.5 * eps)))
     torch.testing.assert_close(many, wanted)
-    assert len(many.unique(dim=0)) == 3
+    assert float(torch.nn.functional.pdist(many.detach()).min()) > 1e-2
     with posterior.sampled(module, generator()):
-        assert len(module(same_rows).unique(dim=0)) == 1
+        one = module(same_rows)
+    torch.testing.assert_close(one, one[:1].expand_as(one))  # not to the bit: a kernel need not round all rows alike
 
 
 def test_an_adapter_may_hold_such_a_vector_in_its_gate() -> None:
