@@ -123,7 +123,7 @@ def execute(run: Run, max_steps: int = -1) -> dict[str, Any]:
         weight_decay=PROTOCOL["weight_decay"],
         warmup=PROTOCOL["warmup"],
     )
-    prepared, clock, precision = method.build(classifier, steps, run.rank), StepClock(), runs.precision()
+    prepared, clock, precision = method.build(classifier, steps, run.rank), StepClock(), runs.precision(load())
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
@@ -279,7 +279,7 @@ def main() -> None:
             print(text)
         return
     runs.one_quiet_thread()
-    print(f"precision {runs.precision()}, one thread", flush=True)
+    print(f"precision {runs.precision(load())}, one thread", flush=True)
     if args.command == "plan":
         chosen = args.methods.split(",") if args.methods else list(PAGES[args.page][0])
         if unknown := [name for name in chosen if name not in METHODS]:

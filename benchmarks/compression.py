@@ -128,11 +128,16 @@ def execute(run: Run, trial: int = 0) -> dict[str, Any]:
     return {
         **asdict(run),
         "settings": settings(run),
-        "precision": runs.precision(),
+        "precision": _precision(run),
         "versions": runs.versions("torch", "lightning", "transformers"),
         "seconds": round(time.perf_counter() - started, 1),
         **found,
     }
+
+
+def _precision(run: Run) -> runs.Precision:
+    """One for the searches, and one for what the table compares."""
+    return runs.precision(row for row in load() if row["search"] == run.search)
 
 
 def _dense(run: Run, trial: int) -> dict[str, Any]:
@@ -146,7 +151,7 @@ def _dense(run: Run, trial: int) -> dict[str, Any]:
     trainer = Trainer(
         accelerator="cpu",
         devices=1,
-        precision=runs.precision(),
+        precision=_precision(run),
         max_epochs=-1,
         max_steps=trial or DENSE,
         gradient_clip_val=1.0,
@@ -199,7 +204,7 @@ def _compressed(run: Run, trial: int) -> dict[str, Any]:
         model = str(folder)
     source = Source(train, None if run.search else test, length=16 if trial else 64, seed=run.seed)
     job = Compression(
-        ratio=run.ratio, lr=run.lr, seed=run.seed, precision=runs.precision(), task="classification", targets=TARGETS,
+        ratio=run.ratio, lr=run.lr, seed=run.seed, precision=_precision(run), task="classification", targets=TARGETS,
         progress=bool(trial), **options,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as place:

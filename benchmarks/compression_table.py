@@ -79,10 +79,11 @@ def table(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str], ratios: 
         if waiting:
             notes.append(f"- Not run here yet: {', '.join(waiting)}.")
         rates = sorted({(titles[row["method"]], row["lr"]) for row in section})
-        some = section[0]
+        some, searches = section[0], sorted({row["precision"] for row in rows if row["search"]})
         notes.append("- Learning rates: " + ", ".join(f"{title} {lr:g}" for title, lr in rates) + ".")
         notes.append(
-            f"- Precision {some['precision']}, one thread; timed on {some['timed_on']}; "
+            f"- Precision {some['precision']} (searches: {' and '.join(searches)}), one thread; "
+            f"timed on {some['timed_on']}; "
             + ", ".join(f"{package} {number}" for package, number in some["versions"].items())
             + "."
         )

@@ -238,7 +238,7 @@ def files(texts: Texts, run: Run, folder: Path, tested: int) -> tuple[str, str, 
 
 def execute(study: Study, run: Run, trial: int = 0) -> dict[str, Any]:
     """Train and score once; the result is one line of the results file."""
-    started, texts = time.perf_counter(), study.data[run.data]
+    started, texts, precision = time.perf_counter(), study.data[run.data], runs.precision(study.load())
     with tempfile.TemporaryDirectory() as place:
         train, scored, names = files(texts, run, Path(place), study.tested)
         seed_everything(run.seed, verbose=False)
@@ -263,7 +263,7 @@ def execute(study: Study, run: Run, trial: int = 0) -> dict[str, Any]:
         trainer = Trainer(
             accelerator="cpu",
             devices=1,
-            precision=runs.precision(),
+            precision=precision,
             max_epochs=-1,
             max_steps=trial or study.steps_of(run),
             gradient_clip_val=PROTOCOL["clip"],
@@ -280,7 +280,7 @@ def execute(study: Study, run: Run, trial: int = 0) -> dict[str, Any]:
     return {
         **asdict(run),
         "settings": study.settings(run),
-        "precision": runs.precision(),
+        "precision": precision,
         "versions": runs.versions("torch", "lightning", "transformers", "peft", "torchmetrics"),
         "scored_on": f"{len(labels)} {'held-out' if run.search else 'test'} texts",
         "accuracy": round(float(multiclass_accuracy(probabilities, labels, len(names), average="micro")), 6),

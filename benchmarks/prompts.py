@@ -133,7 +133,7 @@ def execute(run: Run, max_steps: int = -1) -> dict[str, Any]:
     return {
         **asdict(run),
         "settings": settings(run),
-        "precision": runs.precision(),
+        "precision": runs.precision(load()),
         "versions": runs.versions("torch", "lightning", "transformers"),
         "steps": steps,
         **figures,
@@ -147,7 +147,7 @@ def execute(run: Run, max_steps: int = -1) -> dict[str, Any]:
 
 def _trainer(callbacks: list[Any], clip: float, **limits: int) -> Trainer:
     return Trainer(
-        accelerator="cpu", devices=1, precision=runs.precision(), gradient_clip_val=clip, callbacks=callbacks,
+        accelerator="cpu", devices=1, precision=runs.precision(load()), gradient_clip_val=clip, callbacks=callbacks,
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         num_sanity_val_steps=0, check_val_every_n_epoch=1_000_000, **limits,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 import transformers
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 RESULTS = Path(__file__).resolve().parent / "results"
 R = TypeVar("R", bound="DataclassInstance")
+Precision = Literal["bf16-mixed", "32-true"]
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -99,8 +100,14 @@ def versions(*packages: str) -> dict[str, str]:
     return {package: version(package) for package in packages}
 
 
-def precision() -> Literal["bf16-mixed", "32-true"]:
-    """bf16 autocast only where the processor computes in it; emulated it is slower than float32."""
+def precision(begun: Iterable[Mapping[str, Any]] = ()) -> Precision:
+    """That of the runs which the new one is compared with, whatever machine they were on.
+
+    The first run decides: bf16 autocast only where the processor computes in it; emulated it is slower than float32.
+    """
+    for row in begun:
+        if "precision" in row:
+            return cast(Precision, row["precision"])
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16-mixed" if native else "32-true"
 
