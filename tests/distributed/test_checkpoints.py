@@ -182,8 +182,8 @@ def work(kind: str, folder: Path) -> dict[str, Any]:
 def test_every_strategy_writes_and_reads_one_plain_file(tmp_path: Path, kind: str) -> None:
     for result in run_processes(2, work, kind, tmp_path):
         assert result["validate"] == result["test"] == result["predict"] == result["resumed"] == []
-        # FSDP1 computes with views into one long tensor, which other kernels of the same product may be chosen for.
-        assert result["apart"] <= (1e-6 if kind.startswith("fsdp1") else 0), "predictions of a model in a bare script"
+        # FSDP's weights lie elsewhere in memory, and kernels of the same product may be chosen by that.
+        assert result["apart"] <= (1e-6 if kind.startswith("fsdp") else 0), "predictions of a model in a bare script"
         assert ("could not be written" if kind == "ddp" else "older sharded checkpoint") in result["refused"]
         assert "was not written by AdapterCheckpoint" in result["foreign"]
     names = {path.name for path in tmp_path.glob("*.ckpt") if path.is_file()}

@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
-from hosts import Host, Job, ShardedAroundAdapters, change, train_all
+from hosts import ROUNDINGS, Host, Job, ShardedAroundAdapters, change, train_all
 from lightning.pytorch.strategies import DDPStrategy
 from presets.every import NAMES as ALL
 from presets.every import adapts_models, has_posterior, injection_of, releases_base, small
@@ -65,7 +65,7 @@ def test_two_processes_are_one(name: str, kind: str) -> None:
         assert isinstance(result, dict), result
         assert result["events"] == alone["events"]
         assert result["masks"] == alone["masks"]
-        assert change(result, alone) < 1e-6
+        assert change(result, alone) < ROUNDINGS
 
 
 @pytest.mark.parametrize("name", NAMES)

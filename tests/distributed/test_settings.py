@@ -11,7 +11,19 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
-from hosts import BATCHES, GLOBAL_BATCH, Block, Job, Sharded, ShardedAroundAdapters, Stack, change, mlp, train_all
+from hosts import (
+    BATCHES,
+    GLOBAL_BATCH,
+    ROUNDINGS,
+    Block,
+    Job,
+    Sharded,
+    ShardedAroundAdapters,
+    Stack,
+    change,
+    mlp,
+    train_all,
+)
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -203,7 +215,7 @@ class Setting:
 
     job: Job
     kinds: tuple[str, ...]
-    bound: float = 1e-6
+    bound: float = ROUNDINGS
 
 
 SETTINGS: dict[str, Setting] = {
@@ -334,4 +346,4 @@ def test_compiled_code_gives_what_one_process_gives() -> None:
     for run in runs:
         assert isinstance(first[run], dict), first[run]
         assert first[run]["events"] == reference["events"]
-        assert change(first[run], reference) <= 1e-6
+        assert change(first[run], reference) <= ROUNDINGS
