@@ -25,6 +25,10 @@ _HEAD = (
     "| ms per 64 texts | of the dense model's time |"
 )
 
+ORDERINGS = (("ars-none", "svd"), ("ars-fisher", "fwsvd"), ("ars-activation", "asvd"), ("rankdyna", "fwsvd"))
+"""The papers' claims: each first method above its second, RankDyna in one round above two rounds."""
+_MEASURES = {"not fine-tuned": "accuracy_before_fine_tuning", "fine-tuned": "accuracy"}
+
 
 def write_table(
     rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str], ratios: Sequence[float], out: Path | None
@@ -87,7 +91,7 @@ def table(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str], ratios: 
             + ", ".join(f"{package} {number}" for package, number in some["versions"].items())
             + "."
         )
-        parts += ["", *notes, ""]
+        parts += ["", *notes, *_orderings(section, titles), ""]
     return "\n".join(parts)
 
 
@@ -107,6 +111,24 @@ def _line(title: str, found: Sequence[Mapping[str, Any]]) -> str:
         _mean([row["ms"] / row["dense_ms"] for row in found]),
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def _orderings(section: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> list[str]:
+    """The differences that the papers claim to be positive, seed by seed: the dense model of a seed is the same."""
+    by_seed = {(row["method"], row["seed"]): row for row in section}
+    seeds = sorted({row["seed"] for row in section})
+    lines = []
+    for better, worse in ORDERINGS:
+        cells = []
+        for name, column in _MEASURES.items():
+            pairs = [(by_seed.get((better, seed), {}), by_seed.get((worse, seed), {})) for seed in seeds]
+            found = [100 * (a[column] - b[column]) for a, b in pairs if None not in (a.get(column), b.get(column))]
+            if found:
+                cells.append(f"{name} {', '.join(f'{difference:+.2f}' for difference in found)}")
+        if cells:
+            lines.append(f"- {titles[better]} − {titles[worse]}: {'; '.join(cells)}.")
+    head = "Differences that the papers claim to be positive, in points, one number per seed:"
+    return ["", head, "", *lines] if lines else []
 
 
 def _mean(values: Sequence[float], digits: int = 2) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import DoublePrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -186,6 +187,9 @@ class AdapterCheckpoint(Preflight):
                     f"{source} was not written by AdapterCheckpoint and does not fit this model: {odd[0]!r} is in one "
                     "and not in the other. Load it into the model before adapters are injected."
                 )
+        precision = module.trainer.precision_plugin
+        if isinstance(precision, DoublePrecision):
+            precision.convert_module(module)  # Lightning does it after loading, and float32 would round the numbers
         call(checkpoint)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from quiet import QUIET
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -57,11 +58,7 @@ def loader(size: int = 4, count: int = 24, shuffle: bool = False) -> DataLoader[
 
 
 def trainer(*callbacks: Callback, **options: Any) -> Trainer:
-    quiet: dict[str, Any] = {
-        "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
-        "enable_model_summary": False, "max_epochs": 1, "num_sanity_val_steps": 0,
-    }  # fmt: skip
-    return Trainer(callbacks=list(callbacks), **{**quiet, **options})
+    return Trainer(callbacks=list(callbacks), **{**QUIET, "max_epochs": 1, **options})
 
 
 def fit(module: LightningModule, *callbacks: Callback, ckpt_path: Any = None, **options: Any) -> Trainer:

@@ -138,6 +138,8 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path, stop: int,
 @pytest.mark.parametrize(("stop", "settings"), [
     (7, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}),
     (11, {"precision": "bf16-mixed"}),
+    (11, {"precision": "bf16-true"}),
+    (11, {"precision": "64-true"}),
 ])  # fmt: skip
 def test_resume_is_exact_under_accumulation_clipping_and_autocast(
     tmp_path: Path, stop: int, settings: dict[str, Any]

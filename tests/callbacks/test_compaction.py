@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveragi
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from quiet import QUIET
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -128,11 +129,8 @@ def taylor(compact: Compact, dropout: float = 0.1) -> list[L.Callback]:
 
 
 def trainer(*callbacks: L.Callback, **options: Any) -> L.Trainer:
-    settings: dict[str, Any] = {
-        "max_epochs": 4, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
-        "enable_model_summary": False, "num_sanity_val_steps": 0, "accelerator": "cpu", "log_every_n_steps": 1,
-    }  # fmt: skip
-    return L.Trainer(callbacks=[*callbacks, RankMonitor(), AdapterCheckpoint()], **(settings | options))
+    shown = [*callbacks, RankMonitor(), AdapterCheckpoint()]
+    return L.Trainer(callbacks=shown, **{**QUIET, "max_epochs": 4, "log_every_n_steps": 1, **options})
 
 
 def fit(

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.tuner import Tuner
+from quiet import QUIET
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -70,11 +71,7 @@ every_method = pytest.mark.parametrize("method", METHODS)
 
 
 def make(method: str, before: list[L.Callback], after: list[L.Callback], **options: Any) -> L.Trainer:
-    settings: dict[str, Any] = {
-        "max_epochs": 3, "accelerator": "cpu", "logger": False, "enable_checkpointing": False,
-        "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0,
-    }  # fmt: skip
-    return L.Trainer(callbacks=[*before, *METHODS[method](), *after], **(settings | options))
+    return L.Trainer(callbacks=[*before, *METHODS[method](), *after], **{**QUIET, "max_epochs": 3, **options})
 
 
 def left(net: Net, trainer: L.Trainer) -> dict[str, Any]:

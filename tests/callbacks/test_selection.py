@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from quiet import QUIET
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
@@ -93,16 +94,7 @@ def method(tail: float = 0.0, train: list[str] | None = None, **also: Any) -> li
 
 
 def trainer(*callbacks: L.Callback, **options: Any) -> L.Trainer:
-    quiet = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "max_epochs": 1,
-    }
-    return L.Trainer(callbacks=list(callbacks), **{**quiet, **options})
+    return L.Trainer(callbacks=list(callbacks), **{**QUIET, "max_epochs": 1, **options})
 
 
 def test_one_mask_for_a_step_and_another_for_the_next() -> None:

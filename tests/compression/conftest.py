@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import transformers
 from lightning.pytorch import Trainer, seed_everything
+from quiet import QUIET
 from safetensors.torch import load_file
 from tiny_models import save_decoder, save_encoder, save_texts, save_tokenizer
 from torch import Tensor, nn
@@ -24,19 +25,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """Folders of an encoder and a decoder that were trained on the texts, the texts, and an encoder without a head."""
     place = tmp_path_factory.mktemp("models")
     csv, txt = save_texts(place / "texts.csv"), save_texts(place / "texts.txt")
-    quiet: dict[str, Any] = {
-        "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
-        "enable_model_summary": False, "num_sanity_val_steps": 0,
-    }  # fmt: skip
     seed_everything(0, verbose=False)
     raw = save_encoder(place / "raw-encoder")
     classifier = TextClassifier(raw, 3, lr=5e-3)
     classifier.model.bert.save_pretrained(place / "headless")
-    Trainer(max_steps=40, **quiet).fit(classifier, datamodule=TextData(csv, raw, val_share=0.0, batch_size=16))
+    Trainer(max_steps=40, **QUIET).fit(classifier, datamodule=TextData(csv, raw, val_share=0.0, batch_size=16))
     raw = save_decoder(place / "raw-decoder")
     language = CausalLM(raw, lr=1e-2)
     data = LanguageData(txt, raw, val_share=0.0, block_size=8, batch_size=8)
-    Trainer(max_steps=40, **quiet).fit(language, datamodule=data)
+    Trainer(max_steps=40, **QUIET).fit(language, datamodule=data)
     for name, model in (("encoder", classifier.model), ("decoder", language.model)):
         model.save_pretrained(place / name)
         save_tokenizer(place / name, classifies=name == "encoder")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from quiet import QUIET
 from tiny_models import WORDS, save_translator
 from torch.distributed.fsdp import fully_shard
 
@@ -19,10 +20,6 @@ from lightning_peft.testing.processes import run_processes
 pytestmark = [pytest.mark.dist, pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork")]
 
 METRICS = ("exact_match", "bleu", "chrf", "rougeL")
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
-    "enable_checkpointing": False, "num_sanity_val_steps": 0,
-}  # fmt: skip
 
 
 class Sharded(Seq2Seq):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from quiet import QUIET
 from tiny_models import WORDS, save_decoder, save_texts
 from torch.utils.data import DataLoader
 from torchmetrics.text import Perplexity as Torchmetrics
@@ -17,15 +17,6 @@ from torchmetrics.text import Perplexity as Torchmetrics
 from lightning_peft import presets
 from lightning_peft.modules import CausalLM, LanguageData
 from lightning_peft.modules.perplexity import Perplexity
-
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}
 
 
 @pytest.fixture(scope="module")

@@ -10,20 +10,13 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
+from quiet import QUIET
 from tiny_models import save_decoder, save_texts, save_translator
 from torch import Tensor
 
 from lightning_peft import Adapter, presets
 from lightning_peft.modules import CausalLM, LanguageData, Seq2Seq, Seq2SeqData
 
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}
 OFFSETS: dict[str, Any] = {"length": 4, "rank": 2, "reach": 12}
 
 

@@ -9,19 +9,12 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+from quiet import SAVING
 from tiny_models import save_decoder, save_translator
 from torch import Tensor, nn
 
 from lightning_peft import presets
 from lightning_peft.modules import CausalLM, LanguageData, Seq2Seq, Seq2SeqData, TextClassifier, TextData
-
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}
 
 
 class Interrupted(RuntimeError):
@@ -64,7 +57,7 @@ def data(write: Any, tiny_bert: str, rows: Any) -> Any:
 
 
 def fit(reader: Reader, data: TextData, ckpt_path: str | None = None, **settings: Any) -> Reader:
-    trainer = Trainer(max_epochs=3, **QUIET, **{"enable_checkpointing": False, **settings})
+    trainer = Trainer(max_epochs=3, **SAVING, **{"enable_checkpointing": False, **settings})
     trainer.fit(reader, datamodule=data, ckpt_path=ckpt_path)
     return reader
 
@@ -119,7 +112,7 @@ def test_classifier_resumes_bit_for_bit(data: Any, tiny_bert: str, tmp_path: Pat
     def run(ckpt_path: str | None = None, **settings: Any) -> TextClassifier:
         torch.manual_seed(1)
         classifier = TextClassifier(tiny_bert, num_labels=3)
-        trainer = Trainer(max_epochs=2, **QUIET, **settings)
+        trainer = Trainer(max_epochs=2, **SAVING, **settings)
         trainer.fit(classifier, datamodule=data(), ckpt_path=ckpt_path)
         return classifier
 
@@ -153,7 +146,7 @@ def test_adapters_resume_bit_for_bit_inside_an_epoch(kind: str, tmp_path: Path) 
         torch.manual_seed(1)
         module, data = of_pairs(kind, tmp_path)
         callbacks = [*presets.lora(rank=2, dropout=0.2), *settings.pop("callbacks", [])]
-        trainer = Trainer(max_epochs=2, **QUIET, callbacks=callbacks, **settings)
+        trainer = Trainer(max_epochs=2, **SAVING, callbacks=callbacks, **settings)
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
         return {name: p.detach().clone() for name, p in module.named_parameters()}
 

@@ -10,19 +10,12 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from quiet import QUIET
 from tiny_models import WORDS, save_translator
 
 from lightning_peft import presets
 from lightning_peft.modules import Seq2Seq, Seq2SeqData
 
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}
 PAIRS = [("the red", "car"), ("the blue", "sky and sky"), ("and the green", "tree"), ("red", "")]
 
 

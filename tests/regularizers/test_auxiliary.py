@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from quiet import QUIET
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -108,11 +109,7 @@ def adversary(**options: Any) -> Adversary:
 
 
 def trainer(*callbacks: Callback, **options: Any) -> Trainer:
-    quiet: dict[str, Any] = {
-        "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
-        "enable_model_summary": False, "max_epochs": 2, "num_sanity_val_steps": 0,
-    }  # fmt: skip
-    return Trainer(callbacks=list(callbacks), **{**quiet, **options})
+    return Trainer(callbacks=list(callbacks), **{**QUIET, "max_epochs": 2, **options})
 
 
 def state(term: Auxiliary) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from quiet import QUIET
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 
@@ -37,14 +38,6 @@ from lightning_peft.modules.text_vae.noise import generator_of, normal_rows
 from lightning_peft.modules.text_vae.objective import sentence_losses
 from lightning_peft.modules.vocabulary import END, PAD, START
 
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}
 LATENT = 4
 WORDS = 12
 

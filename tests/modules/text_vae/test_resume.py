@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from quiet import SAVING
 
 from lightning_peft import ConcatCritic
 from lightning_peft.modules import (
@@ -24,13 +25,6 @@ from lightning_peft.modules import (
     TextVAE,
 )
 
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}
 PARTS: dict[str, Any] = {
     "encoder": partial(LSTMEncoder, embedding=6, hidden=8, start=0.3),
     "decoder": partial(LSTMDecoder, embedding=6, hidden=8, dropout=0.3, start=0.3),
@@ -57,7 +51,7 @@ def test_it_goes_on_bit_for_bit(write: Any, rows: Any, tmp_path: Path) -> None:
         vae = make()
         if ckpt_path is not None:
             torch.manual_seed(99)  # nothing is to come from the global generator
-        trainer = Trainer(max_epochs=3, val_check_interval=2, gradient_clip_val=1.0, **QUIET, **settings)
+        trainer = Trainer(max_epochs=3, val_check_interval=2, gradient_clip_val=1.0, **SAVING, **settings)
         trainer.fit(vae, datamodule=data, ckpt_path=ckpt_path)
         return vae, trainer
 
