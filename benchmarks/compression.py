@@ -77,6 +77,7 @@ ROWS: dict[str, Row] = {
     "ars-none": Row("ARS on plain SVD", _ars("none")),
     "ars-fisher": Row("ARS on FWSVD", _ars("fisher")),
     "ars-activation": Row("ARS on ASVD", _ars("activation")),
+    "ars-whiten": Row("ARS on SVD-LLM", _ars("whiten")),  # of no paper: what the ranks add to the best weighting
     "rankdyna": Row("RankDyna", {"method": "rankdyna", "steps": DENSE + AFTER}, rounds=1),
 }
 

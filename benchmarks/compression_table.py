@@ -25,8 +25,14 @@ _HEAD = (
     "| ms per 64 texts | of the dense model's time |"
 )
 
-ORDERINGS = (("ars-none", "svd"), ("ars-fisher", "fwsvd"), ("ars-activation", "asvd"), ("rankdyna", "fwsvd"))
-"""The papers' claims: each first method above its second, RankDyna in one round above two rounds."""
+ORDERINGS = (
+    ("ars-none", "svd"),
+    ("ars-fisher", "fwsvd"),
+    ("ars-activation", "asvd"),
+    ("ars-whiten", "svd-llm"),
+    ("rankdyna", "fwsvd"),
+)
+"""Each first method above its second: learnt ranks above equal ones, RankDyna's one round above two."""
 _MEASURES = {"not fine-tuned": "accuracy_before_fine_tuning", "fine-tuned": "accuracy"}
 
 
@@ -82,9 +88,10 @@ def table(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str], ratios: 
                 notes.append(f"- {title}: {len(found)} of {most} seeds so far.")
         if waiting:
             notes.append(f"- Not run here yet: {', '.join(waiting)}.")
-        rates = sorted({(titles[row["method"]], row["lr"]) for row in section})
+        rates = {row["lr"]: {titles[r["method"]]: 0 for r in section if r["lr"] == row["lr"]} for row in section}
         some, searches = section[0], sorted({row["precision"] for row in rows if row["search"]})
-        notes.append("- Learning rates: " + ", ".join(f"{title} {lr:g}" for title, lr in rates) + ".")
+        told = [f"{lr:g}" + (f" ({', '.join(of)})" if len(rates) > 1 else "") for lr, of in sorted(rates.items())]
+        notes.append(f"- Learning rate found: {'; '.join(told)}.")
         notes.append(
             f"- Precision {some['precision']} (searches: {' and '.join(searches)}), one thread; "
             f"timed on {some['timed_on']}; "
@@ -114,7 +121,7 @@ def _line(title: str, found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _orderings(section: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> list[str]:
-    """The differences that the papers claim to be positive, seed by seed: the dense model of a seed is the same."""
+    """The differences that are expected to be positive, seed by seed: the dense model of a seed is the same."""
     by_seed = {(row["method"], row["seed"]): row for row in section}
     seeds = sorted({row["seed"] for row in section})
     lines = []
@@ -127,7 +134,7 @@ def _orderings(section: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) 
                 cells.append(f"{name} {', '.join(f'{difference:+.2f}' for difference in found)}")
         if cells:
             lines.append(f"- {titles[better]} − {titles[worse]}: {'; '.join(cells)}.")
-    head = "Differences that the papers claim to be positive, in points, one number per seed:"
+    head = "Differences that are expected to be positive, in points, one number per seed:"
     return ["", head, "", *lines] if lines else []
 
 
