@@ -88,10 +88,11 @@ def table(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str], ratios: 
                 notes.append(f"- {title}: {len(found)} of {most} seeds so far.")
         if waiting:
             notes.append(f"- Not run here yet: {', '.join(waiting)}.")
-        rates = {row["lr"]: {titles[r["method"]]: 0 for r in section if r["lr"] == row["lr"]} for row in section}
+        rates = sorted({row["lr"] for row in section})
         some, searches = section[0], sorted({row["precision"] for row in rows if row["search"]})
-        told = [f"{lr:g}" + (f" ({', '.join(of)})" if len(rates) > 1 else "") for lr, of in sorted(rates.items())]
-        notes.append(f"- Learning rate found: {'; '.join(told)}.")
+        for lr in rates:
+            of = dict.fromkeys(titles[row["method"]] for row in section if row["lr"] == lr)
+            notes.append(f"- Learning rate found: {lr:g}" + (f" ({', '.join(of)})." if len(rates) > 1 else "."))
         notes.append(
             f"- Precision {some['precision']} (searches: {' and '.join(searches)}), one thread; "
             f"timed on {some['timed_on']}; "
