@@ -47,6 +47,7 @@ TARGETS = [r"encoder\.layer\..*"]
 RATES = dict.fromkeys(("dense", "fwsvd", "rankdyna"), (3e-5, 1e-4, 3e-4))
 """What is searched; the rate of "fwsvd" is that of all methods of two rounds."""
 RESULTS = runs.RESULTS / "compression.jsonl"
+TIMES = runs.RESULTS / "compression_time.jsonl"  # of compression_time.py
 MODELS = Path(tempfile.gettempdir()) / "lightning-peft-compression"
 
 
@@ -282,7 +283,7 @@ def main() -> None:
     args = parser.parse_args()
 
     if args.command == "table":
-        write_table(load(), {name: row.title for name, row in ROWS.items()}, RATIOS, args.out)
+        write_table(load(), runs.read(TIMES), {name: row.title for name, row in ROWS.items()}, RATIOS, args.out)
         return
     runs.one_quiet_thread()
     if args.command == "plan":

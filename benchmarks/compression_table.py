@@ -15,10 +15,10 @@ _INTRODUCTION = (
     "above the table, embeddings, pooler and head are not. Two-round methods: the dense model is fine-tuned for 344 "
     "steps, compressed, and what is left fine-tuned; all have 688 steps after the dense model, of which ARS uses 344 "
     "for its masks. RankDyna has all 1032 in one round, from the pretrained model. Learning rates were searched on a "
-    "held-out tenth of the training set, one seed, three each: of the dense model, of fine-tuning (with FWSVD, for all "
-    "two-round methods), of RankDyna. Mean ± standard deviation over the seeds; parameters and bytes are of the whole "
-    "model, embeddings included. Times: median of 7 forward passes in turn with the dense model's, one thread, on a "
-    "machine that did other work as well."
+    "held-out tenth of the training set, one seed, three each: of the dense model, of fine-tuning (with FWSVD at the "
+    "smaller ratio, for all two-round methods), of RankDyna. Mean ± standard deviation over the seeds; parameters and "
+    "bytes are of the whole model, embeddings included. Times, by `benchmarks/compression_time.py`: of models of these "
+    "ranks, in one run in turn with the dense model, CPU time of one thread, float32, median of the rounds."
 )
 _HEAD = (
     "| method | seeds | accuracy %, not fine-tuned | accuracy %, fine-tuned | kept weights | parameters | bytes "
@@ -37,10 +37,14 @@ _MEASURES = {"not fine-tuned": "accuracy_before_fine_tuning", "fine-tuned": "acc
 
 
 def write_table(
-    rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str], ratios: Sequence[float], out: Path | None
+    rows: Sequence[Mapping[str, Any]],
+    times: Sequence[Mapping[str, Any]],
+    titles: Mapping[str, str],
+    ratios: Sequence[float],
+    out: Path | None,
 ) -> None:
     """Print the part, or put it into a page in the place of the one that is there, or at its end."""
-    part = f"{BEGIN}\n{table(rows, titles, ratios)}{END}\n"
+    part = f"{BEGIN}\n{table(rows, times, titles, ratios)}{END}\n"
     if out is None:
         print(part)
         return
@@ -51,15 +55,22 @@ def write_table(
     out.write_text(page, encoding="utf-8")
 
 
-def table(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str], ratios: Sequence[float]) -> str:
+def table(
+    rows: Sequence[Mapping[str, Any]],
+    times: Sequence[Mapping[str, Any]],
+    titles: Mapping[str, str],
+    ratios: Sequence[float],
+) -> str:
     """One section per ratio, one row per method, and a note for what is missing.
 
     Args:
         rows: finished runs.
+        times: of their models; the last one of each counts.
         titles: method -> what the table calls it.
         ratios: kept ratios, a section each.
     """
     final = [row for row in rows if not row["search"]]
+    by_run = {_key(row): row for row in times}
     dense = [row for row in final if row["method"] == "dense"]
     parts = [
         "## Compression of a classifier",
@@ -70,6 +81,7 @@ def table(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str], ratios: 
     if dense:
         accuracy = _mean([100 * row["accuracy"] for row in dense])
         parts += [f"Dense, fine-tuned for 344 steps: accuracy {accuracy} % ({len(dense)} seeds).", ""]
+    parts += _searches([row for row in rows if row["search"]], titles)
     for ratio in ratios:
         section = [row for row in final if row["ratio"] == ratio and row["method"] in titles]
         if not section:
@@ -83,7 +95,7 @@ def table(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str], ratios: 
             if not found:
                 waiting.append(title)
                 continue
-            parts.append(_line(title, found))
+            parts.append(_line(title, found, [by_run[_key(row)] for row in found if _key(row) in by_run]))
             if len(found) < most:
                 notes.append(f"- {title}: {len(found)} of {most} seeds so far.")
         if waiting:
@@ -103,7 +115,25 @@ def table(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str], ratios: 
     return "\n".join(parts)
 
 
-def _line(title: str, found: Sequence[Mapping[str, Any]]) -> str:
+def _searches(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> list[str]:
+    """What each search found, and where the best rate is the last that was tried on its side."""
+    lines = []
+    for name in dict.fromkeys(row["method"] for row in rows):
+        found = sorted((row["lr"], row["accuracy"]) for row in rows if row["method"] == name)
+        best = max(found, key=lambda pair: (pair[1], -pair[0]))[0]
+        edge = {found[0][0]: "lowest", found[-1][0]: "highest"}.get(best)
+        lines.append(
+            f"- {titles.get(name, 'the dense model')}: {', '.join(f'{lr:g} {100 * a:.2f}' for lr, a in found)}; "
+            f"{best:g} is taken" + (f", the {edge} that was tried: beyond it may be a better one." if edge else ".")
+        )
+    return ["Held-out accuracy by learning rate:", "", *lines, ""] if lines else []
+
+
+def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return row["method"], row["ratio"], row["seed"], row["lr"]
+
+
+def _line(title: str, found: Sequence[Mapping[str, Any]], times: Sequence[Mapping[str, Any]]) -> str:
     before = [
         100 * row["accuracy_before_fine_tuning"] for row in found if row["accuracy_before_fine_tuning"] is not None
     ]
@@ -115,8 +145,8 @@ def _line(title: str, found: Sequence[Mapping[str, Any]]) -> str:
         _mean([row["reached"] for row in found], 3),
         f"{statistics.mean(row['parameters'] for row in found) / 1e6:.2f} M",
         f"{statistics.mean(row['bytes'] for row in found) / 1e6:.1f} MB",
-        f"{statistics.mean(row['ms'] for row in found):.0f}",
-        _mean([row["ms"] / row["dense_ms"] for row in found]),
+        f"{statistics.mean(row['ms'] for row in times):.0f}" if times else "–",
+        _mean([row["of_dense"] for row in times]) if times else "–",
     ]
     return "| " + " | ".join(cells) + " |"
 

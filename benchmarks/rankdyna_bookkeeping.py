@@ -5,15 +5,18 @@
 The encoder layers of BERT-base, factorised at full rank, in float32 on one thread; the head of a classifier over them.
 A step is timed as it is without RankPruning. The bookkeeping is what RankPruning adds to it, timed by itself, because
 it is far below what one step differs from the next: the backward of the masks' gradients, the running average, and at
-an event the sort and the masks.
+an event the sort and the masks. CPU time; a line of `results/rankdyna_bookkeeping.jsonl`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable
+from datetime import datetime, timezone
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -23,14 +26,16 @@ from transformers import BertConfig, BertModel
 from lightning_peft import Budget, Factorized, RankBudget, inject
 from lightning_peft.adapters import rankdyna
 
+RESULTS = Path(__file__).parent / "results" / "rankdyna_bookkeeping.jsonl"
+
 
 def timed(action: Callable[[], object], times: int) -> float:
-    """Median seconds of an action, after one that is not counted."""
+    """Median CPU seconds of an action, after one that is not counted."""
     taken = []
     for _ in range(times + 1):
-        start = time.perf_counter()
+        start = time.process_time()
         action()
-        taken.append(time.perf_counter() - start)
+        taken.append(time.process_time() - start)
     return median(taken[1:])
 
 
@@ -56,9 +61,9 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = BertModel(BertConfig(num_hidden_layers=options.layers), add_pooling_layer=False)
-    start = time.perf_counter()
+    start = time.process_time()
     inject(model, Factorized, targets=["query", "key", "value", "dense"], train=[".*"])
-    decomposed = time.perf_counter() - start
+    decomposed = time.process_time() - start
     budget = RankBudget.of(model)
     policy = rankdyna.policy(Budget(dense_share=0.5), interval=1)
     ids = torch.randint(1000, 20000, (options.batch, options.length))
@@ -81,6 +86,14 @@ def main() -> None:
 
     event = timed(choose, 5)
     each = backward + average
+    result = {
+        "layers": options.layers, "batch": options.batch, "length": options.length, "groups": budget.capacity,
+        "step_ms": 1e3 * step, "bookkeeping_ms": 1e3 * each, "share": each / step,
+        "event_ms": 1e3 * event, "event_share": event / 50 / step, "decomposition_s": decomposed,
+        "torch": torch.__version__, "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }  # fmt: skip
+    with RESULTS.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(result) + "\n")
     print(f"{options.layers} layers of BERT-base, {budget.capacity:,} groups, batch {options.batch} x {options.length}")
     print(f"decomposition at the start: {decomposed:.1f} s")
     print(f"training step without bookkeeping: {step * 1e3:.0f} ms")

@@ -71,6 +71,11 @@ def thin_convolution(base: Any, down: Tensor, up: Tensor, bias: Tensor | None) -
     return nn.Sequential(OrderedDict(down=first, up=second))
 
 
+def is_thin_linear(module: nn.Module) -> bool:
+    """Whether a module is a :class:`ThinLinear`, or one that a compressed model's own file of code has built."""
+    return type(module).__name__ == ThinLinear.__name__ and list(module._modules) == ["down", "up"]
+
+
 def is_thin_convolution(module: nn.Module) -> bool:
     """Whether a module is what :func:`thin_convolution` makes."""
     return (

@@ -74,10 +74,11 @@ def peak_bytes() -> int:
 
 @torch.no_grad()
 def milliseconds(models: Sequence[nn.Module], batch: Mapping[str, Tensor], rounds: int = 7) -> list[float]:
-    """Median wall time of a forward pass of each model, on one thread.
+    """Median time of a forward pass of each model, on one thread.
 
-    The models take turns, so that what else the machine does meanwhile falls on all of them alike; each has one call
-    first that does not count.
+    On a CPU it is the process's own time, which does not count what else the machine does; elsewhere wall time. The
+    models take turns, so that what slows the machine falls on all of them alike; each has one call first that does not
+    count.
 
     Args:
         models: what is measured; put into evaluation mode and back.
@@ -90,12 +91,13 @@ def milliseconds(models: Sequence[nn.Module], batch: Mapping[str, Tensor], round
             for model, found in zip(models, times, strict=True):
                 device = next(model.parameters()).device
                 given = {name: tensor.to(device) for name, tensor in batch.items()}
+                clock = time.process_time if device.type == "cpu" else time.perf_counter
                 _wait(device)
-                start = time.perf_counter()
+                start = clock()
                 model(**given)
                 _wait(device)
                 if index:
-                    found.append(1e3 * (time.perf_counter() - start))
+                    found.append(1e3 * (clock() - start))
     return [statistics.median(found) for found in times]
 
 

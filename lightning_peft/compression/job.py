@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,9 +22,10 @@ from lightning_peft.callbacks import AdapterCheckpoint, Regularization
 from lightning_peft.compression.console import silence, without_remarks
 from lightning_peft.compression.figures import Clock, milliseconds, peak_bytes, size
 from lightning_peft.compression.layers import components
-from lightning_peft.compression.methods import DEFAULT, METHODS, Method, Plan, Training, method
+from lightning_peft.compression.methods import DEFAULT, METHODS, WEIGHTINGS, Method, Plan, Training, method
 from lightning_peft.compression.progress import Progress, Saving, contents
 from lightning_peft.compression.report import Report
+from lightning_peft.compression.stored import Stored
 from lightning_peft.compression.task import Source, Task, hub_model, task_of
 from lightning_peft.interop.folder import refuse_to_overwrite
 from lightning_peft.interop.plain import save_compressed, thin_layers, to_plain
@@ -34,6 +36,7 @@ from lightning_peft.rank.weighted_svd import Weighting
 from lightning_peft.regularizers import Distillation
 
 _HEAD_LR = 5e-3  # of a new head, which needs larger steps than what is pretrained
+_LAST = ("fine-tuning", "the fine-tuned model", "the model as it is written")  # stages
 _PACKAGES = ("lightning-peft", "torch", "lightning", "transformers")
 
 
@@ -89,6 +92,8 @@ class Compression:
             ("save_every", self.save_every),
         ):
             require_number(name, number)
+            if not isfinite(number):
+                raise ValueError(f"{name}={number}: it is a finite number.")
         for name, count in (("calibration", self.calibration), ("fine_tuning", self.fine_tuning)):
             require_integer(name, count)
         if not 0 < self.ratio < 1:
@@ -97,6 +102,8 @@ class Compression:
             raise ValueError(f"calibration={self.calibration}: at least 1 batch is looked at.")
         if self.fine_tuning < 0:
             raise ValueError(f"fine_tuning={self.fine_tuning}: it is a number of steps, 0 for none.")
+        if self.lr <= 0:
+            raise ValueError(f"lr={self.lr}: it is the peak learning rate, above 0; 1e-4 where nothing is known.")
         if self.distill < 0:
             raise ValueError(f"distill={self.distill}: it is the weight of a loss term, 0 for none.")
         if self.save_every < 0:
@@ -116,13 +123,19 @@ class Compression:
                 raise ValueError(f"steps={self.steps}: {self.method} trains, for at least 1 step.")
         if self.weighting is not None and found.weighting is None:
             raise ValueError(f"weighting={self.weighting!r}: {self.method} has its own.")
+        if self.weighting is not None and self.weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting={self.weighting!r}: choose {', '.join(WEIGHTINGS)}.")
 
     @isolate_rng()  # the caller's generators are left as they were
     def run(self, model: str | Path, source: Source | str | Path, out: str | Path, overwrite: bool = False) -> Report:
         """Compress a model.
 
         What was stopped goes on: called again with the same arguments, a job begins where it stood when it last kept
-        something in the folder `<out>.unfinished`, and gives the same bits as if it had not been stopped.
+        something in the folder `<out>.unfinished`, and gives the same bits as if it had not been stopped. Arguments of
+        fine-tuning alone may change: then it begins anew, and what was found before is kept.
+
+        A model that is stored in 16 bits is compressed and trained in 32, where small steps are not lost to rounding,
+        and written as it was stored.
 
         Args:
             model: folder of a transformers model and its tokenizer.
@@ -137,6 +150,7 @@ class Compression:
         Raises:
             FileNotFoundError, FileExistsError, ValueError: what is wrong with the model, the texts, or `out`; or
                 `<out>.unfinished` holds a job with other arguments.
+            FloatingPointError: training has diverged.
             RuntimeError: the written model was checked, and is not right.
         """
         with nullcontext() if self.progress else silence():
@@ -144,9 +158,9 @@ class Compression:
 
     def _run(self, model: str | Path, source: Source | str | Path, out: Path, overwrite: bool) -> Report:
         refuse_to_overwrite(out, overwrite)  # now, not after an hour
-        task = task_of(str(model), self.task)
-        full = components(skeleton(task.folder, task.architecture()), self.targets, self.ratio)
-        clock, chosen = Clock(), method(self.method)
+        task, chosen = task_of(str(model), self.task), method(self.method)
+        full = components(skeleton(task.folder, task.architecture()), self.targets, self.ratio, not chosen.trains)
+        clock = Clock()
         source = source if isinstance(source, Source) else Source(str(source), seed=self.seed)
         with clock.stage("reading"):
             self._draw_anew()
@@ -154,10 +168,12 @@ class Compression:
             data.setup("fit")
             module: Any = task.module(data)
             self._require_head(task, module, data, chosen)
-            done = Progress(out, self._arguments(str(model), source))
+            stored = Stored(hub_model(module))
+            done = Progress(out, self._arguments(str(model), source), self._late(chosen), _LAST)
         if done.begun:
             self._say(f"Going on with what {done.folder} holds.")
         before = size(hub_model(module), full)
+        stored.widen()
         quality_before = {} if task.missing(module) else self._quality(module, data, "the dense model", clock, done)
         with clock.stage("compression"):
             steps = (chosen.steps if self.steps is None else self.steps) if chosen.trains else 0
@@ -169,7 +185,9 @@ class Compression:
         if self.fine_tuning:
             with clock.stage("fine-tuning"):
                 clock.add("fine-tuning", self._fine_tune(module, data, task, done))
-            quality = self._quality(module, data, "the fine-tuned model", clock, done)
+        if stored.narrow() or self.fine_tuning:
+            result = "the fine-tuned model" if self.fine_tuning else "the model as it is written"
+            quality = self._quality(module, data, result, clock, done)
         plain = hub_model(module).cpu()
         after = size(plain, full)
         rows: Any = data.val_dataloader().dataset
@@ -219,6 +237,10 @@ class Compression:
         files = contents(model=model, data=source.train, test=source.test)
         return {"model": model, **texts, **own, **files, **{package: version(package) for package in _PACKAGES}}
 
+    def _late(self, chosen: Method) -> set[str]:
+        """Arguments of fine-tuning alone."""
+        return {"fine_tuning", "distill"} | ({"lr"} if chosen.training or not chosen.trains else set())
+
     def _draw_anew(self) -> None:
         """Every stage draws from the seed, so that what is drawn in one does not depend on which went before."""
         random.seed(self.seed)
@@ -234,6 +256,11 @@ class Compression:
                 f"{task.wanted(data)}, so there is no quality for {self.method} to keep. Fine-tune the model for its "
                 f"task first, or take a method that does so itself: {others}."
             )
+        if missing and self.distill:
+            raise ValueError(
+                f"distill={self.distill}: {task.folder!r} has no weights for {', '.join(missing[:3])}, so there is no "
+                "dense model of this task to learn from. Fine-tune the model for it first, or leave distill out."
+            )
 
     def _find_ranks(
         self, module: Any, data: PlannedData, task: Task, chosen: Method, steps: int, done: Progress
@@ -242,12 +269,17 @@ class Compression:
         plan = Plan(self.ratio, self.targets, self.calibration, weighting, steps, self.seed)
         training = chosen.training or Training(self.lr, _HEAD_LR if task.missing(module) else self.lr)
         saving = Saving(done, "compression", self.save_every)
-        return self._fit(module, data, task, chosen.callbacks(plan), steps or 1, training, saving)
+        try:
+            return self._fit(module, data, task, chosen.callbacks(plan), steps or 1, training, saving)
+        except FloatingPointError:
+            done.clear()  # nothing is there to go on from
+            raise
 
     def _fine_tune(self, module: Any, data: PlannedData, task: Task, done: Progress) -> float:
         callbacks: list[Callback] = []
         if self.distill:
-            teacher = task.module(data)
+            teacher: Any = task.module(data)
+            Stored(hub_model(teacher)).widen()
             callbacks = [Regularization({"distillation": Distillation(self.distill, teacher, of="model")})]
         self._say(f"Fine-tuning for {self.fine_tuning} steps.")
         saving = Saving(done, "fine-tuning", self.save_every)
@@ -270,6 +302,13 @@ class Compression:
         callbacks = [*callbacks, AdapterCheckpoint(), saving]
         trainer = self._trainer(callbacks, steps, data.batches(), training.clip)
         trainer.fit(module, datamodule=data, ckpt_path=saving.path if saving.path.exists() else None)
+        odd = [name for name, parameter in module.named_parameters() if not bool(parameter.isfinite().all())]
+        if odd:
+            saving.path.unlink(missing_ok=True)
+            raise FloatingPointError(
+                f"{saving.stage} has diverged: {len(odd)} parameters are not finite, {odd[0]!r} first. Nothing was "
+                f"written. Its peak learning rate was {training.lr:g}: give a smaller one, such as lr={self.lr / 10:g}."
+            )
         return saving.seconds_before
 
     def _quality(

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from math import ceil
 from typing import Any
 
 from torch import nn
 
 from lightning_peft.adapters.factorized import Factorized
 from lightning_peft.rank.budget import RankBudget
+from lightning_peft.rank.weighted_svd import uniform_rank
 from lightning_peft.surgery.injection import inject
 
 
-def components(model: nn.Module, targets: Sequence[str] | None, ratio: float) -> dict[str, int]:
+def components(model: nn.Module, targets: Sequence[str] | None, ratio: float, alike: bool) -> dict[str, int]:
     """The layers that will be factorised, and how many components each has.
 
     Args:
         model: a transformers model, as :func:`lightning_peft.planning.skeleton.skeleton` builds it; it is changed.
         targets: patterns; see :func:`lightning_peft.inject`.
         ratio: kept share of their weights.
+        alike: whether every layer is to keep this share, or all together.
 
     Raises:
-        ValueError: the ratio does not pay for one component in every layer, or a layer's weight is tied to embeddings.
+        ValueError: the ratio does not pay for one component in every layer; or, alike, in one of them; or a layer's
+            weight is tied to embeddings.
     """
     tied = _tied(model)
     with warnings.catch_warnings():
@@ -42,6 +46,15 @@ def components(model: nn.Module, targets: Sequence[str] | None, ratio: float) ->
             f"ratio={ratio} cannot be reached: one component in each of {len(budget)} layers is {least:.4f} of their "
             "weights. Raise it, or name fewer layers in targets."
         )
+    for name, K in sizes.items():
+        cost = budget[name].gate.cost
+        if alike and uniform_rank(cost - K, K, ratio) < 1:
+            share = ceil(1e4 * cost / (K * (cost - K))) / 1e4  # rounded up, so that it is enough
+            raise ValueError(
+                f"ratio={ratio} leaves nothing of {name!r} where all layers keep the same share: one component is "
+                f"{share:.4f} of its weights. Raise it to that, leave the layer out of the targets, or take a method "
+                "that learns ranks."
+            )
     return sizes
 
 

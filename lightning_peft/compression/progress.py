@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ class Progress:
     Args:
         out: folder that the job will write; this one is beside it, `<out>.unfinished`.
         arguments: all that the result depends on, as plain values by name.
+        late: names of those arguments that only the last stages depend on.
+        last: names of these stages; changed late arguments cost them, and nothing that went before.
 
     Attributes:
         folder: where it is.
@@ -41,7 +43,9 @@ class Progress:
         AdapterFileError: it holds a damaged file.
     """
 
-    def __init__(self, out: Path, arguments: Mapping[str, Any]) -> None:
+    def __init__(
+        self, out: Path, arguments: Mapping[str, Any], late: Collection[str] = (), last: Collection[str] = ()
+    ) -> None:
         out = out if out.name.strip(".") else out.resolve()  # "." and ".." have names of their own
         self.folder = out.with_name(f"{out.name}.unfinished")
         self.arguments = json.loads(json.dumps(arguments))  # a tuple is a list then, as in the file
@@ -49,7 +53,17 @@ class Progress:
         self.begun = found is not None
         self._stages: dict[str, Any] = found["stages"] if found else {}
         if found is not None:
-            self._require_same(found["arguments"])
+            before = found["arguments"]
+            self._require_same({name: self.arguments.get(name) if name in late else before[name] for name in before})
+            if before != self.arguments:
+                self._forget(last)
+
+    def _forget(self, stages: Collection[str]) -> None:
+        """Begin stages anew, with the arguments of today."""
+        for stage in stages:  # before the arguments: what is left of a stage is never under other ones
+            self.checkpoint(stage).unlink(missing_ok=True)
+            self._stages.pop(stage, None)
+        self._write()
 
     def _read(self) -> dict[str, Any] | None:
         file = self.folder / _JOB
@@ -123,12 +137,13 @@ class Saving(Callback):
         minutes: between two checkpoints.
 
     Attributes:
+        stage: as above.
         path: file to write, whole or not at all.
         seconds_before: time that the fit took in earlier runs, up to the checkpoint that this one goes on from.
     """
 
     def __init__(self, done: Progress, stage: str, minutes: float) -> None:
-        self.path, self.minutes = done.checkpoint(stage), minutes
+        self.stage, self.path, self.minutes = stage, done.checkpoint(stage), minutes
         self._done = done
         self.seconds_before = 0.0
         self._start = self._saved = time.perf_counter()

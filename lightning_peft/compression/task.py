@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_peft.arguments import require_integer
 from lightning_peft.interop.plain import LOADER, is_compressed
 from lightning_peft.modules import CausalLM, LanguageData, TextClassifier, TextData
 from lightning_peft.modules.planned_data import PlannedData
@@ -31,6 +32,9 @@ class Source:
         length: tokens per text at most, or per block; ``None`` for the task's own.
         batch_size: texts or blocks per batch; ``None`` for the task's own.
         seed: decides the order of batches, and what is held out.
+
+    Raises:
+        TypeError, ValueError: a number is none, or below 1.
     """
 
     train: str
@@ -45,6 +49,11 @@ class Source:
         for name in ("train", "test"):
             if isinstance(path := getattr(self, name), PathLike):
                 object.__setattr__(self, name, fspath(path))
+        for name in ("length", "batch_size"):
+            if (number := getattr(self, name)) is not None:
+                require_integer(name, number)
+                if number < 1:
+                    raise ValueError(f"{name}={number}: it is at least 1. Leave it out for the task's own.")
 
 
 class Task(ABC):
@@ -108,8 +117,8 @@ class Classification(Task):
             val=source.test,
             text=source.text,
             label=source.label,
-            max_length=source.length or 64,
-            batch_size=source.batch_size or 32,
+            max_length=64 if source.length is None else source.length,
+            batch_size=32 if source.batch_size is None else source.batch_size,
             val_share=0.0 if source.test else 0.1,
             seed=source.seed,
             label_names=self._label_names(),
@@ -149,13 +158,15 @@ class Language(Task):
     auto_class = "AutoModelForCausalLM"
 
     def data(self, source: Source) -> LanguageData:
+        if source.label is not None:
+            raise ValueError(f"label={source.label!r}: a language model's texts have none. Leave it out.")
         return LanguageData(
             source.train,
             tokenizer=self.folder,
             val=source.test,
             text=source.text,
-            block_size=source.length or 256,
-            batch_size=source.batch_size or 4,
+            block_size=256 if source.length is None else source.length,
+            batch_size=4 if source.batch_size is None else source.batch_size,
             val_share=0.0 if source.test else 0.1,
             seed=source.seed,
         )

@@ -13,7 +13,7 @@ from lightning_peft.adapters.attention import AdaptedAttention, has_in_proj
 from lightning_peft.adapters.base import Adapter, AdapterFactory
 from lightning_peft.adapters.layers import is_convolution, why_not
 from lightning_peft.adapters.planned import PlannedFactory
-from lightning_peft.adapters.thin import ThinLinear
+from lightning_peft.adapters.thin import is_thin_linear
 from lightning_peft.heads import Head
 from lightning_peft.patterns import matches
 from lightning_peft.rank.budget import clean_name
@@ -106,7 +106,7 @@ def refuse_thin(module: nn.Module, chosen: Mapping[str, nn.Module], kind: str) -
     Raises:
         ValueError: there is one.
     """
-    halves = {id(half): name for name, m in named(module) if isinstance(m, ThinLinear) for half in m.children()}
+    halves = {id(half): name for name, m in named(module) if is_thin_linear(m) for half in m.children()}
     name = next((halves[id(layer)] for layer in chosen.values() if id(layer) in halves), None)
     if name is not None:
         raise ValueError(
@@ -129,6 +129,11 @@ def _is_grouped(layer: nn.Module) -> bool:
 def _no_match(pattern: str, module: nn.Module, layers: Mapping[str, nn.Module]) -> str:
     for name, child in named(module):
         if name and matches([pattern], name):
+            if is_thin_linear(child):
+                return (
+                    f"targets={[pattern]!r} matches {name!r}, which is compressed: it is two thin layers. Name them, "
+                    f"{f'{pattern}.down'!r} and {f'{pattern}.up'!r}, or leave targets out to adapt {DEFAULT}."
+                )
             reason = why_not(child)
             return f"targets={[pattern]!r} matches {name!r}, which cannot be adapted: {reason}."
     ends = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))

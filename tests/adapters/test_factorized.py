@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -365,6 +366,29 @@ def test_a_thin_layer_answers_for_the_one_whose_place_it_takes() -> None:
     assert torch.equal(plain(x), thin(x))
     with pytest.raises(ValueError, match="fold='V': choose 'both' or 'U'"):
         Factorized(base).thin("V")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("of", ["the package", "the exported file"])
+def test_adapters_on_top_of_thin_layers(of: str) -> None:
+    """The two halves are layers like any other; their common name is what a user tries first."""
+    made = Factorized(nn.Linear(24, 16), rank=4).thin()
+    thin: Any = plain_loader.ThinLinear(24, 16, 4, bias=True) if of == "the exported file" else made
+    host, x = nn.Sequential(OrderedDict(query=thin, out=nn.Linear(16, 3))), torch.randn(5, 24)
+    before = host(x)
+    with pytest.raises(ValueError, match=r"matches 'query', which is compressed: .* 'query\.down' and 'query\.up', or"):
+        inject(host, partial(LoRA, rank=2), targets=["query"])
+    with pytest.raises(ValueError, match=r"'query' is compressed already: .* train adapters on top, such as LoRA"):
+        inject(host, Factorized, targets=["query.up"])
+    inject(host, partial(LoRA, rank=2), targets=["query.down", "query.up"])
+    assert torch.equal(host(x), before)
+    with torch.no_grad():
+        for site in RankBudget.of(host).values():
+            site.adapter.B.normal_()
+    trained = host(x)
+    assert not torch.allclose(trained, before)
+    merge(host)
+    torch.testing.assert_close(host(x), trained, rtol=1e-5, atol=1e-5)
+    assert list(host.query.state_dict()) == ["down.weight", "up.weight", "up.bias"]
 
 
 @pytest.mark.parametrize("of", ["the package", "the exported file"])

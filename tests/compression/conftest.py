@@ -58,7 +58,7 @@ class InThisProcess(nn.Module):
         settings = json.loads((folder / "config.json").read_text())
         kind = settings["model_type"].removeprefix("compressed-")
         config = transformers.CONFIG_MAPPING[kind].from_dict({**settings, "model_type": kind})
-        self.model = getattr(transformers, auto_class).from_config(config)
+        self.model = getattr(transformers, auto_class).from_config(config).float()
         plain_loader.put_in(self.model, settings["thin_layers"])
         missing, unexpected = self.model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
         assert not unexpected

@@ -169,6 +169,70 @@ def test_time_counts_over_the_runs(models: SimpleNamespace, encoder: str, monkey
     assert 500 < seconds["evaluation"] < 1000
 
 
+@pytest.mark.parametrize("other", [{"lr": 1e-3}, {"fine_tuning": 3}, {"fine_tuning": 0, "distill": 0.0}])
+def test_other_arguments_of_fine_tuning_cost_fine_tuning_alone(
+    models: SimpleNamespace, encoder: str, monkeypatch: pytest.MonkeyPatch, other: dict[str, Any]
+) -> None:
+    steps = Steps(monkeypatch)
+    options: dict[str, Any] = {"method": "fwsvd", "fine_tuning": 4, "distill": 0.5}
+    steps.until(2 + 3)  # two batches of calibration
+    with pytest.raises(Stopped):
+        run(encoder, models.csv, **options)
+    options |= other
+    steps.until(0)
+    run(encoder, models.csv, **options)
+    assert steps.count == options["fine_tuning"]
+    run(encoder, models.csv, "whole", **options)
+    assert same("out", "whole")
+    assert not LEFT.exists()
+
+
+def test_another_rate_begins_rankdyna_anew(
+    models: SimpleNamespace, encoder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Steps(monkeypatch)
+    steps.until(3)
+    with pytest.raises(Stopped):
+        run(encoder, models.csv, method="rankdyna", steps=6)
+    with pytest.raises(FileExistsError, match=r"lr was 0\.0001 and is 0\.001\."):
+        run(encoder, models.csv, method="rankdyna", steps=6, lr=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:training has diverged")  # RankDyna's own word, as it goes on
+@pytest.mark.parametrize(
+    ("options", "sentence", "left"),
+    [
+        (
+            {"method": "fwsvd", "fine_tuning": 4},
+            r"fine-tuning has diverged: \d+ parameters are not finite, 'model\.",
+            True,
+        ),
+        (
+            {"method": "rankdyna", "steps": 6},
+            r"compression has diverged: .* 1e\+38: give a smaller one, such as lr=",
+            False,
+        ),
+    ],
+)
+def test_what_diverges_is_told_and_not_gone_on_from(
+    models: SimpleNamespace,
+    encoder: str,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    sentence: str,
+    left: bool,
+) -> None:
+    with pytest.raises(FloatingPointError, match=sentence):
+        run(encoder, models.csv, lr=1e38, **options)
+    assert not Path("out").exists()
+    assert LEFT.exists() == left
+    steps = Steps(monkeypatch)
+    run(encoder, models.csv, lr=1e-3, **options)
+    assert steps.count == (options["fine_tuning"] if left else 6)
+    run(encoder, models.csv, "whole", lr=1e-3, **options)
+    assert same("out", "whole")
+
+
 @pytest.fixture
 def stopped(models: SimpleNamespace, encoder: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A job that was stopped while it calibrated, and its options."""
@@ -187,7 +251,7 @@ def stopped(models: SimpleNamespace, encoder: str, monkeypatch: pytest.MonkeyPat
         ({"ratio": 0.4}, r"out\.unfinished .* other arguments has done: ratio was 0\.5 and is 0\.4\. .* delete"),
         ({"method": "svd", "ratio": 0.4}, r"method was 'fwsvd' and is 'svd'; ratio was 0\.5 and is 0\.4\."),
         ({"targets": None}, r"targets was \['query', 'value'\] and is None\."),
-        ({"fine_tuning": 3}, r"fine_tuning was 0 and is 3\."),
+        ({"method": "rankdyna"}, r"method was 'fwsvd' and is 'rankdyna'\."),
     ],
 )
 def test_a_job_with_other_arguments_is_refused(

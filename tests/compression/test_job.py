@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import save_encoder, save_texts
+from transformers import AutoModelForSequenceClassification
 
 from lightning_peft.compression.job import Compression, compress
 from lightning_peft.compression.methods import METHODS
@@ -100,6 +102,29 @@ def test_a_model_without_a_head_is_trained_in_one_round(models: SimpleNamespace)
     assert re.search(r"accuracy +not measured +", str(report))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_are_trained_in_32_and_written_as_they_were(
+    models: SimpleNamespace, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(models.encoder).to(dtype)
+    found = {}
+    for name, stored in (("half", dtype), ("whole", torch.float32)):
+        folder = shutil.copytree(models.encoder, tmp_path / "stored" / name)
+        model.to(stored).save_pretrained(folder)
+        encoder = SimpleNamespace(encoder=str(folder), csv=models.csv)
+        found[name] = run(encoder, name, method="svd", ratio=0.5, fine_tuning=60)
+    half, whole = found["half"], found["whole"]
+    # The same values, trained by the same numbers; only what is written is rounded.
+    assert half.quality_compressed == whole.quality_compressed
+    assert half.quality_after["loss"] == pytest.approx(whole.quality_after["loss"], abs=2e-2)
+    assert half.quality_after["loss"] < half.quality_compressed["loss"] - 0.2
+    one, two = (load_file(f"{out}/model.safetensors") for out in ("half", "whole"))
+    assert {tensor.dtype for tensor in one.values()} == {dtype}
+    assert all(torch.equal(one[name], two[name].to(dtype)) for name in two)
+    assert (2 * half.before.bytes, 2 * half.after.bytes) == (whole.before.bytes, whole.after.bytes)
+    assert json.loads(Path("half/config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+
+
 def test_the_report_is_written(models: SimpleNamespace) -> None:
     report = run(models, method="svd")
     found = json.loads(Path("out/report.json").read_text())
@@ -172,6 +197,10 @@ def test_labels_have_the_order_of_the_model(models: SimpleNamespace, tmp_path: P
         ({"task": "summaries"}, r"task='summaries': choose classification or lm"),
         ({"ratio": 0.01}, r"ratio=0\.01 cannot be reached: one component in each of 12 layers is 0\.10\d\d of their"),
         ({"targets": ["no_such_layer"]}, r"matches no layer"),
+        ({"lr": -1.0}, r"lr=-1\.0: it is the peak learning rate, above 0"),
+        ({"lr": float("nan")}, r"lr=nan: it is a finite number"),
+        ({"fine_tuning": 1, "distill": float("inf")}, r"distill=inf: it is a finite number"),
+        ({"weighting": "pca"}, r"weighting='pca': choose none, fisher, taylor, activation, whiten"),
     ],
 )
 def test_options_are_refused_before_anything_is_read(
@@ -180,6 +209,28 @@ def test_options_are_refused_before_anything_is_read(
     with pytest.raises(ValueError, match=sentence):
         compress(models.encoder, "no-such-file.csv", "out", **{"progress": False, **options})
     assert not Path("out").exists()
+
+
+def test_equal_shares_that_a_layer_cannot_keep_are_refused_with_those_it_can(
+    models: SimpleNamespace, tmp_path: Path
+) -> None:
+    """All 12 layers together could be cut to 0.1, the wide ones alone could not."""
+    folder = save_encoder(tmp_path / "wide", intermediate_size=512)
+    with pytest.raises(ValueError, match=r"ratio=0\.1 leaves nothing of 'bert.*query' where .* is 0\.1250 of its"):
+        compress(folder, models.csv, "out", method="svd", ratio=0.1, progress=False)
+    assert sorted(path.name for path in Path().iterdir() if "out" in path.name) == []
+    compress(folder, models.csv, "out", method="svd", ratio=0.125, progress=False)
+
+
+def test_sources_that_are_refused(models: SimpleNamespace) -> None:
+    for name in ("length", "batch_size"):
+        with pytest.raises(ValueError, match=rf"{name}=0: it is at least 1\. Leave it out for the task's own"):
+            Source(models.csv, **{name: 0})
+        with pytest.raises(TypeError, match=f"{name} must be an integer"):
+            Source(models.csv, **{name: 1.5})
+    source = Source(models.txt, label="street")
+    with pytest.raises(ValueError, match=r"label='street': a language model's texts have none\. Leave it out"):
+        compress(models.decoder, source, "out", method="svd", progress=False)
 
 
 def test_models_that_are_refused(models: SimpleNamespace, tmp_path: Path) -> None:
@@ -191,6 +242,13 @@ def test_models_that_are_refused(models: SimpleNamespace, tmp_path: Path) -> Non
         compress(models.headless, models.csv, "out")
     with pytest.raises(ValueError, match=r"has no weights for classifier\.bias, classifier\.weight for the 3 labels"):
         compress(models.headless, models.csv, "out", task="classification", method="svd", progress=False)
+    with pytest.raises(
+        ValueError, match=r"distill=0\.5: .* no weights for classifier\.bias, .* no dense model of this"
+    ):
+        compress(
+            models.headless, models.csv, "out", task="classification", method="rankdyna", distill=0.5, fine_tuning=5,
+            progress=False,
+        )  # fmt: skip
     run(models, "small", method="svd")
     with pytest.raises(ValueError, match=r"'small' is a compressed model already\. Compress the dense model"):
         compress("small", models.csv, "out")
