@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ from lightning_peft.callbacks.undisturbed import undisturbed
 from lightning_peft.certification.accounting import (
     PriorData,
     buffers,
-    first_trained_prior,
     outside,
     posterior_of,
     require_apart,
@@ -35,8 +35,9 @@ from lightning_peft.certification.accounting import (
     require_no_running_statistics,
     require_not_selected,
     require_unchanged,
+    require_untaught_prior,
 )
-from lightning_peft.certification.bound_set import BoundSet
+from lightning_peft.certification.bound_set import BoundSet, example_hash
 from lightning_peft.certification.certify import Settings, certify
 from lightning_peft.certification.counting import read_logits
 from lightning_peft.certification.record import Certificate, Unit
@@ -77,7 +78,8 @@ class RiskCertificate(Preflight):
         unit: what shares a draw of the noise: "batch", "example" (for vectors that multiply elementwise), or a "pass".
         delta: probability that the bound fails over the choice of the bound set.
         delta_prime: probability that the draws mislead.
-        tried: distributions among which this one was chosen by looking at the bound set: checkpoints, runs, settings.
+        tried: distributions among which this one was chosen by looking at the bound set: checkpoints, runs, settings. A
+            run that is continued keeps its own number, if that is larger.
         seed: of the noise.
         p_min: of the bounded cross-entropy, which is reported beside the errors.
         batch_size: examples per batch, of all processes alike; ``None`` for the loader's own.
@@ -120,7 +122,7 @@ class RiskCertificate(Preflight):
         read: Read | None = None,
         path: str | Path | None = None,
     ) -> None:
-        self.settings = Settings(passes, unit, delta, delta_prime, tried, seed, p_min)
+        self.settings = self._asked = Settings(passes, unit, delta, delta_prime, tried, seed, p_min)
         self.data, self.batch_size, self.read, self.path = data, batch_size, read or read_logits, path
         self._given = None if prior_data is None else PriorData.of(prior_data)
         self.prior_data = self._given
@@ -129,8 +131,7 @@ class RiskCertificate(Preflight):
         self._start: dict[str, int] = {}
         self._restored: dict[str, int] = {}
         self._built: dict[str, int] = {}
-        self._continues: bool | None = None  # whether that run's prior came after training; None if there was none
-        self._after_training = False
+        self._continues = False  # whether it goes on from a run that was to be certified
         self._pictures: KLPictures | None = None
         self._stepping = False
 
@@ -139,7 +140,7 @@ class RiskCertificate(Preflight):
         require_before(trainer, self, AdapterPlacement, Regularization, *COPIERS)
         if stage == "fit":
             self._restored, self.certificate = {}, None
-            self._continues, self.prior_data = None, self._given
+            self._continues, self.prior_data, self.settings = False, self._given, self._asked
             when_built(pl_module, self._print_base)
 
     def _print_base(self, module: LightningModule) -> None:
@@ -186,31 +187,39 @@ class RiskCertificate(Preflight):
         Raises:
             MisconfigurationException: it is not, or that run had chosen something that is not in Q.
         """
-        posterior = posterior_of(module)
-        self._after_training = posterior.after_training if self._continues is None else self._continues
-        if self._continues is None and trainer.ckpt_path is not None:
+        if not self._continues and trainer.ckpt_path is not None:
             # Nobody noted what was outside Q when that run began: this module, as it was built, has to say so.
             now = buffers(module)
             require_unchanged(self._built, {name: value for name, value in now.items() if name in self._built})
-        if self.prior_data is not None:
-            return
-        advice = "must not certify. Say what it was: RiskCertificate(prior_data=<a Dataset>)."
-        taught = first_trained_prior(module, posterior)
-        if taught is not None:
+        if self.prior_data is None:
+            advice = "Say what it was: RiskCertificate(prior_data=<a Dataset>)."
+            require_untaught_prior(module, posterior_of(module), advice)
+
+    def _require_steady(self, trainer: Trainer, module: LightningModule) -> None:
+        """Check that a batch is the same each time that it is brought to the device.
+
+        Raises:
+            MisconfigurationException: it is not.
+        """
+        data = self._bound_set(trainer)
+        with undisturbed(trainer, module), _as_predicting(trainer, module):
+            batches = [_transferred(trainer, module, batch) for batch in data.read([0, 0])]
+        try:
+            same = example_hash(batches[0]) == example_hash(batches[1])
+        except TypeError:
+            return  # of a class whose contents cannot be told
+        if not same:
             raise MisconfigurationException(
-                f"the adapter at {taught!r} had learned something before the prior was taken from it, and what it had "
-                f"learned from {advice}"
-            )
-        if self._after_training:
-            raise MisconfigurationException(
-                f"{type(module).__name__} had been trained before the prior was taken from it, and what it had learned "
-                f"from {advice}"
+                f"on_before_batch_transfer or on_after_batch_transfer of {type(module).__name__}, or of its data, "
+                "gives another batch each time: something is drawn in it (augmentation, mixing), and a certificate "
+                "counts examples as they are. Draw only where self.trainer.training is true."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         # Here, because a strategy that shards restores after our on_fit_start.
         together(lambda: self._require_known_prior(trainer, pl_module))
+        together(lambda: self._require_steady(trainer, pl_module))
         self._stepping = False
         self._start |= self._restored  # of the run that this one continues
         self._restored = {}
@@ -240,7 +249,6 @@ class RiskCertificate(Preflight):
             self._predicting(trainer, pl_module) as predict,
             Tqdm(total=steps, desc="Certificate", disable=not shown, leave=False) as bar,
         ):
-            pl_module.eval()
             self.certificate = found = certify(
                 pl_module, posterior, data, predict, self.settings,
                 base=self._base, prior_data=self.prior_data, precision=str(trainer.precision), advance=bar.update,
@@ -268,16 +276,12 @@ class RiskCertificate(Preflight):
             return self.read(owner, batch)
 
         def predict(batch: Any) -> tuple[Tensor, Tensor]:
-            batch = trainer.precision_plugin.convert_input(batch)
-            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-            found: tuple[Tensor, Tensor] = strategy.predict_step(strategy.batch_to_device(batch, dataloader_idx=0), 0)
+            found: tuple[Tensor, Tensor] = strategy.predict_step(_transferred(trainer, module, batch), 0)
             return found
 
-        remove = wrap_method(module, "predict_step", read)
-        try:
+        with _as_predicting(trainer, module), ExitStack() as back:
+            back.callback(wrap_method(module, "predict_step", read))
             yield predict
-        finally:
-            remove()
 
     def _bound_set(self, trainer: Trainer) -> BoundSet:
         """The examples to count over.
@@ -309,11 +313,13 @@ class RiskCertificate(Preflight):
         # Of the base each process may have a part of its own, and nothing of it is in the checkpoint.
         start = {name: value for name, value in self._start.items() if name not in self._base}
         tried = self.settings.tried
-        return {"start": start, "prior_data": facts, "after_training": self._after_training, "tried": tried}
+        return {"start": start, "prior_data": facts, "tried": tried}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = dict(state_dict.get("start", {}))
-        self._continues = bool(state_dict.get("after_training", False))
+        self._continues = True
+        tried = max(self._asked.tried, int(state_dict.get("tried", 1)))  # what was compared has been
+        self.settings = replace(self._asked, tried=tried)
         facts = state_dict.get("prior_data")
         if facts is None:
             return
@@ -325,6 +331,25 @@ class RiskCertificate(Preflight):
                 "out, or give the same examples."
             )
         self.prior_data = noted
+
+
+@contextmanager
+def _as_predicting(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Inside, a hook that asks is told that this is no training; inside of `undisturbed`, which puts modes back."""
+    stage = trainer.state.stage
+    trainer.predicting = True
+    module.eval()
+    try:
+        yield
+    finally:
+        trainer.state.stage = stage
+
+
+def _transferred(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
+    """A batch in the run's precision and on its device, with the hooks around it."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 
 def _training_loader(trainer: Trainer) -> Any:

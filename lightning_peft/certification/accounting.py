@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from math import isfinite
 from typing import Any
 
 import torch
@@ -211,6 +212,46 @@ def first_trained_prior(module: nn.Module, posterior: Posterior) -> str | None:
     finally:
         for p, value in zip(parameters, before, strict=True):
             p.copy_(value)
+
+
+def require_untaught_prior(module: nn.Module, posterior: Posterior, advice: str) -> None:
+    """Check that the prior has learned nothing, for where nobody says what it may have learned from.
+
+    Args:
+        module: the module.
+        posterior: Q, with its prior, of this run or of the one that it continues.
+        advice: what to do about it.
+
+    Raises:
+        MisconfigurationException: an adapter is no longer at its start, or the module had been trained.
+    """
+    adapter = first_trained_prior(module, posterior)
+    if adapter is not None:
+        raise MisconfigurationException(
+            f"the adapter at {adapter!r} had learned something before the prior was taken from it, and what it had "
+            f"learned from must not certify. {advice}"
+        )
+    if posterior.after_training:
+        raise MisconfigurationException(
+            f"{type(module).__name__} had been trained before the prior was taken from it, and what it had learned "
+            f"from must not certify. {advice}"
+        )
+
+
+def require_finite(module: nn.Module, posterior: Posterior) -> float:
+    """KL(Q || P), as :meth:`Posterior.divergence` has it; at least 0, below which rounding may take it.
+
+    Raises:
+        MisconfigurationException: it is no number.
+    """
+    kl = posterior.divergence()
+    if isfinite(kl):
+        return max(kl, 0.0)
+    odd = [name for name, p in in_q(module, posterior).items() if not bool(whole(p.detach()).isfinite().all())]
+    raise MisconfigurationException(
+        f"KL(Q || P) is {kl}: training has diverged; {repr(odd[0]) if odd else 'a sigma or a lambda'} is no longer "
+        "finite, and there is nothing to certify. Train with a lower learning rate, or clip gradients."
+    )
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from torch.utils.data import (
 )
 from torch.utils.data.dataloader import default_collate
 
+from lightning_peft.certification.collation import require_by_themselves
+
 _BATCH = 32
 """Examples per batch where nobody says."""
 _READ_TWICE = 8
@@ -37,8 +39,8 @@ class BoundSet:
         batch_size: examples per batch; ``None`` for the loader's own.
 
     Raises:
-        ValueError: the data are a stream or empty, the loader drops, repeats or chooses examples, or an example is
-            another each time that it is read.
+        ValueError: the data are a stream or empty, the loader drops, repeats, mixes or chooses examples, or an example
+            is another each time that it is read.
         TypeError: data, or what an example holds, are of another kind.
     """
 
@@ -73,6 +75,9 @@ class BoundSet:
                     f"example {i} of the bound set is another one each time that it is read: something is drawn in it "
                     "(augmentation, dropout). Give the data without that: RiskCertificate(data=...)."
                 )
+        if self._collate is not default_collate:
+            for places in (batches := self.batches)[:1] + batches[1:][-1:]:
+                require_by_themselves(self._collate, self.dataset.__getitem__, places, example_hash)
 
     def __len__(self) -> int:
         """Number of examples, n."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_peft.arguments import require_integer, require_number
-from lightning_peft.certification.accounting import PriorData, in_q, sha256
+from lightning_peft.certification.accounting import PriorData, in_q, require_finite, sha256
 from lightning_peft.certification.bound_set import BoundSet
 from lightning_peft.certification.counting import Predict, count, total
 from lightning_peft.certification.record import Certificate, Unit
@@ -93,7 +93,11 @@ def certify(
         prior_data: what chose the prior, if anything did.
         precision: what the module is run in, by name.
         advance: called after each batch.
+
+    Raises:
+        MisconfigurationException: training has diverged.
     """
+    kl = require_finite(module, posterior)  # first, since to count takes long
     counts = list(
         count(
             predict, posterior, module, data,
@@ -114,7 +118,7 @@ def certify(
         passes=settings.passes,
         unit=settings.unit,
         batch_size=data.batch_size,
-        kl=max(posterior.divergence(), 0.0),  # rounding
+        kl=kl,
         parameters=posterior.offset.numel(),
         delta=settings.delta,
         delta_prime=settings.delta_prime,

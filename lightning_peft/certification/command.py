@@ -17,13 +17,13 @@ from torch import Tensor
 
 from lightning_peft.certification.accounting import (
     buffers,
-    first_trained_prior,
     require_apart,
     require_apart_in_batches,
     require_drawn,
     require_in_q,
     require_not_selected,
     require_unchanged,
+    require_untaught_prior,
 )
 from lightning_peft.certification.bound_set import BoundSet
 from lightning_peft.certification.certify import Settings, certify
@@ -127,26 +127,27 @@ def run(options: argparse.Namespace) -> str:
     require_apart_in_batches(module)
     require_not_selected(monitors_of(checkpoint), settings.tried)
     prior_data = prior_data_from(checkpoint, str(path))
-    taught = first_trained_prior(module, posterior)
-    if taught is not None and prior_data is None:
-        raise MisconfigurationException(
-            f"the adapter at {taught!r} had learned something before the prior was taken from it, and {path} does not "
-            "say from what. Train with RiskCertificate(prior_data=...) among the callbacks, which notes it."
-        )
+    if prior_data is None:
+        advice = f"{path} does not say what it was: train with RiskCertificate(prior_data=...), which notes it."
+        require_untaught_prior(module, posterior, advice)
     data = _bound_set(given, checkpoint, module)
     if prior_data is not None:
         data.keep(prior_data.rest(data))
         require_apart(prior_data, data)
     base = fingerprint(module)
-    precision = _plugin(precision_from(checkpoint, str(path)))
+    trainer = _trainer(precision_from(checkpoint, str(path)))
+    precision = trainer.precision_plugin
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     module.to(device)
     posterior.to(device)
     precision.convert_module(module)
     module.eval()
+    module.trainer = trainer  # of which hooks may ask what is going on
+    trainer.predicting = True
 
     def predict(batch: Any) -> tuple[Tensor, Tensor]:
-        batch = module.transfer_batch_to_device(precision.convert_input(batch), module.device, 0)
+        batch = module.on_before_batch_transfer(precision.convert_input(batch), 0)
+        batch = module.on_after_batch_transfer(module.transfer_batch_to_device(batch, module.device, 0), 0)
         with precision.predict_step_context():
             return read_logits(module, batch)
 
@@ -161,10 +162,10 @@ def run(options: argparse.Namespace) -> str:
     return f"{found}\n\nWrote {out}."
 
 
-def _plugin(precision: Any) -> Any:
-    """What runs a model in a precision, on this machine, as the Trainer does."""
+def _trainer(precision: Any) -> Trainer:
+    """One that runs a model in a precision, on this machine."""
     with without_remarks():
-        return Trainer(devices=1, precision=precision, logger=False, enable_checkpointing=False).precision_plugin
+        return Trainer(devices=1, precision=precision, logger=False, enable_checkpointing=False)
 
 
 def _bound_set(given: Mapping[str, Any], checkpoint: Mapping[str, Any], module: Any) -> BoundSet:

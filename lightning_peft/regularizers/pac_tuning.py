@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -76,9 +77,20 @@ class PACTuning(Objective):
         return tuple({least * (largest / least) ** (i / (steps - 1)): None for i in range(steps)})
 
     def measured(self, losses: Tensor) -> None:
-        """Take K from losses at each of the widths: (8, draws, examples)."""
-        found = [moment_constant(each, self.gammas) for each in losses]
-        self.constants.copy_(torch.stack(found))
+        """Take K from losses at each of the widths: (8, draws, examples).
+
+        Raises:
+            FloatingPointError: it is no number at one of them.
+        """
+        found = torch.stack([moment_constant(each, self.gammas) for each in losses])
+        odd = [f"{width:.3g}" for width, K in zip(self.widths.tolist(), found.tolist(), strict=True) if not isfinite(K)]
+        if odd:
+            raise FloatingPointError(
+                f"PACTuning's K is no number for weights drawn at a width of {', '.join(odd)}: losses there are "
+                "infinite or NaN. Check that the loss is finite without noise, and train in a precision with a larger "
+                "range (precision='bf16-mixed' or '32-true')."
+            )
+        self.constants.copy_(found)
         self._known = True
 
     def prepare(self, step: int, total: int) -> None:

@@ -43,7 +43,7 @@ class Posterior(CountedDraws):
     number is in the state dict, so that a run that is resumed draws on as it would have.
 
     `after_training` says whether the module had been trained, as far as is known, before w_0 were taken from it: then
-    they owe something to data.
+    they owe something to data. It is in the state dict beside them.
 
     A component that a mask has closed stays in Q: the divergence still counts it, and draws it back to the prior.
 
@@ -73,6 +73,7 @@ class Posterior(CountedDraws):
     start: Tensor
     prior_mean: Tensor
     prior_start: Tensor
+    taught: Tensor
 
     def __init__(
         self,
@@ -88,7 +89,6 @@ class Posterior(CountedDraws):
         super().__init__()
         require_settings(prior_sigma, sigma, speed, prior, prior_mean, over, seed)
         self.speed, self.prior, self.seed = float(speed), prior, int(seed)
-        self.after_training = bool(getattr(module, TRAINED, False))
         self._parts = parts(module, chosen(module, over))
         if not self._parts:
             raise RuntimeError(
@@ -112,6 +112,7 @@ class Posterior(CountedDraws):
         self.register_buffer("prior_start", scale if prior == "fixed" else scale.clamp(max=_WIDEST))
         learnt = None if prior == "fixed" else torch.zeros_like(self.prior_start)
         self.prior_offset = None if learnt is None else nn.Parameter(learnt)
+        self.register_buffer("taught", torch.tensor(bool(getattr(module, TRAINED, False)), device=device))
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64, device=device))
 
     def _log(self, scale: Scale, called: str, per_tensor: bool = False) -> Tensor:
@@ -131,6 +132,11 @@ class Posterior(CountedDraws):
                 raise ValueError(f"{called} gave {part.name!r} a standard deviation that is negative or no number.")
             found.append(value.reshape(1) if per_tensor else value.expand(part.shape).reshape(-1))
         return torch.cat(found).log().clamp(min=LOWEST)
+
+    @property
+    def after_training(self) -> bool:
+        """Whether the prior's means came from a module that had been trained, as far as is known."""
+        return bool(self.taught)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -11,12 +11,12 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset, default_collate
 
 from lightning_peft import (
     EVA,
@@ -268,6 +268,30 @@ def copied() -> TensorDataset:
     return TensorDataset(torch.cat([x, same[:6]]), torch.cat([y, labels[:6]]))
 
 
+def first_repeated(items: Any) -> Any:
+    return default_collate([items[0]] * len(items))
+
+
+class Noisy(Net):
+    """It draws in a hook, whoever asks."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return [batch[0] + torch.randn_like(batch[0]), batch[1]]
+
+
+class Augmenting(Noisy):
+    """It draws in a hook, in training."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return super().on_after_batch_transfer(batch, dataloader_idx) if self.trainer.training else batch
+
+
+class Overflown(Net):
+    def on_train_epoch_end(self) -> None:
+        with torch.no_grad():
+            self.head.weight.fill_(torch.nan)
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
@@ -342,6 +366,18 @@ def copied() -> TensorDataset:
             "'body.1' normalizes by the statistics of a batch, also in eval mode",
         ),
         (
+            lambda: fitted(adapted(), RiskCertificate(), data=DataLoader(examples(), BATCH, collate_fn=first_repeated)),
+            "its example 1 is not what example 1 gives by itself",
+        ),
+        (
+            lambda: fitted(adapted(kind=Noisy), RiskCertificate()),
+            "on_before_batch_transfer or on_after_batch_transfer of Noisy, .* gives another batch each time",
+        ),
+        (
+            lambda: fitted(adapted(kind=Overflown), RiskCertificate(), max_epochs=1),
+            r"KL\(Q \|\| P\) is nan: training has diverged; 'head.weight' is no longer finite",
+        ),
+        (
             lambda: L.Trainer(
                 accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
                 enable_model_summary=False, max_epochs=1, callbacks=[AdapterInjection(LORA), RiskCertificate()],
@@ -374,6 +410,24 @@ def test_running_statistics_are_refused_before_the_first_step() -> None:
     assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in before.items())
     fitted(adapted(kind=Frozen, batch_norm=True), made := RiskCertificate(passes=2), max_epochs=1)
     assert made.certificate is not None
+
+
+def test_what_is_drawn_in_training_alone_is_not_in_what_is_counted() -> None:
+    module, made, stages = adapted(kind=Augmenting), RiskCertificate(passes=2), []
+    fitted(module, made, LambdaCallback(
+        on_train_end=lambda trainer, _: stages.append(trainer.training)), max_epochs=1)  # fmt: skip
+    assert stages == [True]  # put back
+    plain, by_hand = adapted(), Posterior(module, prior_sigma=0.1, sigma=0.05)
+    plain.load_state_dict({n: v for n, v in module.state_dict().items() if not n.startswith("peft_terms")})
+    by_hand.load_state_dict(module.peft_terms["pac"].posterior.state_dict())
+    by_hand.bind(plain)
+    plain.eval()
+    counts = count(
+        lambda b: (plain(b[0]), b[1]), by_hand, plain, BoundSet(examples(), BATCH),
+        passes=2, unit="batch", seed=0, p_min=1e-4,
+    )  # fmt: skip
+    assert made.certificate is not None
+    assert made.certificate.cross_entropy == total(list(counts))[1] / (2 * N)
 
 
 def test_what_does_hold_is_not() -> None:
@@ -492,6 +546,36 @@ def test_a_resumed_run_knows_what_chose_the_prior(tmp_path: Path) -> None:
     other = RiskCertificate(prior_data=Subset(examples(), [1, 3]))
     with pytest.raises(MisconfigurationException, match="45 of 90 examples had chosen the prior .* names 2 of 90"):
         resumed(adapted(), other, tmp_path / "epoch=0.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_resumed_run_knows_that_its_prior_was_taught(tmp_path: Path) -> None:
+    """Nothing but the posterior says so: adapters are at their start, and the run before had no certificate."""
+    module = only_its_head_taught()
+    fitted(module, AdapterCheckpoint(), saving(tmp_path), max_epochs=1, enable_checkpointing=True)
+    with pytest.raises(MisconfigurationException, match="Net had been trained before the prior was taken from it"):
+        resumed(adapted(), RiskCertificate(), tmp_path / "epoch=0.ckpt")
+    made = RiskCertificate(passes=1, prior_data=split()[0])
+    resumed(adapted(), made, tmp_path / "epoch=0.ckpt")
+    assert made.certificate is not None
+    assert made.certificate.prior["chosen by"] == "45 of 90 examples"
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_resumed_run_knows_how_many_were_tried(tmp_path: Path) -> None:
+    first = RiskCertificate(passes=1, tried=50)
+    fitted(adapted(), AdapterCheckpoint(), saving(tmp_path), first, max_epochs=1, enable_checkpointing=True)
+    again = RiskCertificate(passes=1)
+    resumed(adapted(), again, tmp_path / "epoch=0.ckpt")
+    assert again.certificate is not None
+    assert again.certificate.tried == 50
+    assert again.state_dict()["tried"] == 50  # what the next one is told
+    more = RiskCertificate(passes=1, tried=60)
+    resumed(adapted(), more, tmp_path / "epoch=0.ckpt")
+    assert more.certificate is not None
+    assert more.certificate.tried == 60
+    fitted(adapted(), again, max_epochs=1)  # another fit of the same callback begins anew
+    assert again.certificate.tried == 1
 
 
 def test_csv_loggers_get_the_figures(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from collections import UserDict
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,12 +19,14 @@ from torch.utils.data import (
     Subset,
     TensorDataset,
     WeightedRandomSampler,
+    default_collate,
 )
 
 from lightning_peft.certification.bound_set import BoundSet, example_hash, root
 from lightning_peft.modules.batching import LengthGrouped, PlannedLoader
 
 DATA = TensorDataset(torch.arange(10.0)[:, None], torch.arange(10))
+ROWS = [torch.tensor([i, i * i]) for i in range(10)]
 
 
 def labels(data: BoundSet) -> list[list[int]]:
@@ -112,9 +116,31 @@ class Opaque:
     """An example of which nothing is known but where it lies in memory."""
 
 
+def noisy(items: Any) -> Any:
+    x = default_collate(items)
+    return x + torch.randn(x.shape)
+
+
+def centred(items: Any) -> Any:
+    x = default_collate(items)
+    return x - x.float().mean(0)
+
+
 @pytest.mark.parametrize(
     ("data", "error", "says"),
     [
+        (
+            DataLoader(ROWS, 4, collate_fn=lambda items: default_collate(items[:1] * len(items))),
+            ValueError,
+            "its example 1 is not what example 1 gives by itself",
+        ),
+        (
+            DataLoader(ROWS, 4, collate_fn=lambda items: default_collate(items[:2] + items[3:])),
+            ValueError,
+            "makes 3 examples of 4",
+        ),
+        (DataLoader(ROWS, 4, collate_fn=noisy), ValueError, "collate_fn gives another batch each time"),
+        (DataLoader(ROWS, 4, collate_fn=centred), ValueError, "its example 0 is not what example 0 gives by itself"),
         (DataLoader(DATA, 4, drop_last=True), ValueError, r"drops the last 2 of 10 examples \(drop_last=True\)"),
         (
             DataLoader(DATA, sampler=RandomSampler(DATA, True)),
@@ -140,6 +166,25 @@ class Opaque:
 def test_what_cannot_be_counted_is_told(data: Any, error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         BoundSet(data)
+
+
+def padded(items: Any, left: bool = False) -> Any:
+    longest = max(map(len, items))
+    rows = [[0] * (longest - len(row)) + row if left else row + [0] * (longest - len(row)) for row in items]
+    return {"ids": torch.tensor(rows), "length": torch.tensor(list(map(len, items))), "name": [str(r) for r in items]}
+
+
+def sorted_and_padded(items: Any) -> Any:
+    return padded(sorted(items, key=len))
+
+
+@pytest.mark.parametrize("collate", [padded, partial(padded, left=True), sorted_and_padded])
+def test_padding_and_order_are_the_loaders_own(collate: Any) -> None:
+    texts = [[5, 3, 1], [2], [7, 7], [4, 5, 6, 7], [9]]
+    before = torch.get_rng_state(), random.getstate()
+    data = BoundSet(DataLoader(texts, 3, collate_fn=collate))  # type: ignore[arg-type]
+    assert (torch.get_rng_state().equal(before[0]), random.getstate()) == (True, before[1])
+    assert [len(batch["name"]) for batch in data.read([0, 1])] == [3, 2]
 
 
 def test_nothing_is_dropped_where_nothing_is_left_over() -> None:

@@ -218,6 +218,14 @@ def closed(beside: Any, checkpoint: Any) -> None:
             lambda _, checkpoint: checkpoint["state_dict"][f"{Q}.prior_mean"].add_(1.0),
             "had learned something before the prior was taken from it",
         ),
+        (
+            lambda _, checkpoint: checkpoint["state_dict"][f"{Q}.taught"].fill_(True),
+            "TextClassifier had been trained before the prior was taken from it, and what it had learned from",
+        ),
+        (
+            lambda _, checkpoint: checkpoint["state_dict"][f"{Q}.offset"].fill_(torch.nan),
+            "KL(Q || P) is nan: training has diverged; a sigma or a lambda is no longer finite",
+        ),
     ],
 )
 def test_a_forged_checkpoint_is_told(

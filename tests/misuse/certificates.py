@@ -50,6 +50,17 @@ class Normalized(Classifier):
         self.norm = torch.nn.BatchNorm1d(self.norm.weight.shape[0])  # type: ignore[assignment]
 
 
+class Diverging(Classifier):
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 2:
+            torch.nn.init.constant_(self.classifier.weight, torch.inf)
+
+
+def mixed(items: Any) -> Any:
+    x, y = torch.utils.data.default_collate(items)
+    return (x + x.flip(0)) / 2, y
+
+
 def train(module: Any, *parts: Any, **options: Any) -> Trainer:
     """Three steps on labelled data."""
     trainer = Trainer(
@@ -129,6 +140,14 @@ ROWS: Rows = {
             module=taught(),
             certificate=RiskCertificate(TensorDataset(*DATA[:5]), prior_data=Subset(DATA, range(6))),
         ),
+        MisconfigurationException,
+    ),
+    "a certificate by a `collate_fn` that mixes examples": (
+        lambda: certify(certificate=RiskCertificate(DataLoader(DATA, 4, collate_fn=mixed), passes=1)),
+        MisconfigurationException,
+    ),
+    "a certificate of a run that has diverged": (
+        lambda: certify(module=Diverging()),
         MisconfigurationException,
     ),
     "a certificate of the best of several checkpoints": (

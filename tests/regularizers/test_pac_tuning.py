@@ -87,6 +87,16 @@ def test_the_constants_are_those_of_losses_drawn_by_hand() -> None:
     assert objective.constants[-1] > 2 * objective.constants[0]  # wider, farther apart
 
 
+def test_constants_that_are_no_numbers_are_told() -> None:
+    objective = PACTuning()
+    losses = torch.rand(8, 2, 4, generator=torch.Generator().manual_seed(0))
+    losses[7, 0, 0] = torch.inf
+    widest = f"{pac_tuning.PRIOR_SIGMAS[-1]:.3g}"
+    with pytest.raises(FloatingPointError, match=rf"K is no number for weights drawn at a width of {widest}: losses"):
+        objective.measured(losses)
+    assert not objective.is_measured
+
+
 def test_losses_of_examples_come_from_logits_or_one_by_one() -> None:
     found = []
     for logits in (False, True):
