@@ -17,9 +17,8 @@ from lightning_peft.arguments import require_integer, require_number
 from lightning_peft.callbacks.board import boards, draw_information
 from lightning_peft.callbacks.preflight import Preflight
 from lightning_peft.functional.kept_information import kept_information
-from lightning_peft.padding import attention_mask_of
 from lightning_peft.patterns import matches, require_patterns
-from lightning_peft.regularizers.probes import Pool, pooled, require_pool
+from lightning_peft.regularizers.probes import Pool, longer, masks_of, pooled, require_pool
 from lightning_peft.surgery.layers import adapters
 
 _PICTURES = 100
@@ -81,7 +80,7 @@ class InformationMonitor(Preflight):
         self.history: dict[int, dict[str, float]] = {}
         """Nats by step and layer."""
         self._restored: dict[int, dict[str, float]] = {}
-        self._mask: Any = None
+        self._masks: list[Tensor] = []
         self._rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._hooks: list[Any] = []
         self._due = 0  # the step that is listened to
@@ -111,7 +110,7 @@ class InformationMonitor(Preflight):
         if self.every is not None and (trainer.global_step + 1) % self.every == 0:
             self._due = trainer.global_step + 1
             self._listen(pl_module)
-            self._see(batch)
+            self._see(pl_module, batch)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -128,7 +127,7 @@ class InformationMonitor(Preflight):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._see(batch)
+        self._see(pl_module, batch)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
@@ -148,8 +147,8 @@ class InformationMonitor(Preflight):
             if not (adapter.releases_base or adapter.hosted) and (self.layers is None or matches(self.layers, name))
         }
 
-    def _see(self, batch: Any) -> None:
-        self._mask = attention_mask_of(batch)
+    def _see(self, module: nn.Module, batch: Any) -> None:
+        self._masks = masks_of(batch, longer(module))
 
     def _listen(self, module: nn.Module) -> None:
         if self._hooks:
@@ -167,8 +166,8 @@ class InformationMonitor(Preflight):
             return
         if torch._C._current_graph_task_id() != -1:
             return  # activation checkpointing computes again what was heard
-        before = pooled(adapter.base(*args, **kwargs), adapter, name, self._mask, self.pool)
-        after = pooled(output, adapter, name, self._mask, self.pool)
+        before = pooled(adapter.base(*args, **kwargs), adapter, name, self._masks, self.pool)
+        after = pooled(output, adapter, name, self._masks, self.pool)
         rows.append((before[:left].detach().clone(), after[:left].detach().clone()))
 
     def _measure(self, trainer: Trainer) -> None:
@@ -204,7 +203,7 @@ class InformationMonitor(Preflight):
     def _quiet(self) -> None:
         while self._hooks:
             self._hooks.pop().remove()
-        self._rows, self._mask = {}, None
+        self._rows, self._masks = {}, []
 
     def _forget(self) -> None:
         self._quiet()

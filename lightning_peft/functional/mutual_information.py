@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Bound = Literal["lower", "upper", "neither"]
+_STRAIGHT_ABOVE = 40.0  # e^40 is 2e17: its square, which optimizers keep, is still a float32
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,9 @@ def dv_surrogate(scores: Tensor, log_moving: Tensor) -> Tensor:
     logarithm divides by it instead of by the few samples of one batch. With m = exp(lme(s)) the gradient is that of
     :func:`dv`. The value is of no use; report :func:`dv`.
 
+    Exponentials above e^40 go on as straight lines, so that value and gradient are finite however large a score is; an
+    m that is within 17 orders of magnitude never sees them.
+
     For informations of more than about ln N(N - 1) it is the wrong choice: the mean exponential is then made of samples
     that hardly any batch holds, m is that of the few that did, and nothing keeps the scores of the other batches down.
     The critic diverges, as :func:`nwj`'s does. Train it with :func:`info_nce` or :func:`jsd`.
@@ -165,12 +169,13 @@ def dv_surrogate(scores: Tensor, log_moving: Tensor) -> Tensor:
         ValueError: as :func:`log_mean_exp_off_diagonal`.
 
     Reference:
-        Belghazi et al., 2018, section 3.2; in log space, where the common implementation overflows.
+        Belghazi et al., 2018, section 3.2; in log space, where the common implementation overflows. The straight lines:
+        our choice.
     """
     scores = _checked(scores)
     log_moving = log_moving.detach().to(scores)
     log_moving = torch.where(log_moving.isneginf(), _log_mean_exp(scores).detach(), log_moving)
-    return scores.diagonal().mean() - _mean_exp(scores, log_moving)
+    return scores.diagonal().mean() - _mean_exp(scores, log_moving, straight_above=_STRAIGHT_ABOVE)
 
 
 def next_log_moving(log_moving: Tensor, scores: Tensor, rate: float = 0.01) -> Tensor:
@@ -182,7 +187,8 @@ def next_log_moving(log_moving: Tensor, scores: Tensor, rate: float = 0.01) -> T
         rate: eta, in (0, 1].
 
     Returns:
-        A scalar of log_moving's dtype, without a gradient.
+        A scalar of log_moving's dtype, without a gradient; ln m as it was, where the batch's own value is infinite or
+        NaN: it would never come back.
 
     Raises:
         ValueError: rate is not in (0, 1], or as :func:`log_mean_exp_off_diagonal`.
@@ -190,10 +196,12 @@ def next_log_moving(log_moving: Tensor, scores: Tensor, rate: float = 0.01) -> T
     if not 0 < rate <= 1:
         raise ValueError(f"rate must lie in (0, 1], the weight of the newest batch. Got {rate!r}.")
     newest = _log_mean_exp(_checked(scores).detach()).to(log_moving)
-    if rate == 1:
-        return newest
-    moved = torch.logaddexp(log_moving.detach() + math.log1p(-rate), newest + math.log(rate))
-    return torch.where(log_moving.isneginf(), newest, moved)
+    before = log_moving.detach()
+    moved = newest
+    if rate < 1:
+        moved = torch.logaddexp(before + math.log1p(-rate), newest + math.log(rate))
+    moved = torch.where(before.isneginf(), newest, moved)
+    return torch.where(newest.isfinite(), moved, before)
 
 
 def nwj(scores: Tensor) -> Tensor:
@@ -309,8 +317,14 @@ def _log_mean_exp(scores: Tensor) -> Tensor:
     return scores.masked_fill(_diagonal(scores), -math.inf).flatten().logsumexp(0) - math.log(n * (n - 1))
 
 
-def _mean_exp(scores: Tensor, log_unit: Tensor | float = 0.0) -> Tensor:
-    """exp(lme(s) - log_unit), each exponential by itself: one that overflows leaves the others' gradients finite."""
+def _mean_exp(scores: Tensor, log_unit: Tensor | float = 0.0, straight_above: float = math.inf) -> Tensor:
+    """exp(lme(s) - log_unit), each exponential by itself: one that overflows leaves the others' gradients finite.
+
+    Where an exponent is above `straight_above`, its tangent there stands for the exponential.
+    """
     n = len(scores)
-    shares = scores.masked_fill(_diagonal(scores), -math.inf) - math.log(n * (n - 1)) - log_unit
-    return shares.exp().sum()
+    exponents = scores.masked_fill(_diagonal(scores), -math.inf) - log_unit
+    if straight_above < math.inf:
+        beyond = (exponents - straight_above).relu()
+        return ((exponents.clamp(max=straight_above).exp() * (1 + beyond)) / (n * (n - 1))).sum()
+    return (exponents - math.log(n * (n - 1))).exp().sum()

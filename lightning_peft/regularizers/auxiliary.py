@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import isfinite
 from typing import Any
 
 import torch
@@ -66,8 +67,8 @@ class Auxiliary(Regularizer, Wide):
             if value is None:
                 continue
             require_number(name, value)
-            if not value > 0:
-                raise ValueError(f"{name} must be positive. Got {value!r}.")
+            if not (value > 0 and isfinite(value)):
+                raise ValueError(f"{name} must be positive and finite. Got {value!r}.")
         self.inner_steps, self.lr, self.clip = inner_steps, float(lr), clip
         self._optimizer: Optimizer | None = None
         self._restored: Mapping[str, Any] | None = None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import isfinite
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_peft.arguments import require_integer
+from lightning_peft.arguments import require_integer, require_number
 from lightning_peft.functional.club import categorical_log_densities, club, club_sample
 from lightning_peft.functional.gaussian import gaussian_log_densities, gaussian_log_density
 from lightning_peft.regularizers.auxiliary import Auxiliary
@@ -83,11 +84,9 @@ class _CLUB(Auxiliary):
         clip: float | None,
     ) -> None:
         super().__init__(weight, inner_steps, lr, clip)
-        if not callable(weight) and weight < 0:
-            raise ValueError(
-                f"{type(self).__name__} is an upper bound, so it can be made less and says nothing where it is made "
-                f"more: its weight is not negative. Got {weight!r}; a lower bound is maximised by MutualInformation."
-            )
+        if not callable(weight):
+            require_number("weight", weight)
+            self._require_penalty(weight)
         if not isinstance(layer, str):
             raise TypeError(f"layer names one layer, by a pattern as one of targets. Got {layer!r}.")
         for name, value in (("features", features), ("hidden", hidden)):
@@ -102,6 +101,19 @@ class _CLUB(Auxiliary):
         self.layer, self.width, self.pool, self.hidden = layer, features, pool, hidden
         self.negatives, self.seed = negatives, seed
         self.q: nn.Module | None = None
+
+    def weight_at(self, step: int, total: int) -> float:
+        weight = super().weight_at(step, total)
+        self._require_penalty(weight)
+        return weight
+
+    def _require_penalty(self, weight: float) -> None:
+        if not (weight >= 0 and isfinite(weight)):
+            raise ValueError(
+                f"{type(self).__name__} is an upper bound, so it can be made less and says nothing where it is made "
+                f"more: its weight is finite and not negative. Got {weight!r}; a lower bound is maximised by "
+                "MutualInformation."
+            )
 
     def _q(self) -> nn.Module:
         if self.q is None:
@@ -183,7 +195,9 @@ class CLUB(_CLUB):
             raise TypeError(f"given names a layer, or is a function of the batch. Got {given!r}.")
         if given_features is not None:
             require_integer("given_features", given_features)
-        if callable(given) and (given_features is None or given_features < 1):
+            if given_features < 1:
+                raise ValueError(f"given_features must be at least 1. Got {given_features}.")
+        if callable(given) and given_features is None:
             raise ValueError(
                 "q is made before there is a batch, so it has to be told how wide what `given` reads of one is: "
                 f"given_features=<columns>. Got {given_features}."

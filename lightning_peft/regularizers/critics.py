@@ -55,6 +55,15 @@ class Critic(Wide, ABC):
     def scores(self, x: Tensor, z: Tensor) -> Tensor:
         """(N, d_x), (M, d_z) -> (N, M)."""
 
+    @property
+    def stackable(self) -> bool:
+        """Whether several of its kind may be computed in one pass over stacked parameters.
+
+        Not where something draws random numbers, has buffers or is computed again: no, unless a class says otherwise of
+        itself.
+        """
+        return False
+
 
 CriticFactory: TypeAlias = Callable[[int, int], Critic]
 """Makes a critic of the widths of x and z: a class, or `functools.partial(SeparableCritic, width=64)`."""
@@ -83,6 +92,10 @@ class ConcatCritic(Critic):
         self.chunk = chunk
         self.first, self.second = nn.Linear(d_x + d_z, hidden), nn.Linear(hidden, hidden)
         self.last = _zero(nn.Linear(hidden, 1))
+
+    @property
+    def stackable(self) -> bool:
+        return type(self) is ConcatCritic and self.chunk is None
 
     def scores(self, x: Tensor, z: Tensor) -> Tensor:
         weight = self.first.weight
@@ -123,6 +136,10 @@ class SeparableCritic(Critic):
         self.f = nn.Sequential(nn.Linear(d_x, hidden), nn.ReLU(), nn.Linear(hidden, width))
         self.g = nn.Sequential(nn.Linear(d_z, hidden), nn.ReLU(), _zero(nn.Linear(hidden, width)))
 
+    @property
+    def stackable(self) -> bool:
+        return type(self) is SeparableCritic
+
     def scores(self, x: Tensor, z: Tensor) -> Tensor:
         scores: Tensor = self.f(x) @ self.g(z).T
         return scores
@@ -142,6 +159,10 @@ class BilinearCritic(Critic):
     def __init__(self, d_x: int, d_z: int) -> None:
         super().__init__(d_x, d_z)
         self.W = nn.Parameter(torch.zeros(d_x, d_z))
+
+    @property
+    def stackable(self) -> bool:
+        return type(self) is BilinearCritic
 
     def scores(self, x: Tensor, z: Tensor) -> Tensor:
         return x @ self.W @ z.T

@@ -67,8 +67,8 @@ class MutualInformation(Regularizer, Wide):
             "info_nce", for a SeparableCritic with the others.
         temperature: of cosines.
         classes: how many labels there are; for of="labels".
-        nats: how much information the estimate is to be able to show. A first batch whose ceiling is below that is
-            refused. ``None`` for half of ln(classes), or for what 8 pairs can show.
+        nats: how much information the estimate is to be able to show. Batches whose ceiling is below that are refused,
+            but for one that an epoch leaves over. ``None`` for half of ln(classes), or for what 8 pairs can show.
         pool: how positions become one row: their "mean" or the "first" or "last", of those that `attention_mask` shows.
         features: width of the layers' features; ``None`` to read it from the layers.
         tau: of "smile".
@@ -121,6 +121,7 @@ class MutualInformation(Regularizer, Wide):
         if estimator not in _NAMES:
             raise ValueError(f"estimator={estimator!r}: choose {', '.join(map(repr, _NAMES))}.")
         if not callable(weight):
+            require_number("weight", weight)
             _require_reward(weight)
         if isinstance(critic, nn.Module) or (critic is not None and not callable(critic)):
             raise TypeError(
@@ -129,8 +130,9 @@ class MutualInformation(Regularizer, Wide):
             )
         for name, value in (("temperature", temperature), ("tau", tau), ("rate", rate)):
             require_number(name, value)
-            if not value > 0 or (name == "rate" and value > 1):
-                raise ValueError(f"{name} must be positive{', at most 1' if name == 'rate' else ''}. Got {value}.")
+            if not value > 0 or (name == "rate" and value > 1) or (name == "temperature" and not isfinite(value)):
+                limit = {"rate": ", at most 1", "temperature": " and finite"}.get(name, "")
+                raise ValueError(f"{name} must be positive{limit}. Got {value}.")
         for name, count, least in (("classes", classes, 2), ("features", features, 1)):
             if count is not None:
                 require_integer(name, count)
@@ -143,6 +145,10 @@ class MutualInformation(Regularizer, Wide):
         require_pool(pool)
         if nats is not None:
             require_number("nats", nats)
+            if not (nats >= 0 and isfinite(nats)):
+                raise ValueError(f"nats is an amount of information, at least 0 and finite. Got {nats}.")
+        if called is not None and of != "dropout":
+            raise ValueError(f"called={called!r} names what is called again, which is done with of='dropout' alone.")
         self.layers, self.of, self.estimator, self.critic = tuple(layers), of, estimator, critic
         self.temperature, self.classes, self.pool, self.width = float(temperature), classes, pool, features
         self.tau, self.rate, self.called = float(tau), float(rate), called
@@ -152,7 +158,8 @@ class MutualInformation(Regularizer, Wide):
         self._names: tuple[str, ...] = ()
         self._other: str | None = None
         self._views: Views | None = None
-        self._checked = False
+        self._looked = False  # whether a step of this fit has been looked at where that waits for the device
+        self._enough = self._left_over = False  # whether a batch was large enough; whether one was not
         self._figures: dict[str, Tensor] = {}
 
     @property
@@ -164,6 +171,8 @@ class MutualInformation(Regularizer, Wide):
         """Make critics or embeddings, for a module that was not seen before."""
         names = tuple(probed(module, self.layers, "layers"))
         self._other = None if self.of in WORDS else only_probed(module, self.of, "of")
+        if self._other in names:
+            raise ValueError(f"layers and of both name {self._other!r}, which has all information of itself.")
         if names == self._names and any(child is self for child in module.modules()):
             return
         self._names = names
@@ -192,7 +201,7 @@ class MutualInformation(Regularizer, Wide):
         """Have the hooks in place."""
         self.end()
         self._views = Views(module, self._names, self.of, self._other, self.pool, self.called)
-        self._checked = False
+        self._looked = False
 
     def end(self) -> None:
         """Take the hooks off."""
@@ -212,9 +221,10 @@ class MutualInformation(Regularizer, Wide):
             yield
 
     def forward(self, module: nn.Module, batch: Any, outputs: Any) -> Tensor:
-        x, other = self._heard().pairs(batch, self.everyone, first=not self._checked)
+        x, other = self._heard().pairs(batch, self.everyone, first=not self._looked)
         z = self._of_labels(other) if isinstance(other, Tensor) else other
         n = len(x[0])
+        self._looked = True
         self._require_pairs(n)
         scores, values, objectives = self._grouped(x, z), [], []
         for members, each in scores:
@@ -236,9 +246,16 @@ class MutualInformation(Regularizer, Wide):
     def figures(self) -> Mapping[str, Tensor]:
         return self._figures
 
+    def progress(self) -> dict[str, Any]:
+        return {**super().progress(), "enough": self._enough, "left_over": self._left_over}
+
+    def go_on(self, progress: Mapping[str, Any]) -> None:
+        super().go_on(progress)
+        self._enough, self._left_over = bool(progress["enough"]), bool(progress["left_over"])
+
     def _of_labels(self, labels: Tensor) -> list[Tensor]:
         assert self.classes is not None
-        if not self._checked or labels.device.type == "cpu":  # elsewhere once in a fit: to look waits for the device
+        if not self._looked or labels.device.type == "cpu":  # elsewhere once in a fit: to look waits for the device
             odd = labels[(labels < 0) | (labels >= self.classes)].tolist()
             if odd:
                 raise RuntimeError(
@@ -274,8 +291,8 @@ class MutualInformation(Regularizer, Wide):
         return found
 
     def _criticised(self, critics: Sequence[Critic], xs: Tensor, zs: Tensor) -> Tensor:
-        if len(critics) == 1:
-            return critics[0](xs[0], zs[0])[None]  # type: ignore[no-any-return]
+        if len(critics) == 1 or not all(critic.stackable for critic in critics):
+            return torch.stack([critic(x, z) for critic, x, z in zip(critics, xs, zs, strict=True)])
         names = [name for name, _ in critics[0].named_parameters()]
         own = [dict(critic.named_parameters()) for critic in critics]
         stacked = {name: torch.stack([each[name] for each in own]) for name in names}
@@ -312,13 +329,16 @@ class MutualInformation(Regularizer, Wide):
                 "processes. Use larger batches, and drop_last=True where the last one may be smaller."
             )
         ceiling = ESTIMATORS[self.estimator].ceiling(n)
-        if not self._checked and ceiling < self.nats:
+        if ceiling >= self.nats:
+            self._enough = True
+        elif not self._enough and not self._left_over:
+            self._left_over = True  # an epoch's last batch may come first, or first after a checkpoint
+        elif not self._enough:
             raise RuntimeError(
                 f"the estimate {self.estimator!r} of {n} pairs is never above its ceiling, ln {n} = {ceiling:.2f} "
                 f"nats, and is to be able to show {self.nats:.2f}. Use batches of {_pairs(self.nats)} pairs or more "
                 "over all processes, or ask for less: MutualInformation(nats=...)."
             )
-        self._checked = True
 
     def _heard(self) -> Views:
         if self._views is None:

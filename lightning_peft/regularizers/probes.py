@@ -67,10 +67,13 @@ def _layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     inside: tuple[str, ...] = ()
     for path, child in module.named_modules():
         name = clean_name(path)
-        if not name or name.partition(".")[0] in BESIDE_MODEL or path.startswith(inside):
+        hidden = any(path == part or path.startswith(f"{part}.") for part in inside)
+        if not name or name.partition(".")[0] in BESIDE_MODEL or hidden:
             continue
         if isinstance(child, Adapter):
-            inside = (*inside, f"{path}.")
+            # What a prompt adapts is a whole model, whose layers are the user's own.
+            own = [name for name, _ in child.named_children() if name != "base" or child.placeholder is None]
+            inside = (*inside, *(f"{path}.{name}" for name in own))
         yield name, child
 
 
@@ -88,7 +91,7 @@ class Probes:
         require_pool(pool)
         self.names, self.pool = tuple(names), pool
         self._calls = Calls(module, self.names)
-        self._module = module
+        self._module, self._longer = module, longer(module)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -105,14 +108,15 @@ class Probes:
         """Each layer's features, (N, d) for every call of it in the last :meth:`listening`.
 
         Args:
-            batch: whose `attention_mask`, (N, L), or that of a part of it, says which positions count.
+            batch: whose `attention_mask`, (N, L), or that of a part of it, says which positions count; those of a
+                prompt do not.
 
         Raises:
             RuntimeError: a layer was not called, ran without gradients while others are to be had, or gave something
                 that cannot be pooled.
         """
         inside = self._calls.taken_inside()
-        mask = attention_mask_of(batch)
+        masks = masks_of(batch, self._longer)
         found = {}
         for name in self.names:
             outputs = inside.get(name, [])
@@ -126,7 +130,7 @@ class Probes:
                     f"{name!r} ran without gradients, as re-entrant activation checkpointing runs layers. Set "
                     "use_reentrant=False, or name a layer outside of what is checkpointed."
                 )
-            found[name] = [self._rows(name, output, mask) for output in outputs]
+            found[name] = [self._rows(name, output, masks) for output in outputs]
         return found
 
     def heard_once(self, batch: Any) -> dict[str, Tensor]:
@@ -148,18 +152,37 @@ class Probes:
         """Take the hooks off."""
         self._calls.detach()
 
-    def _rows(self, name: str, output: Tensor, mask: Any) -> Tensor:
-        return pooled(output, self._module.get_submodule(self._calls.path(name)), name, mask, self.pool)
+    def _rows(self, name: str, output: Tensor, masks: Sequence[Tensor]) -> Tensor:
+        return pooled(output, self._module.get_submodule(self._calls.path(name)), name, masks, self.pool)
 
 
-def pooled(output: Tensor, layer: nn.Module, name: str, mask: Any = None, pool: Pool = "mean") -> Tensor:
+def longer(module: nn.Module) -> list[Adapter]:
+    """The adapters that add columns to the texts of their models."""
+    return [child for child in module.modules() if isinstance(child, Adapter) and child.placeholder is not None]
+
+
+def masks_of(batch: Any, longer: Sequence[Adapter]) -> list[Tensor]:
+    """The positions that count: the batch's `attention_mask`, and what it is behind adapters that add columns.
+
+    Args:
+        batch: may have a mask, (N, L).
+        longer: adapters as :func:`longer` gives them, whose own columns count for nothing.
+    """
+    mask = attention_mask_of(batch)
+    if mask is None:
+        return []
+    behind = [adapter.lengthened(mask.long()) for adapter in longer]
+    return [mask, *(each for each in behind if each is not None)]
+
+
+def pooled(output: Tensor, layer: nn.Module, name: str, masks: Sequence[Tensor] = (), pool: Pool = "mean") -> Tensor:
     """One row of features per example, (N, d), of what a layer gives.
 
     Args:
         output: (N, d), (N, L, d), or of a convolution (N, d, ...).
         layer: what gave it.
         name: of it, for the error.
-        mask: (N, L), the positions that count; all where it has another shape or there is none.
+        masks: (N, L), the positions that count: the first of the output's own length; all where there is none.
         pool: see :class:`Probes`.
 
     Raises:
@@ -179,7 +202,7 @@ def pooled(output: Tensor, layer: nn.Module, name: str, mask: Any = None, pool: 
     attention = getattr(layer, "self_attn", layer)
     if getattr(attention, "batch_first", True) is False:  # torch's own: positions come first, examples second
         output = output.transpose(0, 1)
-    shown = mask if isinstance(mask, Tensor) and mask.shape == output.shape[:2] else None
+    shown = next((mask for mask in masks if mask.shape == output.shape[:2]), None)
     if pool in ("first", "last"):
         if shown is None:
             return output[:, 0 if pool == "first" else -1]

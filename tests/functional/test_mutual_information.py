@@ -152,6 +152,27 @@ def test_the_moving_average_is_one_of_exponentials() -> None:
     assert not next_log_moving(far, scores.requires_grad_()).requires_grad
 
 
+@pytest.mark.parametrize("rate", [0.01, 1.0])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_the_moving_average_forgets_what_is_no_number(bad: float, rate: float) -> None:
+    scores = torch.full((3, 3), bad)
+    for before in (torch.tensor(-torch.inf), torch.tensor(0.5)):
+        assert torch.equal(next_log_moving(before, scores, rate), before)
+
+
+def test_the_surrogate_and_its_gradient_are_finite_however_large_a_score_is() -> None:
+    scores = torch.zeros(3, 3, requires_grad=True)
+    with torch.no_grad():
+        scores[0, 1] = 120.0
+    value = dv_surrogate(scores, torch.tensor(0.0))
+    value.backward()
+    assert value.isfinite()
+    assert scores.grad is not None
+    e40 = math.exp(40)
+    assert float(scores.grad[0, 1]) == pytest.approx(-e40 / 6)  # pushed down, as hard as at 40
+    assert float(value.detach()) == pytest.approx(-(5 + 81 * e40) / 6)
+
+
 @pytest.mark.parametrize("estimator", [*OF_SCORES, log_mean_exp_off_diagonal], ids=lambda of: of.__name__)
 def test_gradients_are_those_of_differences(estimator: Callable[[Tensor], Tensor]) -> None:
     scores = torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(7), requires_grad=True)

@@ -334,8 +334,8 @@ def test_thawed_parameters_are_refused() -> None:
     [
         ({"inner_steps": 0}, ValueError, "inner_steps=0: Adversary says something of the model only where its own"),
         ({"inner_steps": 1.5}, TypeError, "inner_steps must be an integer. Got 1.5."),
-        ({"lr": 0}, ValueError, "lr must be positive. Got 0."),
-        ({"clip": -1}, ValueError, "clip must be positive. Got -1."),
+        ({"lr": 0}, ValueError, "lr must be positive and finite. Got 0."),
+        ({"clip": -1}, ValueError, "clip must be positive and finite. Got -1."),
         ({"lr": "fast"}, TypeError, "lr must be a number. Got 'fast'."),
     ],
 )

@@ -224,6 +224,12 @@ LABEL: dict[str, Any] = {"layer": "encoder.2", "label": "domain", "classes": 2}
             ValueError,
             "CLUB is an upper bound, so it can be made less .* Got -0.1;",
         ),
+        (lambda: CLUB(float("nan"), **NAMES), ValueError, "its weight is finite and not negative. Got nan;"),
+        (lambda: CLUB(float("inf"), **NAMES), ValueError, "its weight is finite and not negative. Got inf;"),
+        (lambda: CLUB("x", **NAMES), TypeError, "weight must be a number. Got 'x'."),
+        (lambda: fit(CLUB(lambda step, total: -1.0, **NAMES)), ValueError, "is finite and not negative. Got -1.0;"),
+        (lambda: CLUB(layer="head", given="encoder.2", given_features=-1), ValueError, "must be at least 1. Got -1."),
+        (lambda: CLUB(**NAMES, lr=float("nan")), ValueError, "lr must be positive and finite. Got nan."),
         (
             lambda: CLUB(**NAMES, inner_steps=0),
             ValueError,

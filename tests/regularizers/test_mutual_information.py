@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from functools import partial
 from math import log
 from pathlib import Path
@@ -158,6 +159,24 @@ def some(size: int = 12) -> Any:
     return next(iter(data(1, size)))
 
 
+class Scaled(BilinearCritic):
+    """Somebody's own, with a buffer and random numbers."""
+
+    scale: Tensor
+
+    def __init__(self, d_x: int, d_z: int) -> None:
+        super().__init__(d_x, d_z)
+        self.register_buffer("scale", torch.tensor(float(len(_made))))
+        _made.append(self)
+        self.dropout = nn.Dropout(0.0)
+
+    def scores(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.dropout(super().scores(x, z)) * self.scale
+
+
+_made: list[Scaled] = []
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -168,11 +187,13 @@ def some(size: int = 12) -> Any:
         {"estimator": "smile", "critic": partial(ConcatCritic, hidden=8)},
         {"estimator": "nwj", "of": "net.0", "critic": BilinearCritic},
         {"critic": partial(SeparableCritic, hidden=8, width=4)},
+        {"critic": partial(ConcatCritic, hidden=8, chunk=4)},
+        {"critic": Scaled},
     ],
     ids=str,
 )
 def test_several_layers_are_each_alone_in_one_pass(options: dict[str, Any]) -> None:
-    batch, names = some(), ["net.0", "net.3", "net.5"]
+    batch, names = some(), [name for name in ("net.0", "net.3", "net.5") if name != options.get("of")]
     together = term(*names, **options)
     module = Module()
     heard(together, module, batch)  # makes critics
@@ -318,6 +339,14 @@ def test_interrupted_is_uninterrupted(options: dict[str, Any], tmp_path: Path) -
         ({"critic": BilinearCritic(2, 2)}, TypeError, "critic makes a critic for each layer from two widths"),
         ({"of": 3}, TypeError, "of must be 'labels', 'dropout', 'halves' or a pattern of a layer. Got 3"),
         ({"pool": "max"}, ValueError, "pool='max'"),
+        ({"weight": math.nan}, ValueError, "is at least 0. Got nan"),
+        ({"weight": "0.1"}, TypeError, "weight must be a number. Got '0.1'"),
+        ({"temperature": math.inf}, ValueError, "temperature must be positive and finite. Got inf"),
+        ({"temperature": math.nan}, ValueError, "temperature must be positive and finite. Got nan"),
+        ({"nats": math.nan}, ValueError, "nats is an amount of information, at least 0 and finite. Got nan"),
+        ({"nats": math.inf}, ValueError, "at least 0 and finite. Got inf"),
+        ({"nats": -1}, ValueError, "at least 0 and finite. Got -1"),
+        ({"called": "net"}, ValueError, "called='net' names what is called again, which is done with of='dropout'"),
     ],
 )
 def test_arguments_are_checked(options: dict[str, Any], error: type[Exception], text: str) -> None:
@@ -346,7 +375,13 @@ def test_arguments_are_checked(options: dict[str, Any], error: type[Exception], 
         ({"of": "halves", "nats": 0.0}, 11, RuntimeError, "pairs the first half of a batch with the second, .* 11 ex"),
         ({}, 1, RuntimeError, "this step has 1 over all processes"),
         ({"of": "net.5"}, 12, RuntimeError, "'net.3' gives 6 features, 'net.5' 3. Give a critic"),
-        ({"critic": nn.Bilinear}, 12, TypeError, r"critic must make a Critic|missing 1 required"),
+        ({"critic": lambda d_x, d_z: nn.Linear(d_x, d_z)}, 12, TypeError, "critic must make a Critic, .* Got a Linear"),
+        (
+            {"layers": ["net.3", "net.5"], "of": "net.5"},
+            12,
+            ValueError,
+            "layers and of both name 'net.5', which has all",
+        ),
         ({"layers": ["net.0", "net.2"], "critic": Started}, 12, ValueError, "'net.2' is a Dropout, which does not say"),
     ],
 )
@@ -356,6 +391,36 @@ def test_what_cannot_be_estimated_is_told(
     mutual = MutualInformation(**{"layers": ["net.3"], "classes": 3, **options})
     with pytest.raises(error, match=text):
         fit(Module(), Regularization({"mi": mutual}), size=size)
+
+
+def test_a_batch_that_an_epoch_leaves_over_may_come_first_and_after_a_checkpoint() -> None:
+    module, mutual = Module(), term("net.3", nats=1.5)  # 5 pairs
+    heard(mutual, module, some(4))
+    heard(mutual, module, some(12))
+    for _ in range(2):
+        heard(mutual, module, some(4))
+    again = term("net.3", nats=1.5)
+    again.go_on(mutual.progress())
+    for _ in range(2):
+        heard(again, Module(), some(4))
+    small = term("net.3", nats=1.5)
+    heard(small, module_of_its_own := Module(), some(4))
+    resumed = term("net.3", nats=1.5)
+    resumed.go_on(small.progress())
+    for each, owner in ((small, module_of_its_own), (resumed, Module())):
+        with pytest.raises(RuntimeError, match=r"ln 4 = 1.39 nats, .*show 1.50. Use batches of 5 pairs"):
+            heard(each, owner, some(4))
+
+
+def test_what_overflows_for_once_does_no_lasting_harm() -> None:
+    """As under a scaler of gradients, which skips the step."""
+    module, mutual = Module(), term("net.3", estimator="dv")
+    x, labels = some()
+    heard(mutual, module, [x, labels])
+    before = mutual.log_moving.clone()
+    heard(mutual, module, [x * math.nan, labels])
+    assert torch.equal(mutual.log_moving, before)
+    assert heard(mutual, module, [x, labels]).isfinite()
 
 
 def test_labels_are_needed_for_labels() -> None:

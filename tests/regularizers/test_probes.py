@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel
 
-from lightning_peft import LoRA, inject
+from lightning_peft import LoRA, SoftPrompt, inject
 from lightning_peft.regularizers.probes import Probes, only_probed, probed, probed_width
 
 
@@ -144,3 +144,28 @@ def test_several_calls_can_be_asked_for() -> None:
 def test_a_pool_is_known() -> None:
     with pytest.raises(ValueError, match="pool='max': choose 'mean', 'first' or 'last'."):
         Probes(Net(), ["first"], pool="max")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pool", ["mean", "first", "last"])
+@pytest.mark.parametrize("prompt_position", ["start", "after_cls"])
+def test_padding_is_not_pooled_behind_a_prompt(prompt_position: Any, pool: Any) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=99, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+        )
+        net = nn.ModuleDict({"bert": BertModel(config).eval()})
+        inject(net, partial(SoftPrompt, length=3, prompt_position=prompt_position))
+    ids = torch.arange(5, 17).view(2, 6)
+    found = []
+    for padding in (0, 4):
+        batch = {
+            "input_ids": nn.functional.pad(ids, (0, padding)),
+            "attention_mask": nn.functional.pad(torch.ones_like(ids), (0, padding)),
+        }
+        probes = Probes(net, [only_probed(net, r"encoder\.layer\.1", "layer")], pool)
+        with probes.listening():
+            net["bert"](**batch)
+        (rows,) = probes.heard_once(batch).values()
+        found.append(rows)
+    torch.testing.assert_close(*found)
