@@ -4,7 +4,8 @@
 
 A classifier of MiniLM's shapes (6 layers of width 384, 52 classes, as in Reuters R52), random weights, float32, one
 thread; LoRA on all linear layers, RLoRA on queries and values, the head trained beside them and in Q. With and without
-the term take turns, and a ratio is taken within a round. Seconds are of CPU time.
+the term take turns, and a ratio is taken within a round. Seconds are of CPU time; a row is a line of
+`results/pac_step.jsonl`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from runs import RESULTS, append
 from transformers import BertConfig, BertForSequenceClassification
 
 from lightning_peft import LoRA, PACBayes, RLoRA, inject
@@ -77,8 +79,20 @@ def main() -> None:
         plain, bound = (Run(adapter, targets, batch, kind) for kind in (None, unit))
         k = bound.term.posterior.offset.numel()  # type: ignore[union-attr]
         pairs = [(plain.step(), bound.step()) for _ in range(options.rounds + 2)][2:]
-        ratio = median(both[1] / both[0] for both in pairs)
-        print(f"{name:<30} k = {k:>9,}   {median(p for p, _ in pairs) * 1000:6.0f} ms   with the term x {ratio:.3f}")
+        ratios = sorted(with_it / without for without, with_it in pairs)
+        row = {
+            "adapter": name,
+            "batch": options.batch,
+            "length": options.length,
+            "rounds": options.rounds,
+            "parameters": k,
+            "seconds": round(median(without for without, _ in pairs), 4),
+            "ratio": round(median(ratios), 4),
+            "least": round(ratios[0], 4),
+            "most": round(ratios[-1], 4),
+        }
+        print(f"{name:<30} k = {k:>9,}   {row['seconds'] * 1000:6.0f} ms   with the term x {row['ratio']:.3f}")
+        append(row, RESULTS / "pac_step.jsonl")
 
 
 if __name__ == "__main__":
