@@ -13,6 +13,8 @@ one seed, the test set untouched: of the dense model, of fine-tuning after compr
 ratio and used for all two-round rows), and of RankDyna. Then the rows, seed by seed, each looking at the test set once
 before fine-tuning and once after. Every run is a process of its own and one line of `results/compression.jsonl`; runs
 that are there are skipped, so a plan can be stopped, continued, and shared by processes. One thread each.
+
+A control, `plan --methods ars-activation-more --ratios 0.48`, gives ARS on ASVD as much fine-tuning as uniform ASVD has.
 """
 
 from __future__ import annotations
@@ -81,6 +83,11 @@ ROWS: dict[str, Row] = {
     "ars-whiten": Row("ARS on SVD-LLM", _ars("whiten")),  # of no paper: what the ranks add to the best weighting
     "rankdyna": Row("RankDyna", {"method": "rankdyna", "steps": DENSE + AFTER}, rounds=1),
 }
+CONTROLS: dict[str, Row] = {
+    "ars-activation-more": Row("ARS on ASVD, fine-tuned as long", _ars("activation") | {"fine_tuning": AFTER})
+}
+"""No rows of the table: what tells why one of its orderings is a tie."""
+EVERY = ROWS | CONTROLS
 
 
 @dataclass(frozen=True)
@@ -96,13 +103,13 @@ class Run:
 
 def settings(run: Run) -> dict[str, Any]:
     """All that a run depends on beside its own fields."""
-    own = {"steps": DENSE} if run.method == "dense" else ROWS[run.method].options
+    own = {"steps": DENSE} if run.method == "dense" else EVERY[run.method].options
     return {"backbone": "MiniLM-L6", "data": "r8", "max_length": 64, "batch_size": 32, "targets": TARGETS, **own}
 
 
 def load(path: Path = RESULTS) -> list[dict[str, Any]]:
     """Finished runs whose settings are today's."""
-    known = {"dense", *ROWS}
+    known = {"dense", *EVERY}
     return [row for row in runs.read(path) if row["method"] in known and row["settings"] == settings(_run_of(row))]
 
 
@@ -189,7 +196,7 @@ def dense_folder(run: Run, trial: int = 0) -> Path:
 
 
 def _compressed(run: Run, trial: int) -> dict[str, Any]:
-    row = ROWS[run.method]
+    row = EVERY[run.method]
     options = dict(row.options)
     for name in ("steps", "fine_tuning"):
         if trial and options.get(name):
@@ -244,7 +251,7 @@ def plan(methods: list[str], ratios: list[float], seeds: list[int]) -> Iterator[
 
 def _searched(method: str) -> str:
     """The method whose search gives this one its learning rate."""
-    return "fwsvd" if ROWS[method].rounds == 2 else method
+    return "fwsvd" if EVERY[method].rounds == 2 else method
 
 
 def _arguments(run: Run) -> list[object]:
@@ -268,7 +275,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="one run")
-    run.add_argument("--method", choices=("dense", *ROWS), required=True)
+    run.add_argument("--method", choices=("dense", *EVERY), required=True)
     run.add_argument("--ratio", type=float, default=RATIOS[0])
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--lr", type=float, default=1e-4)
@@ -283,13 +290,14 @@ def main() -> None:
     args = parser.parse_args()
 
     if args.command == "table":
-        write_table(load(), runs.read(TIMES), {name: row.title for name, row in ROWS.items()}, RATIOS, args.out)
+        titles, controls = ({name: row.title for name, row in rows.items()} for rows in (ROWS, CONTROLS))
+        write_table(load(), runs.read(TIMES), titles, RATIOS, args.out, controls)
         return
     runs.one_quiet_thread()
     if args.command == "plan":
         methods = args.methods.split(",")
-        if unknown := [name for name in methods if name not in ROWS]:
-            parser.error(f"unknown methods {unknown}; known: {', '.join(ROWS)}")
+        if unknown := [name for name in methods if name not in EVERY]:
+            parser.error(f"unknown methods {unknown}; known: {', '.join(EVERY)}")
         ratios = [float(ratio) for ratio in args.ratios.split(",")]
         seeds = [int(seed) for seed in args.seeds.split(",")]
         runs.carry_out(plan(methods, ratios, seeds), __file__, _arguments, finished)

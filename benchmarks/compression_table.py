@@ -6,6 +6,7 @@ import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 BEGIN, END = "<!-- compression: begin -->", "<!-- compression: end -->"
@@ -29,6 +30,7 @@ ORDERINGS = (
     ("ars-none", "svd"),
     ("ars-fisher", "fwsvd"),
     ("ars-activation", "asvd"),
+    ("ars-activation-more", "asvd"),
     ("ars-whiten", "svd-llm"),
     ("rankdyna", "fwsvd"),
 )
@@ -42,9 +44,10 @@ def write_table(
     titles: Mapping[str, str],
     ratios: Sequence[float],
     out: Path | None,
+    controls: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Print the part, or put it into a page in the place of the one that is there, or at its end."""
-    part = f"{BEGIN}\n{table(rows, times, titles, ratios)}{END}\n"
+    part = f"{BEGIN}\n{table(rows, times, titles, ratios, controls)}{END}\n"
     if out is None:
         print(part)
         return
@@ -60,6 +63,7 @@ def table(
     times: Sequence[Mapping[str, Any]],
     titles: Mapping[str, str],
     ratios: Sequence[float],
+    controls: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """One section per ratio, one row per method, and a note for what is missing.
 
@@ -68,6 +72,7 @@ def table(
         times: of their models; the last one of each counts.
         titles: method -> what the table calls it.
         ratios: kept ratios, a section each.
+        controls: method -> title of what is compared with rows, and none itself.
     """
     final = [row for row in rows if not row["search"]]
     by_run = {_key(row): row for row in times}
@@ -111,7 +116,8 @@ def table(
             + ", ".join(f"{package} {number}" for package, number in some["versions"].items())
             + "."
         )
-        parts += ["", *notes, *_orderings(section, titles), ""]
+        beside = [row for row in final if row["ratio"] == ratio and row["method"] in controls]
+        parts += ["", *notes, *_orderings([*section, *beside], {**titles, **controls}), ""]
     return "\n".join(parts)
 
 
