@@ -299,7 +299,7 @@ def main() -> None:
     show.add_argument("--out", type=Path, help="file to write; default: standard output")
     args = parser.parse_args()
     if args.command == "table":
-        text = table(load())
+        text = table(load(), runs.read(runs.RESULTS / "certificate_time.jsonl"))
         if args.out:
             args.out.write_text(text, encoding="utf-8")
         else:

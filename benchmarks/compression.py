@@ -14,7 +14,7 @@ ratio and used for all two-round rows), and of RankDyna. Then the rows, seed by 
 before fine-tuning and once after. Every run is a process of its own and one line of `results/compression.jsonl`; runs
 that are there are skipped, so a plan can be stopped, continued, and shared by processes. One thread each.
 
-A control, `plan --methods ars-activation-more --ratios 0.48`, gives ARS on ASVD as much fine-tuning as uniform ASVD has.
+A control, `plan --methods ars-activation-more --ratios 0.48`, gives ARS on ASVD as much fine-tuning as uniform ASVD.
 """
 
 from __future__ import annotations
