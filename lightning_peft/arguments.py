@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from numbers import Integral, Real
 
 
@@ -13,6 +14,18 @@ def require_number(name: str, value: object) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number. Got {value!r}.")
+
+
+def require_finite(name: str, value: object) -> None:
+    """Check that an argument is a number, and neither infinite nor NaN.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is infinite or NaN.
+    """
+    require_number(name, value)
+    if not isfinite(value):  # type: ignore[arg-type]
+        raise ValueError(f"{name} must be finite. Got {value!r}.")
 
 
 def require_integer(name: str, value: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -99,6 +100,11 @@ def test_benchmark_quickly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     few(bench, monkeypatch)
     quick = bench.Bench(bench.QUICK, tmp_path / "results.jsonl")
     assert "VAE and MI-VAE have no seed in common yet" in quick.table()
+    assert "(search: 0 of 3 weights)" in quick.table()
+    drawn = quick.data(0)._split("test").places
+    assert len(drawn) == 64
+    assert drawn != list(range(64))
+    assert drawn == quick.data(1)._split("test").places  # all rows are scored on the same
     for run in chain.from_iterable(quick.planned(["mi", "vae", "lagging"])):
         if run.seed in (bench.SEARCH_SEED, 0):
             bench.runs.append(quick.execute(run), quick.results)
@@ -108,6 +114,13 @@ def test_benchmark_quickly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert "| beta-VAE, 0.4 | – |" in page
     assert "one nat." in page
     rows = quick.load()
+    assert all(math.isfinite(row["critic_estimate"]) and row["critic_n"] > 1 for row in rows if row["method"] == "mi")
+    first = [row for row in rows if row["search"]][:1]
+    one = bench.Bench(bench.QUICK, tmp_path / "one.jsonl")
+    bench.runs.append(first[0], one.results)
+    assert "(search: 1 of 3 weights)" in one.table()
+    with pytest.raises(ValueError, match="1 of 3 search runs of MI-VAE are there"):
+        one.best_weight()
     assert {row["n"] for row in rows} == {64}
     assert {row["weight"] for row in rows if row["search"]} == set(bench.WEIGHTS)
     # Equal starts: what differs between rows is the way against collapse.

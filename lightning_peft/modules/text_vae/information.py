@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.arguments import require_integer, require_number
+from lightning_peft.arguments import require_finite, require_integer
 from lightning_peft.functional.mutual_information import dv_surrogate, estimate, jsd, next_log_moving, nwj
 from lightning_peft.modules.text_vae.encoders import Encoded, TextEncoder
 from lightning_peft.regularizers.critics import ConcatCritic, Critic, CriticFactory
@@ -48,7 +48,7 @@ class LatentInformation(nn.Module):
         critic_steps: the critic's steps on a batch; all but the last are its alone, each with a new draw of z.
 
     Raises:
-        TypeError: a number is none.
+        TypeError: a number is none, or critic makes nothing.
         ValueError: one is out of range, or a name is unknown.
     """
 
@@ -68,7 +68,7 @@ class LatentInformation(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("weight", weight), ("rate", rate), ("warmup", warmup), ("lr", lr), ("clip", clip)):
-            require_number(name, value)
+            require_finite(name, value)
         require_integer("critic_steps", critic_steps)
         if weight <= 0:
             raise ValueError(
@@ -84,6 +84,8 @@ class LatentInformation(nn.Module):
             raise ValueError(f"lr={lr}, clip={clip}: the critic's rate and largest norm are above 0.")
         if critic_steps < 1:
             raise ValueError(f"critic_steps={critic_steps}: the critic has 1 step on each batch, or more.")
+        if isinstance(critic, nn.Module) or not callable(critic):
+            raise TypeError(f"critic makes a critic from two widths, such as ConcatCritic. Got {critic!r}.")
         if estimator not in get_args(Name):
             raise ValueError(f"estimator={estimator!r}: choose one of {', '.join(map(repr, get_args(Name)))}.")
         if of not in get_args(Of):

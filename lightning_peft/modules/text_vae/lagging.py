@@ -27,6 +27,8 @@ class Lagging:
     is one optimizer step, of one cost, for whatever counts steps (schedules, accumulation, checkpoints) and for all
     processes alike; and `max_steps` counts the encoder's turns too.
 
+    With accumulated gradients, a step's loss is that of its last batch.
+
     A checkpoint goes on exactly. One that is written at a step whose validation is still to come (ModelCheckpoint with
     every_n_train_steps) goes on, by Lightning, without that validation, and so without what it would have ended.
 

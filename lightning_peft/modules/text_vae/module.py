@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_peft.arguments import require_integer
+from lightning_peft.arguments import require_finite, require_instance, require_integer
 from lightning_peft.callbacks.board import boards
 from lightning_peft.distributed import Processes, world_size
 from lightning_peft.functional.latent import active_units, gaussian_kl_per_unit
@@ -27,7 +27,7 @@ from lightning_peft.modules.text_vae.model import SentenceVAE
 from lightning_peft.modules.text_vae.noise import generator_of, normal_rows, private
 from lightning_peft.modules.text_vae.objective import FreeBits
 from lightning_peft.modules.vocabulary import Vocabulary
-from lightning_peft.regularizers.base import Weight
+from lightning_peft.regularizers.base import Weight, weight_at
 from lightning_peft.regularizers.everyone import Everyone
 
 # What random numbers are for; a process's own dropout comes after them.
@@ -109,14 +109,23 @@ class TextVAE(LightningModule):
             require_integer(name, value)
             if value < 1:
                 raise ValueError(f"{name}={value}: it must be at least 1.")
-        if not callable(kl_weight) and kl_weight < 0:
-            raise ValueError(f"kl_weight={kl_weight}: the weight of a divergence is 0 or above.")
+        if not callable(kl_weight):
+            _require_weight(kl_weight)
+        require_integer("seed", seed)
+        for name, number in (("lr", lr), ("weight_decay", weight_decay), ("warmup", warmup), ("spread", spread)):
+            require_finite(name, number)
+        if min(lr, weight_decay) < 0:
+            raise ValueError(f"lr={lr}, weight_decay={weight_decay}: a rate and a decay are 0 or above.")
+        parts = {"free_bits": (free_bits, FreeBits), "information": (information, LatentInformation)}
+        for name, (part, kind) in {**parts, "lagging": (lagging, Lagging)}.items():
+            if part is not None:
+                require_instance(name, part, kind, f"{kind.__name__}()")
         if spread <= 0:
             raise ValueError(f"spread={spread}: weights are drawn from (-spread, spread); give a number above 0.")
         require_schedule(warmup, schedule)
         # Parts and functions are no numbers: a checkpoint of tensors and numbers cannot hold them.
-        parts = ["encoder", "decoder", "kl_weight", "free_bits", "information", "lagging"]
-        self.save_hyperparameters(ignore=parts)
+        ignored = ["encoder", "decoder", "kl_weight", "free_bits", "information", "lagging"]
+        self.save_hyperparameters(ignore=ignored)
         self.kl_weight, self.free_bits = kl_weight, free_bits
         self.information, self.lagging = information, lagging
         self.lr, self.weight_decay, self.warmup, self.schedule = lr, weight_decay, warmup, schedule
@@ -169,7 +178,8 @@ class TextVAE(LightningModule):
             reconstruction = self.model.reconstruction(z, tokens)
         kl = gaussian_kl_per_unit(mean, (log_variance / 2).exp(), 0.0, 1.0)
         paid = kl.sum(1).mean() if self.free_bits is None else self.free_bits(self.everyone.gather(kl))
-        beta = self.kl_weight(step, total) if callable(self.kl_weight) else self.kl_weight
+        beta = weight_at(self.kl_weight, step, total)
+        _require_weight(beta)
         loss = reconstruction.mean() + beta * paid
         figures: dict[str, Tensor | float] = {"reconstruction": reconstruction.mean(), "kl": kl.sum(1).mean()}
         figures["beta"] = beta
@@ -379,3 +389,9 @@ class TextVAE(LightningModule):
             self.model.vocabulary = Vocabulary(saved["words"])
         if self.lagging is not None and saved.get("lagging"):
             self.lagging.load_state_dict(saved["lagging"])
+
+
+def _require_weight(weight: float) -> None:
+    require_finite("kl_weight", weight)
+    if weight < 0:
+        raise ValueError(f"kl_weight={weight}: the weight of a divergence is 0 or above.")

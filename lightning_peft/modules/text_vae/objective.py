@@ -16,7 +16,7 @@ from typing import Literal, get_args
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_peft.arguments import require_number
+from lightning_peft.arguments import require_finite
 from lightning_peft.modules.vocabulary import PAD
 
 Over = Literal["unit", "total"]
@@ -64,7 +64,7 @@ class LinearAnnealing:
 
     def __post_init__(self) -> None:
         for name, value in (("start", self.start), ("stop", self.stop), ("share", self.share)):
-            require_number(name, value)
+            require_finite(name, value)
         if min(self.start, self.stop) < 0:
             raise ValueError(f"start={self.start}, stop={self.stop}: the weight of a divergence is 0 or above.")
         if not 0 < self.share <= 1:
@@ -96,7 +96,7 @@ class FreeBits:
     over: Over = "unit"
 
     def __post_init__(self) -> None:
-        require_number("nats", self.nats)
+        require_finite("nats", self.nats)
         if self.nats <= 0:
             raise ValueError(f"nats={self.nats}: it is what the divergence may be for nothing, above 0.")
         if self.over not in get_args(Over):

@@ -541,6 +541,33 @@ def test_bad_arguments(make_it: Any, sentence: str) -> None:
         make_it()
 
 
+@pytest.mark.parametrize(
+    ("make_it", "error", "sentence"),
+    [
+        (lambda: LatentInformation(math.nan), ValueError, r"weight must be finite\. Got nan"),
+        (lambda: LatentInformation(math.inf), ValueError, r"weight must be finite\. Got inf"),
+        (lambda: LatentInformation(lr=math.nan), ValueError, r"lr must be finite\. Got nan"),
+        (lambda: LatentInformation(clip=math.nan), ValueError, r"clip must be finite\. Got nan"),
+        (lambda: LatentInformation(critic=None), TypeError, r"critic makes a critic from two widths, .* Got None"),
+        (lambda: FreeBits(math.nan), ValueError, r"nats must be finite\. Got nan"),
+        (lambda: LinearAnnealing(math.nan), ValueError, r"start must be finite\. Got nan"),
+        (lambda: make(kl_weight=math.nan), ValueError, r"kl_weight must be finite\. Got nan"),
+        (lambda: make(kl_weight="1"), TypeError, r"kl_weight must be a number\. Got '1'"),
+        (lambda: make(lr=math.nan), ValueError, r"lr must be finite\. Got nan"),
+        (lambda: make(lr=-1.0), ValueError, r"lr=-1\.0, weight_decay=0\.0: a rate and a decay are 0 or above"),
+        (lambda: make(weight_decay=-1.0), ValueError, r"weight_decay=-1\.0: a rate and a decay are 0 or above"),
+        (lambda: make(spread=math.nan), ValueError, r"spread must be finite\. Got nan"),
+        (lambda: make(seed=0.5), TypeError, r"seed must be an integer\. Got 0\.5"),
+        (lambda: make(free_bits=0.1), TypeError, r"free_bits must be a FreeBits, such as FreeBits\(\)\. Got 0\.1"),
+        (lambda: make(information=0.5), TypeError, r"information must be a LatentInformation, such as"),
+        (lambda: make(lagging=True), TypeError, r"lagging must be a Lagging, such as Lagging\(\)\. Got True"),
+    ],
+)
+def test_arguments_that_are_no_such_numbers_or_parts(make_it: Any, error: type[Exception], sentence: str) -> None:
+    with pytest.raises(error, match=sentence):
+        make_it()
+
+
 def test_one_string_is_no_list_of_sentences() -> None:
     with pytest.raises(TypeError, match=r"sentences='the sky': give a list of sentences, \['the sky'\]"):
         make().model.read("the sky")
