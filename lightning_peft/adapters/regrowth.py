@@ -25,8 +25,8 @@ class DropAndRegrow(Policy):
         at an event, per layer:    n_t = floor(share k) (1 - done(t))
         drop the n_t entries of smallest |delta|;  grow the n_t of largest |dL/dW| that are not trained
 
-    A dropped entry gets the base's value back, bit for bit; a grown one starts at delta 0. An optimizer's average of its
-    gradient starts at 0, and that of its square at the mean of the entries that stay (ours): from 0 its first steps
+    A dropped entry gets the base's value back, bit for bit; a grown one starts at delta 0. An optimizer's average of
+    its gradient starts at 0, and that of its square at the mean of the entries that stay (ours): from 0 its first steps
     would be several times the rate, as the optimizer takes it for as old as the others. Every layer keeps its number of
     entries, so no shape changes. The share falls with the schedule to 0 at the last event, from which on the entries
     stay.
