@@ -9,9 +9,15 @@
 `plan` runs what is missing: for each method a search over three learning rates on a held-out tenth of the training set
 (one seed, the test set untouched; on R52 over half the epochs, and over a fourth rate where the best is at an end of
 the three), then its seeds at the best rate on the whole training set, each looking at the test set once. R8 at rank 2
-and R52 at rank 8 are one seed at the rate that was found on R52 at rank 2. Every run is a process of its own, whose
-peak memory is then its own, and one line of `results/accuracy.jsonl`; runs that are there are skipped: a plan can be
-stopped, continued, and shared by processes that run different methods. One thread; more processes use more cores.
+and R52 at rank 8 are one seed at the rate that was found on R52 at rank 2.
+
+The sparse page is shorter, some four and a half hours of one thread: texts of 48 tokens, R52 seen twice and R8 once,
+two rates searched over one epoch and a third beyond the better one; three seeds on R52 at rank 2, one elsewhere, where
+what is the same at every rank is left out.
+
+Every run is a process of its own, whose peak memory is then its own, and one line of `results/accuracy.jsonl`; runs
+that are there are skipped: a plan can be stopped, continued, and shared by processes that run different methods. One
+thread; more processes use more cores.
 """
 
 from __future__ import annotations
@@ -22,11 +28,11 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "reuters")]  # this checkout is what is measured
@@ -34,20 +40,53 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "reuters")]  # this checkout 
 import accuracy_methods  # noqa: E402
 import runs  # noqa: E402
 from accuracy_methods import RATES  # noqa: E402
-from accuracy_table import TITLES, best_rate, table  # noqa: E402
+from accuracy_table import WORDS, best_rate, table  # noqa: E402
 from inputs import minilm_folder, reuters  # noqa: E402
 from lightning.pytorch import Callback, Trainer, seed_everything  # noqa: E402
 from sparse_methods import SHOWN, SPARSE  # noqa: E402
 
 from lightning_peft.modules import TextClassifier, TextData  # noqa: E402
 
-EPOCHS = {"r8": 2, "r52": 4}
-SEARCH_EPOCHS = {"r8": 2, "r52": 2}
+DATA = ("r8", "r52")
+PageName = Literal["accuracy", "sparse"]
 METHODS = accuracy_methods.METHODS | SPARSE
 _ACCURACY = {("r8", 8): ("r8", 8), ("r52", 2): ("r52", 2), ("r8", 2): ("r52", 2), ("r52", 8): ("r52", 2)}
 _SPARSE = {("r52", 2): ("r52", 2), ("r52", 14): ("r52", 2), ("r8", 2): ("r52", 2)}
-PAGES = {"accuracy": (accuracy_methods.METHODS, _ACCURACY), "sparse": (SHOWN, _SPARSE)}
-"""By page: its rows, and its tables. On the sparse one rank stands for LoRA's parameters: 83 and 581 thousand."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """What is compared on a page, and how long its rows train.
+
+    Attributes:
+        methods: its rows.
+        tables: its tables, data and rank, and the one that each takes its learning rates from.
+        epochs: of final runs, by data.
+        search_epochs: of searches.
+        once: rows of the table alone that rates are searched for.
+        changes: of the protocol.
+    """
+
+    methods: Mapping[str, accuracy_methods.Method]
+    tables: Mapping[tuple[str, int], tuple[str, int]]
+    epochs: Mapping[str, int]
+    search_epochs: Mapping[str, int]
+    once: tuple[str, ...] = ()
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+
+PAGES: dict[PageName, Page] = {
+    "accuracy": Page(accuracy_methods.METHODS, _ACCURACY, {"r8": 2, "r52": 4}, {"r8": 2, "r52": 2}),
+    "sparse": Page(
+        SHOWN,
+        _SPARSE,
+        {"r8": 1, "r52": 2},
+        {"r8": 1, "r52": 1},
+        ("frozen", "full", "sparta-value-output"),
+        {"max_length": 48},
+    ),
+}
+"""On the sparse page rank stands for LoRA's parameters: 83 and 581 thousand."""
 SEARCHED_ON = _ACCURACY | _SPARSE
 """Where each table, data and rank, takes its learning rates from; one that has no search of its own is one seed."""
 PROTOCOL = {
@@ -72,11 +111,13 @@ class Run:
     seed: int
     lr: float
     search: bool
+    page: PageName = "accuracy"
 
     @property
     def epochs(self) -> int:
         """How often the training set is seen."""
-        return (SEARCH_EPOCHS if self.search else EPOCHS)[self.data]
+        page = PAGES[self.page]
+        return (page.search_epochs if self.search else page.epochs)[self.data]
 
 
 class StepClock(Callback):
@@ -109,7 +150,7 @@ def execute(run: Run, max_steps: int = -1) -> dict[str, Any]:
         tokenizer=minilm_folder(),
         test=None if run.search else test,
         val_share=0.1 if run.search else 0.0,
-        max_length=PROTOCOL["max_length"],
+        max_length=settings(run)["max_length"],
         batch_size=PROTOCOL["batch_size"],
         seed=run.seed,
     )
@@ -175,16 +216,17 @@ def execute(run: Run, max_steps: int = -1) -> dict[str, Any]:
 
 def settings(run: Run) -> dict[str, Any]:
     """All that a run depends on beside its own fields."""
-    return {**PROTOCOL, "epochs": run.epochs, **METHODS[run.method].settings(run.rank)}
+    return {**PROTOCOL, **PAGES[run.page].changes, "epochs": run.epochs, **METHODS[run.method].settings(run.rank)}
 
 
-def load(path: Path = RESULTS) -> list[dict[str, Any]]:
-    """Finished runs whose settings are today's."""
-    return [row for row in runs.read(path) if row["method"] in METHODS and row["settings"] == settings(_run_of(row))]
+def load(page: PageName | None = None, path: Path = RESULTS) -> list[dict[str, Any]]:
+    """Finished runs whose settings are today's, of one page or of all."""
+    known = [row for row in runs.read(path) if row["method"] in METHODS and row["settings"] == settings(_run_of(row))]
+    return [row for row in known if page in (None, _run_of(row).page)]
 
 
 def _run_of(row: dict[str, Any]) -> Run:
-    return Run(**{field: row[field] for field in Run.__dataclass_fields__})
+    return Run(**{name: row[name] for name in Run.__dataclass_fields__ if name in row})  # the page came later
 
 
 def _resident() -> int:
@@ -195,25 +237,31 @@ def _resident() -> int:
 
 def finished(run: Run) -> bool:
     """Whether the results file has this run."""
-    return any(runs.same(run, row) for row in load())
+    return any(_run_of(row) == run for row in load(run.page))
 
 
-def plan(data: str, rank: int, methods: list[str]) -> Iterator[list[Run]]:
+def plan(data: str, rank: int, chosen: Sequence[str], page: PageName = "accuracy") -> Iterator[list[Run]]:
     """The runs in stages: searches, then the rows seed by seed: an unfinished table compares like with like.
 
-    A search is three learning rates, and on R52 one beyond them where the best is the lowest or the highest.
+    A search is the method's learning rates, and on R52 one beyond them where the best is the lowest or the highest.
     """
-    at, searched = SEARCHED_ON[data, rank], [name for name in methods if METHODS[name].searched]
+    at, methods = SEARCHED_ON[data, rank], METHODS | dict(PAGES[page].methods)
+    names = [name for name in chosen if at == (data, rank) or name not in PAGES[page].once]
+    searched = [name for name in names if methods[name].searched]
+
+    def best(name: str) -> float:
+        return best_rate(load(page), name, *at)
+
     if at == (data, rank):
-        yield [Run(name, data, rank, 0, lr, search=True) for name in searched for lr in METHODS[name].rates]
+        yield [Run(name, data, rank, 0, lr, True, page) for name in searched for lr in methods[name].rates]
         if data == "r52":
-            beyond = [(name, _beyond(METHODS[name].rates, best_rate(load(), name, data, rank))) for name in searched]
-            yield [Run(name, data, rank, 0, lr, search=True) for name, lr in beyond if lr is not None]
-    rates = {name: best_rate(load(), name, *at) if METHODS[name].searched else RATES[0] for name in methods}
+            beyond = [(name, _beyond(methods[name].rates, best(name))) for name in searched]
+            yield [Run(name, data, rank, 0, lr, True, page) for name, lr in beyond if lr is not None]
+    rates = {name: best(name) if methods[name].searched else RATES[0] for name in names}
     yield [
-        Run(name, data, rank, seed, rates[name], search=False)
-        for seed in range(max((len(METHODS[name].seeds) for name in methods), default=0))
-        for name in methods
+        Run(name, data, rank, seed, rates[name], False, page)
+        for seed in range(max((len(methods[name].seeds) for name in names), default=0))
+        for name in names
         if seed in seeds(name, data, rank)
     ]
 
@@ -230,7 +278,7 @@ def seeds(method: str, data: str, rank: int) -> tuple[int, ...]:
 
 def _arguments(run: Run) -> list[object]:
     options = ["--method", run.method, "--data", run.data, "--rank", run.rank, "--seed", run.seed, "--lr", run.lr]
-    return [*options, *(["--search"] if run.search else [])]
+    return [*options, "--page", run.page, *(["--search"] if run.search else [])]
 
 
 def _run_once(run: Run) -> None:
@@ -251,27 +299,28 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="one run")
     run.add_argument("--method", choices=METHODS, required=True)
-    run.add_argument("--data", choices=EPOCHS, default="r8")
+    run.add_argument("--data", choices=DATA, default="r8")
     run.add_argument("--rank", type=int, default=8, help="average rank per layer at the end")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--lr", type=float, default=2e-3)
     run.add_argument("--search", action="store_true", help="train on nine tenths, evaluate on the held-out tenth")
     run.add_argument("--max-steps", type=int, default=-1, help="a short trial; its result is printed and not kept")
     missing = commands.add_parser("plan", help="all runs that are missing")
-    missing.add_argument("--data", choices=EPOCHS, default="r8")
+    missing.add_argument("--data", choices=DATA, default="r8")
     missing.add_argument("--rank", type=int, default=8, help="average rank per layer at the end")
     missing.add_argument("--methods", help="comma-separated; default: those of the page")
     show = commands.add_parser("table", help="Markdown table of the finished runs")
-    for command in (missing, show):
-        command.add_argument("--page", choices=PAGES, default="accuracy", help="rows, and the tables that they are in")
+    for command in (run, missing, show):
+        command.add_argument("--page", choices=PAGES, default="accuracy", help="rows, tables, and how long rows train")
     show.add_argument("--out", type=Path, help="file to write; default: standard output")
     args = parser.parse_args()
 
-    if args.command != "table" and (args.data, args.rank) not in SEARCHED_ON:
-        parser.error(f"no table of {args.data} at rank {args.rank}; there are {', '.join(map(str, SEARCHED_ON))}")
+    page = PAGES[args.page]
+    if args.command != "table" and (args.data, args.rank) not in page.tables:
+        parser.error(f"no table of {args.data} at rank {args.rank}; there are {', '.join(map(str, page.tables))}")
     if args.command == "table":
-        methods, tables = PAGES[args.page]
-        text = table([row for row in load() if row["method"] in methods], methods, tables, seeds, TITLES[args.page])
+        rows = [row for row in load(args.page) if row["method"] in page.methods]
+        text = table(rows, page.methods, page.tables, seeds, WORDS[args.page])
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             args.out.write_text(text, encoding="utf-8")
@@ -281,16 +330,16 @@ def main() -> None:
     runs.one_quiet_thread()
     print(f"precision {runs.precision(load())}, one thread", flush=True)
     if args.command == "plan":
-        chosen = args.methods.split(",") if args.methods else list(PAGES[args.page][0])
+        chosen = args.methods.split(",") if args.methods else list(page.methods)
         if unknown := [name for name in chosen if name not in METHODS]:
             parser.error(f"unknown methods {unknown}; known: {', '.join(METHODS)}")
-        runs.carry_out(plan(args.data, args.rank, chosen), __file__, _arguments, finished)
-    elif args.max_steps > 0:
-        print(
-            _summary(execute(Run(args.method, args.data, args.rank, args.seed, args.lr, args.search), args.max_steps))
-        )
+        runs.carry_out(plan(args.data, args.rank, chosen, args.page), __file__, _arguments, finished)
+        return
+    one = Run(args.method, args.data, args.rank, args.seed, args.lr, args.search, args.page)
+    if args.max_steps > 0:
+        print(_summary(execute(one, args.max_steps)))
     else:
-        _run_once(Run(args.method, args.data, args.rank, args.seed, args.lr, args.search))
+        _run_once(one)
 
 
 if __name__ == "__main__":

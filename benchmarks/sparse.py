@@ -187,8 +187,20 @@ def _step_table(line: Mapping[str, Any]) -> list[str]:
         for row, against in OTHERS:
             if row in rows and against in rows:
                 lines.append(f"| time, {row} / {against} | {_shown(rows, row, against, 'step')} | |")
+        if point["density"] == STEP_DENSITIES[0] and (short := _fell_short(rows)):
+            lines += ["", f"This fell short of what was asked: {'; '.join(short)}."]
         lines.append("")
     return [*lines, _how(line), ""]
+
+
+def _fell_short(rows: Mapping[str, Any]) -> list[str]:
+    """The aims that were missed, as the page says them."""
+    found = []
+    for row, against, what, most in AIMS:
+        if row in rows and against in rows and (middle := ratio(rows, row, against, what)[0]) > most:
+            name = "the time of a step" if what == "step" else "peak memory"
+            found.append(f"{name} of {row} is {middle:.2f} times that of {against}, and {most:.2f} was the most")
+    return found
 
 
 def _layer_table(line: Mapping[str, Any]) -> list[str]:

@@ -44,6 +44,8 @@ class _Cut:
 
 
 State = dict[Any, dict[str, Any]]
+_SIZES = ("exp_avg_sq", "max_exp_avg_sq", "exp_inf", "square_avg", "acc_delta", "sum", "variance")
+"""What optimizers call their averages of gradients' sizes, by which they divide steps."""
 
 
 @torch.no_grad()
@@ -182,11 +184,17 @@ def _cut_value(key: str, value: Any, cut: _Cut, optimizer: str) -> Any:
 
 @torch.no_grad()
 def follow_moves(optimizers: Iterable[Optimizer], moved: Mapping[nn.Parameter, Tensor]) -> None:
-    """Move an optimizer's state where the entries of its parameters have moved, in place; new entries start at 0.
+    """Move an optimizer's state where the entries of its parameters have moved, in place.
+
+        direction of a new entry = 0          size of a new entry = mean over those that stay
+
+    A size is what a step is divided by, such as Adam's second moment. The optimizer has one step count for all entries,
+    and no longer corrects a size that begins at 0: the first steps of such an entry would be several times the rate.
 
     Args:
         optimizers: every optimizer that trains the module.
-        moved: parameter (k,) -> (k,) for every entry its position before, -1 for one that starts anew.
+        moved: parameter (k,) -> (k,) for every entry its position before, -1 for one that starts anew. Where none
+            stays, the mean is over those that went.
 
     Raises:
         TypeError: an optimizer's state is neither of the parameter's shape nor single numbers.
@@ -196,7 +204,10 @@ def follow_moves(optimizers: Iterable[Optimizer], moved: Mapping[nn.Parameter, T
             entry = optimizer.state.get(parameter, {})
             for key, value in entry.items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    value.copy_(torch.where(order < 0, torch.zeros_like(value), value[order.clamp(min=0)]))
+                    new, stays = value.new_zeros(()), order[order >= 0]
+                    if key in _SIZES and len(value):
+                        new = (value[stays] if len(stays) else value).mean()
+                    value.copy_(torch.where(order < 0, new, value[order.clamp(min=0)]))
                 elif any(isinstance(leaf, Tensor) and leaf.numel() > 1 for leaf in tree_leaves(value)):
                     raise TypeError(
                         f"{type(optimizer).__name__} keeps {key!r} for a parameter of shape {tuple(parameter.shape)} "

@@ -25,9 +25,11 @@ class DropAndRegrow(Policy):
         at an event, per layer:    n_t = floor(share k) (1 - done(t))
         drop the n_t entries of smallest |delta|;  grow the n_t of largest |dL/dW| that are not trained
 
-    A dropped entry gets the base's value back, bit for bit; a grown one starts at delta 0, and an optimizer's averages
-    of it at 0. Every layer keeps its number of entries, so no shape changes. The share falls with the schedule to 0 at
-    the last event, from which on the entries stay.
+    A dropped entry gets the base's value back, bit for bit; a grown one starts at delta 0. An optimizer's average of
+    its gradient starts at 0, and that of its square at the mean of the entries that stay (ours): from 0 its first steps
+    would be several times the rate, as the optimizer takes it for as old as the others. Every layer keeps its number of
+    entries, so no shape changes. The share falls with the schedule to 0 at the last event, from which on the entries
+    stay.
 
     At an event the gradient of whole weights is computed, a product more per layer and one float32 number per adapted
     weight until the step; between events nothing is. Gradients are averaged over processes, so all move alike. Entries

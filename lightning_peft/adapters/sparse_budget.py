@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from lightning_peft.adapters.base import Adapter, AdapterFactory
 from lightning_peft.adapters.planned import PlannedFactory
 from lightning_peft.adapters.roles import value_and_output
-from lightning_peft.adapters.sparta import SpaRTA
-from lightning_peft.functional.sparse_budget import density_of_parameters, density_of_sparsity
+from lightning_peft.adapters.sparta import SpaRTA, require_arguments, require_some
+from lightning_peft.arguments import require_integer
+from lightning_peft.functional.sparse_budget import density_of_parameters, density_of_sparsity, require_sparsity
 from lightning_peft.rank.budget import clean_name
 
 
@@ -30,10 +32,12 @@ class SparseBudget(PlannedFactory):
         density: q, share of every target's entries.
         sparsity: s, share of the base's parameters that stay as they are.
         parameters: k, scalars to train.
-        arguments: of :class:`~lightning_peft.SpaRTA`, beside its density.
+        arguments: of :class:`~lightning_peft.SpaRTA`: seed, sampling, block, kernel, scaling, key.
 
     Raises:
-        ValueError: not exactly one of the three is given; or, when layers are chosen, they cannot have it.
+        TypeError: an argument is of another type, or not one of these.
+        ValueError: not exactly one of the three is given, or an argument is out of range; or, when layers are chosen,
+            they cannot have it.
 
     Reference:
         Rios et al., SpaRTA, Findings of EMNLP 2025, arXiv 2502.15975, with the authors' code.
@@ -55,6 +59,18 @@ class SparseBudget(PlannedFactory):
                 "how many entries are trained is said in exactly one of density, sparsity and parameters. Got "
                 f"{', '.join(f'{name}={value}' for name, value in given.items()) or 'none'}."
             )
+        if density is not None:
+            require_some(density)
+        if sparsity is not None:
+            require_sparsity(sparsity)
+        if parameters is not None:
+            require_integer("parameters", parameters)
+            if parameters < 1:
+                raise ValueError(f"parameters is how many scalars are trained, at least 1. Got {parameters}.")
+        known = signature(require_arguments).parameters
+        if unknown := [name for name in arguments if name not in known]:
+            raise TypeError(f"SparseBudget takes of SpaRTA {', '.join(known)}. Got {', '.join(map(repr, unknown))}.")
+        require_arguments(**arguments)
         self.density, self.sparsity, self.parameters = density, sparsity, parameters
         self.arguments = arguments
 

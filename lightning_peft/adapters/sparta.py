@@ -39,6 +39,10 @@ from lightning_peft.functional.sparse_layers import (
 )
 
 Sampling = Literal["exact", "bernoulli"]
+_RANDOM_NUMBER = (
+    "sampling='bernoulli' draws a random number of entries, so it goes neither with k nor with blocks: leave them out, "
+    "or use sampling='exact'."
+)
 
 
 class SpaRTA(WrittenEntries):
@@ -112,20 +116,11 @@ class SpaRTA(WrittenEntries):
             raise TypeError(f"SpaRTA cannot adapt this layer: {reason}.")
         weight: Tensor = base.weight  # type: ignore[assignment]
         numel = weight.numel()
-        require_density(density)
-        require_integer("seed", seed)
+        require_some(density)
         require_integer("block", block)
-        require_number("scaling", scaling)
-        if not density > 0:
-            raise ValueError(f"density={density} trains nothing: give a share above 0, or leave the layer out.")
         if not 1 <= block <= numel:
             raise ValueError(f"block is a number of entries, from 1 to the {numel} of this weight. Got {block}.")
-        if sampling not in get_args(Sampling):
-            raise ValueError(f"sampling={sampling!r}: choose {', '.join(map(repr, get_args(Sampling)))}.")
-        if kernel != "auto":
-            require_kernel(kernel)
-        if not isfinite(scaling):
-            raise ValueError(f"scaling multiplies delta and must be finite. Got {scaling}.")
+        require_arguments(seed, sampling, block, kernel, scaling)
         if k is not None:
             require_integer("k", k)
             if not 1 <= k <= numel or k % block:
@@ -133,11 +128,8 @@ class SpaRTA(WrittenEntries):
                     f"k={k} entries cannot be trained of a weight that has {numel}, in blocks of {block}: give a "
                     f"multiple of {block} from {block} to {numel // block * block}."
                 )
-        if sampling == "bernoulli" and (k is not None or block != 1):
-            raise ValueError(
-                "sampling='bernoulli' draws a random number of entries, so it goes neither with k nor with blocks: "
-                "leave them out, or use sampling='exact'."
-            )
+        if sampling == "bernoulli" and k is not None:
+            raise ValueError(_RANDOM_NUMBER)
         # Plain numbers, whatever a sweep hands over: they are written into checkpoints, which hold nothing else.
         super().__init__(base, float(scaling))
         self.density = float(density)
@@ -314,3 +306,44 @@ class SpaRTA(WrittenEntries):
 
     def extra_repr(self) -> str:
         return f"k={len(self.indices)}, seed={self.seed}, block={self.block}, kernel={self.kernel!r}"
+
+
+def require_some(density: float) -> None:
+    """Check a share of entries to train.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is not in (0, 1].
+    """
+    require_density(density)
+    if not density > 0:
+        raise ValueError(f"density={density} trains nothing: give a share above 0, or leave the layer out.")
+
+
+def require_arguments(
+    seed: int = 0,
+    sampling: Sampling = "exact",
+    block: int = 1,
+    kernel: Literal["auto"] | Kernel = "auto",
+    scaling: float = 1.0,
+    key: str = "",
+) -> None:
+    """Check those of SpaRTA's arguments that are the same for every layer, as far as no weight is needed.
+
+    Raises:
+        TypeError: one is of another type.
+        ValueError: one is out of range, or two do not go together.
+    """
+    require_integer("seed", seed)
+    require_integer("block", block)
+    require_number("scaling", scaling)
+    if block < 1:
+        raise ValueError(f"block is a number of entries, at least 1. Got {block}.")
+    if sampling not in get_args(Sampling):
+        raise ValueError(f"sampling={sampling!r}: choose {', '.join(map(repr, get_args(Sampling)))}.")
+    if kernel != "auto":
+        require_kernel(kernel)
+    if not isfinite(scaling):
+        raise ValueError(f"scaling multiplies delta and must be finite. Got {scaling}.")
+    if sampling == "bernoulli" and block != 1:
+        raise ValueError(_RANDOM_NUMBER)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_peft.arguments import require_number
 from lightning_peft.callbacks.embedding_noise import EmbeddingNoise, Mode
 from lightning_peft.callbacks.hooked_steps import Numbers
 from lightning_peft.callbacks.repeated_steps import Execution, Reduction
+from lightning_peft.embeddings import is_causal
 from lightning_peft.functional.embedding_noise import (
     gaussian_noise,
     neftune_noise,
@@ -128,6 +130,8 @@ class SaltAndPepper(EmbeddingNoise):
 
     Args:
         p: share of the numbers.
+        causal: whether it is the largest so far, up to the number's own token, which a model that predicts the next
+            token needs; ``None`` to ask the model's attention.
         mode: "replace" for one noisy pass, or "virtual"; see `EmbeddingNoise` for it and what follows.
         passes: K of "virtual".
         reduction: "sum" or "mean" of the K + 1 losses.
@@ -149,6 +153,7 @@ class SaltAndPepper(EmbeddingNoise):
     def __init__(
         self,
         p: float = 0.1,
+        causal: bool | None = None,
         mode: Mode = "replace",
         passes: int = 1,
         reduction: Reduction = "sum",
@@ -162,7 +167,13 @@ class SaltAndPepper(EmbeddingNoise):
         super().__init__(mode, passes, reduction, execution, prob, embedding, protect_ids, padding, seed)
         require_number("p", p)
         require_share("p", p)
-        self.p = p
+        self.p, self.causal = p, causal
+        self._backward_only = causal is True
+
+    def begin(self, trainer: Trainer, module: LightningModule) -> None:
+        if not self._hook.attached:
+            self._backward_only = is_causal(module) if self.causal is None else self.causal
+        super().begin(trainer, module)
 
     def noise(self, E: Tensor, tokens: Tensor | None, numbers: Numbers) -> Tensor:
-        return salt_and_pepper(E, self.p, mask=tokens, generator=numbers.each(len(E)))
+        return salt_and_pepper(E, self.p, mask=tokens, causal=self._backward_only, generator=numbers.each(len(E)))

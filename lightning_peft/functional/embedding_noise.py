@@ -166,13 +166,16 @@ def uniform_start(E: Tensor, size: float, *, mask: Tensor | None = None, generat
     return size / cells.sqrt() * (2 * _drawn(E, generator, "uniform_") - 1) * mask
 
 
-def salt_and_pepper(E: Tensor, p: float, *, mask: Tensor | None = None, generator: Generators = None) -> Tensor:
+def salt_and_pepper(
+    E: Tensor, p: float, *, mask: Tensor | None = None, causal: bool = False, generator: Generators = None
+) -> Tensor:
     """Half of a share p of the cells become 0, the other half the example's largest value.
 
     Args:
         E: (B, L, d).
         p: share of the cells.
         mask: (B, L) bool; ``None`` for all tokens.
+        causal: the largest value up to the cell's own token, as a causal model must not have seen later ones.
         generator: one, or one for each example.
 
     Returns:
@@ -186,7 +189,8 @@ def salt_and_pepper(E: Tensor, p: float, *, mask: Tensor | None = None, generato
         return E
     mask = _mask(E, mask)[..., None]
     drawn = _drawn(E, generator, "uniform_")
-    largest = E.detach().masked_fill(~mask, -torch.inf).amax((1, 2), keepdim=True)
+    largest = E.detach().masked_fill(~mask, -torch.inf).amax(2, keepdim=True)  # of every token
+    largest = largest.cummax(1).values if causal else largest.amax(1, keepdim=True)
     out = torch.where((drawn < p / 2) & mask, 0.0, E)
     return torch.where((drawn >= p / 2) & (drawn < p) & mask, largest, out)
 

@@ -125,7 +125,7 @@ def dpt_rank(parameters: int, length: int, width: int) -> int:
         >>> dpt_rank(8_700, 100, 768)
         10
     """
-    _require_sizes(parameters=parameters, length=length, width=width)
+    require_sizes(parameters=parameters, length=length, width=width)
     if parameters < length + width:
         raise ValueError(
             f"parameters={parameters:,} is less than one component costs: {length:,} prompt tokens of width {width:,} "
@@ -164,7 +164,7 @@ def dept_split(parameters: int, width: int, reach: int, length: int | None = Non
         >>> dept_split(76_800, 768, 256), dept_split(409_600, 4096, 256, length=40)
         (PromptSplit(length=60, rank=30), PromptSplit(length=40, rank=56))
     """
-    _require_sizes(parameters=parameters, width=width, reach=reach)
+    require_sizes(parameters=parameters, width=width, reach=reach)
     if length is None:
         length = round(0.6 * (parameters // width))
     else:
@@ -178,8 +178,20 @@ def dept_split(parameters: int, width: int, reach: int, length: int | None = Non
     return PromptSplit(length, min((parameters - length * width) // (reach + width), reach, width))
 
 
-def _require_sizes(**sizes: int) -> None:
+def require_sizes(least: int = 1, **sizes: int | None) -> None:
+    """Check numbers of tokens, components or places.
+
+    Args:
+        least: the smallest that there may be.
+        sizes: by name; ``None`` where it was not given.
+
+    Raises:
+        TypeError: one is no whole number.
+        ValueError: one is too small.
+    """
     for name, value in sizes.items():
+        if value is None:
+            continue
         require_integer(name, value)
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1. Got {value}.")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}. Got {value}.")

@@ -25,7 +25,8 @@ _NARROW = 2**31  # from here on flat positions need 64 bits
 _TOKENS = 64  # of which a core's cache holds a transposed copy
 _SAMPLED = (torch.float32, torch.float64)  # what torch.sparse.sampled_addmm takes
 CAP = 64 * 2**20
-"""Bytes of a dense gradient above which it is made in parts."""
+"""Bytes of a dense gradient above which it is made in parts, each of a quarter of them."""
+_ROWS = 256  # of a part where parts are asked for, also of a small weight
 
 
 def draw_indices(numel: int, k: int, seed: int, name: str) -> Tensor:
@@ -209,7 +210,8 @@ def entry_gradient(a: Tensor, b: Tensor, pattern: Pattern, kernel: Kernel | None
         b: (t, n).
         pattern: of an (m, n) matrix.
         kernel: "sampled" computes these k numbers in float32 or wider, without the matrix; "dense" has the whole
-            product and picks; "chunked" has a few of its rows at a time. ``None`` is :func:`choose_kernel`'s.
+            product and picks; "chunked" has at most 256 of its rows at a time, and never more than 16 MiB. ``None`` is
+            :func:`choose_kernel`'s, with parts of 16 MiB.
 
     Returns:
         (k,), in float32 or wider for "sampled", else in a's dtype.
@@ -218,8 +220,9 @@ def entry_gradient(a: Tensor, b: Tensor, pattern: Pattern, kernel: Kernel | None
         ValueError: there is no such kernel.
     """
     m, n = pattern.shape
-    k, tokens = len(pattern.col), a.shape[0]
+    k, tokens, most = len(pattern.col), a.shape[0], _ROWS
     if kernel is None:
+        most = m
         kernel = choose_kernel(a.device, a.dtype, pattern.shape, k / max(1, m * n), tokens)
     require_kernel(kernel)
     if k == 0 or tokens == 0:
@@ -229,7 +232,7 @@ def entry_gradient(a: Tensor, b: Tensor, pattern: Pattern, kernel: Kernel | None
     b = b.to(a.dtype)
     if kernel == "dense":
         return (a.t() @ b).view(-1)[pattern.indices]
-    rows = max(1, CAP // 4 // (n * a.element_size()))
+    rows = max(1, min(most, CAP // 4 // (n * a.element_size())))
     bounds = pattern.bounds(rows)
     parts = []
     for i, first in enumerate(range(0, m, rows)):

@@ -8,6 +8,20 @@ from math import floor
 from lightning_peft.arguments import require_integer, require_number
 
 
+def require_sparsity(sparsity: float) -> None:
+    """Check a share of parameters that stay.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is not in [0, 1).
+    """
+    require_number("sparsity", sparsity)
+    if not 0 <= sparsity < 1:
+        raise ValueError(
+            f"sparsity is the share of the base's parameters that stay as they are, in [0, 1). Got {sparsity}."
+        )
+
+
 def density_of_sparsity(sparsity: float, total: int, eligible: int) -> float:
     """The keep probability in the targets that leaves a share 1 - s of all parameters trainable.
 
@@ -29,11 +43,7 @@ def density_of_sparsity(sparsity: float, total: int, eligible: int) -> float:
         Rios et al., SpaRTA, Findings of EMNLP 2025, arXiv 2502.15975, and the rule of the authors' first code, where
         N - N_frozen is what is here N_targets.
     """
-    require_number("sparsity", sparsity)
-    if not 0 <= sparsity < 1:
-        raise ValueError(
-            f"sparsity is the share of the base's parameters that stay as they are, in [0, 1). Got {sparsity}."
-        )
+    require_sparsity(sparsity)
     q = (1 - Fraction(str(sparsity))) * total / eligible
     if q < 1:
         return float(q)

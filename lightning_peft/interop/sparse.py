@@ -17,7 +17,7 @@ from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.sparse import Sparse
 from lightning_peft.archive import AdapterFileError
 from lightning_peft.atomic import write_whole
-from lightning_peft.functional.sparse_arithmetic import SparseDelta
+from lightning_peft.functional.sparse_arithmetic import SparseDelta, is_finite, require_factor
 from lightning_peft.functional.sparse_layers import spread
 from lightning_peft.interop.host import below, find_host, trained_beside
 from lightning_peft.rank.budget import clean_name
@@ -36,6 +36,9 @@ class SparseAdapter(Mapping[str, SparseDelta]):
         head: parameters of the head as they were trained, by name.
         about: what is known of how it was made, for readers of the file; nothing is computed from it.
 
+    Raises:
+        ValueError: the head has numbers that are not finite.
+
     Example:
         >>> one = SparseAdapter({"weight": SparseDelta(torch.tensor([1]), torch.tensor([0.5]), (2, 2))})
         >>> len(one + one * 2), (one + one * 2)["weight"].delta
@@ -50,6 +53,10 @@ class SparseAdapter(Mapping[str, SparseDelta]):
     ) -> None:
         self._deltas = dict(deltas)
         self.head = dict(head or {})
+        if odd := next((name for name, tensor in self.head.items() if not is_finite(tensor)), None):
+            raise ValueError(
+                f"the head's {odd!r} is not finite: the run that it is from diverged. Take an earlier checkpoint of it."
+            )
         self.about = dict(about or {})
 
     def __getitem__(self, name: str) -> SparseDelta:
@@ -85,7 +92,13 @@ class SparseAdapter(Mapping[str, SparseDelta]):
         return SparseAdapter(both | {n: d for n, d in other.items() if n not in both}, self.head or other.head)
 
     def __mul__(self, factor: float) -> SparseAdapter:
-        """The same entries, changed by a multiple; the head stays."""
+        """The same entries, changed by a multiple; the head stays.
+
+        Raises:
+            TypeError: the factor is no number.
+            ValueError: it, or what comes of it, is not finite.
+        """
+        require_factor(factor)
         return SparseAdapter({name: delta * factor for name, delta in self.items()}, self.head, self.about)
 
     __rmul__ = __mul__
@@ -101,7 +114,7 @@ class SparseAdapter(Mapping[str, SparseDelta]):
             head: take what was trained beside the adapters with it.
 
         Raises:
-            ValueError: there is no adapter, or something trained is outside the transformers model.
+            ValueError: there is no adapter, something trained is outside the transformers model, or not finite.
             TypeError: an adapter is of another kind.
         """
         name, host = find_host(module, "SparseAdapter.of")

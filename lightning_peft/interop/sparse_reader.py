@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from lightning_peft.archive import AdapterFileError, reading
-from lightning_peft.functional.sparse_arithmetic import SparseDelta
+from lightning_peft.functional.sparse_arithmetic import SparseDelta, is_finite
 from lightning_peft.interop.sparse import FORMAT, VERSION, SparseAdapter, named_weights, require_fitting
 
 
@@ -29,12 +29,15 @@ def read_sparse(path: str | PathLike[str], model: nn.Module | None = None) -> Sp
 
     Raises:
         FileNotFoundError: there is no such file.
-        AdapterFileError: it is damaged, no sparse adapter, or not of this model.
+        AdapterFileError: it is damaged, no sparse adapter, not of this model, or not finite.
         ValueError: its layout says no shapes, and no model is given.
     """
     with reading(path), safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
+        odd = next((key for key, tensor in tensors.items() if not is_finite(tensor)), None)
+    if odd is not None:
+        raise AdapterFileError(f"{path}: {odd!r} holds numbers that are not finite; use another copy.")
     shapes = None if model is None else {n: tuple(p.shape) for n, p in named_weights(model).items()}
     if metadata.get("format") == FORMAT:
         with reading(path):

@@ -37,6 +37,25 @@ class Preset(list[Callback]):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
+def require_owner(owner: str, **options: object) -> None:
+    """Check that no option was given of something that is not there.
+
+    Args:
+        owner: what they belong to, and why it is not there.
+        options: by name; ``None`` where it was not given.
+
+    Raises:
+        ValueError: one was given.
+    """
+    given = [f"{name}={value!r}" for name, value in options.items() if value is not None]
+    if given:
+        one = len(given) == 1
+        raise ValueError(
+            f"{', '.join(given)} {'belongs' if one else 'belong'} to {owner}: give that, or leave "
+            f"{'this' if one else 'these'} out."
+        )
+
+
 def final_budget(final_rank: float | None, budget: Budget | None) -> Budget:
     """The budget of a preset that takes it as an average rank, 8 if nothing is given, or in another unit.
 

@@ -9,6 +9,7 @@ from typing import Literal
 from lightning_peft.adapters.prompts.base import PromptPosition
 from lightning_peft.adapters.prompts.dept import DePT
 from lightning_peft.adapters.prompts.starts import Start
+from lightning_peft.functional.prompts import require_sizes
 from lightning_peft.presets.base import Preset
 from lightning_peft.presets.prompts import cubic_pruning, prompted
 
@@ -25,9 +26,9 @@ def dept(
     init: Start = "vocabulary",
     text_ids: Sequence[int] | None = None,
     align: Literal["tokens", "absolute"] = "tokens",
-    warmup: float = 0.1,
-    tail: float = 0.3,
-    interval: int = 10,
+    warmup: float | None = None,
+    tail: float | None = None,
+    interval: int | None = None,
     prompt_position: PromptPosition = "start",
     init_from: str | None = None,
     targets: Sequence[str] | None = None,
@@ -54,25 +55,29 @@ def dept(
         init: where the prompt starts.
         text_ids: token ids of a text for init="text".
         align: "tokens" or "absolute".
-        warmup: share of the run before the first cut, with `final_rank`.
-        tail: share of the run after the last one.
-        interval: optimizer steps between two cuts.
+        warmup: share of the run before the first cut, of `final_rank`; ``None`` for 0.1.
+        tail: share of the run after the last one; ``None`` for 0.3.
+        interval: optimizer steps between two cuts; ``None`` for 10.
         prompt_position: "start" or "after_cls".
         init_from: file or checkpoint of another task's prompt to start from; see
             :class:`~lightning_peft.InitialPrompt`.
         targets: patterns of the transformers model; ``None`` for the one that there is.
         train: what stays trainable beside it; ``None`` for the head.
-        compact: "final" cuts closed components out of the tensors at the last cut; see
+        compact: "final" cuts closed components out of the tensors at the last cut of `final_rank`; see
             :class:`~lightning_peft.RankPruning`.
 
     Raises:
-        ValueError: rank and parameters are both given.
+        TypeError: a size is no whole number.
+        ValueError: rank and parameters are both given, a size is out of range, or an option of the schedule is given
+            without `final_rank`.
 
     Reference:
         Shi and Lipani, ICLR 2024, arXiv 2309.05173. The schedule is ours.
     """
     if rank is not None and parameters is not None:
         raise ValueError(f"give rank or parameters, not both. Got rank={rank}, parameters={parameters}.")
+    require_sizes(length=length, parameters=parameters, reach=reach)
+    require_sizes(0, rank=rank)
     options = {
         "reach": reach,
         "alpha": alpha,

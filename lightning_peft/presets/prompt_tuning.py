@@ -8,6 +8,7 @@ from functools import partial
 from lightning_peft.adapters.prompts.base import PromptPosition
 from lightning_peft.adapters.prompts.soft_prompt import SoftPrompt
 from lightning_peft.adapters.prompts.starts import Start
+from lightning_peft.functional.prompts import require_sizes
 from lightning_peft.presets.base import Preset
 from lightning_peft.presets.prompts import prompted
 
@@ -36,8 +37,13 @@ def prompt_tuning(
         targets: patterns of the transformers model; ``None`` for the one that there is.
         train: what stays trainable beside it; ``None`` for the head.
 
+    Raises:
+        TypeError: length is no whole number.
+        ValueError: it is below 1.
+
     Reference:
         Lester, Al-Rfou, Constant, 2021, arXiv 2104.08691.
     """
+    require_sizes(length=length)
     adapter = partial(SoftPrompt, length=length, init=init, text_ids=text_ids, prompt_position=prompt_position)
     return prompted(adapter, init_from, targets, train)

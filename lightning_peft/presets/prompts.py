@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 
 from lightning_peft.adapters.base import AdapterFactory
 from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, InitialPrompt, RankMonitor, RankPruning
-from lightning_peft.presets.base import Preset
+from lightning_peft.presets.base import Preset, require_owner
 from lightning_peft.rank.budget import Budget
 from lightning_peft.rank.importance import Taylor
 from lightning_peft.rank.policy import RankPolicy
@@ -38,9 +38,21 @@ def prompted(
 
 
 def cubic_pruning(
-    final_rank: int | None, warmup: float, tail: float, interval: int, compact: Literal["never", "final"]
+    final_rank: int | None,
+    warmup: float | None,
+    tail: float | None,
+    interval: int | None,
+    compact: Literal["never", "final"],
 ) -> list[Callback]:
-    """What closes components on schedule, down to `final_rank`; nothing without one."""
+    """What closes components on schedule, down to `final_rank`; nothing without one.
+
+    Raises:
+        ValueError: there is none, and an option of the schedule is given.
+    """
     if final_rank is None:
+        cut = None if compact == "never" else compact
+        require_owner("final_rank, which is not given", warmup=warmup, tail=tail, interval=interval, compact=cut)
         return []
-    return [RankPruning(RankPolicy(Cubic(warmup, tail), Taylor(), Budget(rank=final_rank), interval), compact)]
+    schedule = Cubic(0.1 if warmup is None else warmup, 0.3 if tail is None else tail)
+    policy = RankPolicy(schedule, Taylor(), Budget(rank=final_rank), 10 if interval is None else interval)
+    return [RankPruning(policy, compact)]

@@ -13,7 +13,7 @@ from lightning_peft.adapters.sparse_budget import SparseBudget
 from lightning_peft.arguments import require_number
 from lightning_peft.callbacks import AdapterCheckpoint, AdapterInjection, Calibration, RankMonitor, RankPruning
 from lightning_peft.functional.sparse import Kernel
-from lightning_peft.presets.base import Preset
+from lightning_peft.presets.base import Preset, require_owner
 from lightning_peft.rank.schedule import Linear
 
 SPARSITY = 0.99
@@ -28,11 +28,11 @@ def sparta(
     seed: int = 0,
     kernel: Kernel | Literal["auto"] = "auto",
     start: Literal["random", "magnitude", "gradient"] = "random",
-    batches: int = 16,
+    batches: int | None = None,
     regrow: float = 0.0,
-    interval: int = 20,
-    warmup: float = 0.05,
-    tail: float = 0.3,
+    interval: int | None = None,
+    warmup: float | None = None,
+    tail: float | None = None,
     targets: Sequence[str] | None = None,
     train: Sequence[str] | None = None,
 ) -> Preset:
@@ -51,17 +51,19 @@ def sparta(
             :class:`~lightning_peft.SpaRTA`.
         start: "random" entries; or those of largest "magnitude" or "gradient", chosen before the first step, see
             :class:`~lightning_peft.EntrySelection`.
-        batches: so many batches are looked at before training where entries are chosen by gradient.
+        batches: so many batches are looked at before training, of start="gradient"; ``None`` for 16.
         regrow: share of the entries that move at an event, 0 for none; see :class:`~lightning_peft.DropAndRegrow`.
-        interval: optimizer steps between two events at which entries move.
-        warmup: share of the run before the first of them.
-        tail: share of the run after the last.
+        interval: optimizer steps between two events at which entries move, of `regrow`; ``None`` for 20.
+        warmup: share of the run before the first of them; ``None`` for 0.05.
+        tail: share of the run after the last; ``None`` for 0.3.
         targets: layers to adapt; ``None`` for the value and output projections of every attention. See
             :func:`lightning_peft.inject`.
         train: what stays trainable beside them; ``None`` for the head.
 
     Raises:
-        ValueError: more than one of density, sparsity and parameters is given, or an argument is out of range.
+        TypeError: an argument is of another type.
+        ValueError: more than one of density, sparsity and parameters is given, an argument is out of range, or it
+            belongs to another one that is not given.
 
     Reference:
         Rios et al., SpaRTA, Findings of EMNLP 2025, arXiv 2502.15975: random entries, targets and sparsity as in the
@@ -76,8 +78,13 @@ def sparta(
         sparsity = SPARSITY
     budget = SparseBudget(density, sparsity, parameters, sampling=sampling, seed=seed, kernel=kernel)
     callbacks: list[Callback] = [AdapterInjection(budget, targets, train)]
+    if start != "gradient":
+        require_owner(f"start='gradient', and start is {start!r}", batches=batches)
     if start != "random":
-        callbacks.append(Calibration(EntrySelection(start), batches))
+        callbacks.append(Calibration(EntrySelection(start), 16 if batches is None else batches))
     if regrow:
-        callbacks.append(RankPruning(DropAndRegrow(regrow, Linear(warmup, tail), interval)))
+        schedule = Linear(0.05 if warmup is None else warmup, 0.3 if tail is None else tail)
+        callbacks.append(RankPruning(DropAndRegrow(regrow, schedule, 20 if interval is None else interval)))
+    else:
+        require_owner("regrow, which is 0", interval=interval, warmup=warmup, tail=tail)
     return Preset([*callbacks, RankMonitor(), AdapterCheckpoint()])

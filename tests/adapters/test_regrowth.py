@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from lightning_peft.rank.probe import Alone
 from lightning_peft.rank.schedule import Linear
 from lightning_peft.surgery.layers import adapters
 
-WIDTH, DENSITY = 8, 0.2
+WIDTH, DENSITY, LR = 8, 0.2, 1e-2
 
 
 class Net(L.LightningModule):
@@ -46,7 +47,7 @@ class Net(L.LightningModule):
         return self.head(self.body(batch)).square().mean()  # type: ignore[no-any-return]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=1e-2, weight_decay=0.0)
+        return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=LR, weight_decay=0.0)
 
 
 def loader() -> DataLoader[Any]:
@@ -152,7 +153,7 @@ def test_least_moved_go_and_largest_gradients_come() -> None:
         dense = watch.dense[event][layer].flatten().abs()
         dense[before] = 0
         assert sorted(set(after) - set(before)) == sorted(dense.topk(len(gone)).indices.tolist())
-        # Adam goes on where it was, and from zero for what is new.
+        # Adam's mean goes on where it was, and from zero for what is new.
         for place, i in enumerate(after):
             old = still.moments[event][layer][before.index(i)] if i in before else torch.zeros(())
             assert watch.moments[event][layer][place] == old
@@ -260,6 +261,79 @@ def test_entries_in_blocks_are_refused_before_anything_is_trained(begin: Any) ->
     inject(net, partial(SpaRTA, density=DENSITY, block=2), ["0"])
     with pytest.raises(ValueError, match=r"'body\.0' gates its entries in blocks of 2, and these cannot move.*block=1"):
         begin(RankBudget.of(net))
+
+
+AVERAGING: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "Adam": partial(torch.optim.Adam, lr=LR),
+    "AdamW, largest": partial(torch.optim.AdamW, lr=LR, weight_decay=0.0, amsgrad=True),
+    "Adamax": partial(torch.optim.Adamax, lr=LR),
+    "NAdam": partial(torch.optim.NAdam, lr=LR),
+    "RMSprop": partial(torch.optim.RMSprop, lr=LR),
+    "RMSprop with momentum": partial(torch.optim.RMSprop, lr=LR / 10, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("before", [20, 200])
+@pytest.mark.parametrize("make", AVERAGING.values(), ids=AVERAGING)
+def test_grown_entries_take_steps_of_the_usual_size(
+    make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], before: int
+) -> None:
+    moved, plain = nn.Parameter(torch.zeros(6)), nn.Parameter(torch.zeros(6))
+    gradient = torch.linspace(0.8, 1.2, 6)
+    optimizers = make([moved]), make([plain])
+
+    def step() -> None:
+        for parameter, optimizer in zip((moved, plain), optimizers, strict=True):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+
+    for _ in range(before):
+        step()
+    order = torch.tensor([0, 1, 2, -1, 4, 5])
+    follow_moves(optimizers[:1], {moved: order})
+    for _ in range(50):
+        was, old = moved.detach()[3].clone(), plain.detach()[3].clone()
+        step()
+        usual = abs(float(plain.detach()[3] - old))  # above LR where the optimizer corrects nothing (RMSprop)
+        assert abs(float(moved.detach()[3] - was)) <= 1.5 * max(LR, usual)
+    stays = order >= 0
+    assert torch.equal(moved[stays], plain[stays])
+    for key, value in optimizers[0].state[moved].items():
+        other = optimizers[1].state[plain][key]
+        assert torch.equal(value[stays], other[stays]) if value.shape == moved.shape else torch.equal(value, other)
+
+
+def test_state_of_a_grown_entry() -> None:
+    p = nn.Parameter(torch.zeros(4))
+    optimizer = torch.optim.AdamW([p], amsgrad=True)
+    value = torch.tensor([1.0, 2.0, 4.0, 9.0])
+    optimizer.state[p] = {key: value.clone() for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "unknown")}
+    follow_moves([optimizer], {p: torch.tensor([1, -1, 2, -1])})
+    squares, nothing = torch.tensor([2.0, 3.0, 4.0, 3.0]), torch.tensor([2.0, 0.0, 4.0, 0.0])
+    expected = {"exp_avg": nothing, "exp_avg_sq": squares, "max_exp_avg_sq": squares, "unknown": nothing}
+    for key, found in optimizer.state[p].items():
+        assert torch.equal(found, expected[key]), key
+    # Where none stays, those that went are all that is known.
+    follow_moves([optimizer], {p: torch.full((4,), -1)})
+    assert torch.equal(optimizer.state[p]["exp_avg_sq"], torch.full((4,), 3.0))
+    assert torch.equal(optimizer.state[p]["exp_avg"], torch.zeros(4))
+
+
+@pytest.mark.parametrize("make", [partial(torch.optim.Adagrad, lr=LR), partial(torch.optim.Adafactor, lr=LR)])
+def test_grown_entries_of_other_optimizers_are_as_old_as_their_neighbours(
+    make: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+) -> None:
+    p = nn.Parameter(torch.ones(4))
+    optimizer = make([p])
+    for _ in range(100):
+        p.grad = torch.ones(4)
+        optimizer.step()
+    follow_moves([optimizer], {p: torch.tensor([0, -1, 2, 3])})
+    was = p.detach().clone()
+    p.grad = torch.ones(4)
+    optimizer.step()
+    step = was - p.detach()
+    torch.testing.assert_close(step[1], step[0])
 
 
 def test_state_that_cannot_follow_is_refused() -> None:

@@ -577,6 +577,60 @@ def test_padding_is_known_behind_a_prompt_too(position: Any) -> None:
         assert torch.isin(noisy[i][text[i]], clean[i][text[i]]).all()
 
 
+class Writes(LightningModule):
+    """A causal model, whose embedding's output is noted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            config = GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+            self.model = GPT2LMHeadModel(config)
+        self.seen: list[Tensor] = []
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        if not self.seen:
+            embedding = self.model.get_input_embeddings()
+            with torch.no_grad():
+                embedding.weight[19] = 100.0  # the later token, larger than all others
+            # After the callback's own hook.
+            embedding.register_forward_hook(lambda layer, args, output: self.seen.append(output.detach()))
+        loss: Tensor = self.model(**batch, labels=batch["input_ids"]).loss
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD((p for p in self.parameters() if p.requires_grad), 0.1)
+
+
+@pytest.mark.parametrize("mode", ["replace", "virtual"])
+@pytest.mark.parametrize("noise", EVERY.values(), ids=EVERY)
+def test_no_position_of_a_causal_model_sees_a_later_token(noise: Callable[..., EmbeddingNoise], mode: Any) -> None:
+    ids = torch.randint(1, 19, (4, LENGTH), generator=torch.Generator().manual_seed(0))
+    for t in range(1, LENGTH):
+        noisy = []
+        for token in (18, 19):
+            ids[:, t] = token
+            module = Writes()
+            batch = {"input_ids": ids.clone(), "attention_mask": torch.ones_like(ids)}
+            run = trainer(noise(0.5, mode=mode), max_steps=1)
+            run.fit(module, DataLoader([batch], batch_size=None))
+            noisy.append(module.seen[-1])
+        assert torch.equal(noisy[0][:, :t], noisy[1][:, :t])
+        assert not torch.equal(noisy[0][:, t], noisy[1][:, t])
+
+
+def test_salt_and_pepper_may_be_told_that_nothing_is_predicted() -> None:
+    noisy = []
+    for token in (18, 19):
+        module, ids = Writes(), torch.arange(1, LENGTH + 1).repeat(4, 1)
+        ids[:, -1] = token
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        trainer(SaltAndPepper(0.5, causal=False), max_steps=1).fit(module, DataLoader([batch], batch_size=None))
+        noisy.append(module.seen[-1])
+    assert (noisy[1][:, :-1] == 100).any()
+    assert not torch.equal(noisy[0][:, :-1], noisy[1][:, :-1])
+
+
 @pytest.mark.parametrize("form", ["pairs", "heads", "packed"])
 def test_padding_is_known_from_masks_of_pairs_and_from_packed_rows(form: str) -> None:
     class Net(TextCNN):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -221,6 +222,45 @@ def test_salt_and_pepper_in_halves() -> None:
     largest = E.amax((1, 2), keepdim=True)
     assert (out == largest).float().mean().item() == pytest.approx(0.2, abs=0.01)
     assert ((out == 0) | (out == largest) | (out == E)).all()
+
+
+CAUSAL: dict[str, Callable[..., Tensor]] = {
+    "copied": partial(random_position_noise, causal=True),
+    "copied by dimension": partial(random_position_noise, scope="dim", causal=True),
+    "copied within the token": partial(random_position_noise, scope="token"),
+    "gaussian": gaussian_noise,
+    "neftune": neftune_noise,
+    "salt and pepper": partial(salt_and_pepper, causal=True),
+    "cutoff": token_cutoff,
+}
+
+
+@pytest.mark.parametrize("hidden", [None, 2], ids=["all shown", "one hidden"])
+@pytest.mark.parametrize("draw", CAUSAL.values(), ids=CAUSAL)
+def test_no_cell_depends_on_a_later_token_of_a_causal_model(draw: Callable[..., Tensor], hidden: int | None) -> None:
+    E, mask = torch.randn(3, 6, 8, generator=generator(1)), torch.ones(3, 6, dtype=torch.bool)
+    if hidden is not None:
+        mask[:, hidden] = False
+    once = draw(E, 0.5, mask=mask, generator=generator())
+    for t in range(6):
+        later = E.clone()
+        later[:, t] += 100
+        assert torch.equal(draw(later, 0.5, mask=mask, generator=generator())[:, :t], once[:, :t])
+
+
+def test_pepper_of_a_causal_model_is_the_largest_value_so_far() -> None:
+    E, mask = numbered(), padded()
+    E[:, 1] += 1000  # not the last token has the largest
+    out = salt_and_pepper(E, 0.9, mask=mask, causal=True, generator=generator())
+    for b in range(4):
+        for t in range(6):
+            seen = E[b, : t + 1][mask[b, : t + 1]]
+            allowed = [torch.zeros(1, dtype=E.dtype), E[b, t], *([seen.max()[None]] if mask[b, t] else [])]
+            assert torch.isin(out[b, t], torch.cat(allowed)).all()
+    assert torch.equal(out[~mask], E[~mask])
+    peppered = (out == E[:, :2].amax((1, 2), keepdim=True)) & mask[..., None]
+    assert peppered[3, 2:].any()
+    assert out.isfinite().all()
 
 
 def test_cutoff_takes_whole_tokens() -> None:

@@ -137,11 +137,12 @@ def test_the_kernel_follows_device_dtype_density_tokens_and_size() -> None:
     assert choose_kernel(cuda, torch.bfloat16, (11008, 4096), 0.01, 512) == "chunked"
 
 
-def test_property_11_the_chunked_kernel_never_has_the_whole_product(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("m", "share"), [(768, 3), (3072, 12)])
+def test_property_11_the_chunked_kernel_never_has_the_whole_product(m: int, share: int) -> None:
     """As far as it is the kernel's: that no base weight has a gradient is the adapter's."""
-    m, n, tokens = 256, 64, 4
-    monkeypatch.setattr(sparse, "CAP", m * n * 4 // 4)
-    a, b, where = normal(tokens, m, dtype=torch.float32), normal(tokens, n, dtype=torch.float32), pattern(m, n, 50)
+    n, tokens = 768, 4
+    k = m * n // 100
+    a, b, where = normal(tokens, m, dtype=torch.float32), normal(tokens, n, dtype=torch.float32), pattern(m, n, k)
     entry_gradient(a, b, where, "chunked")
 
     def largest(kernel: Kernel) -> int:
@@ -150,7 +151,16 @@ def test_property_11_the_chunked_kernel_never_has_the_whole_product(monkeypatch:
         return int(max(event.self_cpu_memory_usage for event in seen.events()))
 
     assert largest("dense") >= m * n * 4
-    assert largest("chunked") < m * n * 4 / 8
+    assert largest("chunked") <= m * n * 4 / share
+
+
+def test_a_kernel_in_parts_that_is_chosen_has_larger_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse, "CAP", 4096 * 8 * 8)
+    monkeypatch.setattr(sparse, "choose_kernel", lambda *_: "chunked")
+    where = pattern(2048, 8, 50)
+    a, b = normal(3, 2048), normal(3, 8)
+    assert torch.equal(entry_gradient(a, b, where), entry_gradient(a, b, where, "chunked"))
+    assert list(where._bounds) == [1024, 256]  # rows of a quarter of the cap, and as many as are asked for
 
 
 def entries(m: int, n: int, k: int, blocks: int = 0, **more: object) -> Entries:

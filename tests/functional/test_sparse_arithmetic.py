@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from lightning_peft.functional.sparse_arithmetic import SparseDelta
+from lightning_peft.interop.sparse import SparseAdapter
 
 SHAPE = (6, 5)
 
@@ -67,11 +70,43 @@ def test_written_and_put_back_bit_for_bit(dtype: torch.dtype) -> None:
         (torch.tensor([1]), torch.zeros(2), r"\(k,\) deltas. Got \(1,\) of torch.int64 and \(2,\)"),
         (torch.tensor([1], dtype=torch.int32), torch.zeros(1), "positions of int64"),
         (torch.tensor([1]), torch.zeros(1, dtype=torch.int64), "deltas are floating-point"),
+        (
+            torch.tensor([1, 7]),
+            torch.tensor([1.0, float("nan")]),
+            r"deltas are finite\. Got nan at position 7: the run",
+        ),
+        (torch.tensor([1]), torch.tensor([float("-inf")]), "Got -inf at position 1"),
     ],
 )
 def test_what_is_no_change_is_refused(indices: Tensor, delta: Tensor, error: str) -> None:
     with pytest.raises(ValueError, match=error):
         SparseDelta(indices, delta, SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("factor", "error", "says"),
+    [
+        (float("nan"), ValueError, r"a factor of deltas is finite\. Got nan\."),
+        (float("-inf"), ValueError, r"a factor of deltas is finite\. Got -inf\."),
+        ("x", TypeError, r"a factor of deltas must be a number\. Got 'x'\."),
+        (True, TypeError, r"must be a number\. Got True\."),
+    ],
+)
+def test_what_is_no_factor_is_refused(factor: Any, error: type[Exception], says: str) -> None:
+    for product in (lambda: change(0) * factor, lambda: factor * change(0)):
+        with pytest.raises(error, match=says):
+            product()
+    with pytest.raises(error, match=says):
+        SparseAdapter({}) * factor  # also where there is nothing to multiply
+
+
+def test_what_grows_beyond_its_dtype_is_refused() -> None:
+    large = SparseDelta(torch.tensor([3]), torch.tensor([3e38]), SHAPE)
+    for grown in (lambda: large + large, lambda: large * 10, lambda: large * 1e300):
+        with pytest.raises(
+            ValueError, match="Got inf at position 3: the run that they are from diverged, or they were"
+        ):
+            grown()
 
 
 def test_changes_of_other_shapes_are_not_added() -> None:

@@ -4,7 +4,8 @@ Run by test_adapter_files.py: python adapter_files.py FOLDER SEED SCALE. Every o
 
 refused   AdapterFileError, no failed allocation behind it, and the model as it was, bit for bit and without adapters
 equal     the weights, masks, buffers and adapters that the file had before it was mutated
-legal     the digest was computed again: the model holds exactly the mutated tensors in exactly the mutated adapters
+legal     the digest was computed again: the model holds exactly the mutated tensors in exactly the mutated adapters;
+          or a file of sparse adapters, which has none: its numbers are finite, and a model gives them back bit for bit
 """
 
 from __future__ import annotations
@@ -31,12 +32,24 @@ from typing import Any
 
 import lightning.pytorch as L
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_peft import AdapterCheckpoint, AdapterFileError, AdapterInjection, DynamicDoRA, LoRA, load
+from lightning_peft import (
+    AdapterCheckpoint,
+    AdapterFileError,
+    AdapterInjection,
+    DynamicDoRA,
+    LoRA,
+    SparseAdapter,
+    SparseSwitch,
+    load,
+    read_sparse,
+)
 from lightning_peft.checkpoint import ENTRY, adapter_state_dict, digest, recipe
+from lightning_peft.functional.sparse_arithmetic import SparseDelta
 from lightning_peft.inspection import report
 from lightning_peft.interop import to_hf_peft
 from lightning_peft.interop.host import trained_beside, whole_modules
@@ -529,6 +542,78 @@ class Folder:
         return "equal"
 
 
+class Sparse:
+    """Files of sparse adapters, ours and in the authors' layout, which a plain model takes on and gives back."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.net = folder / "sparse.safetensors", Net()
+        self.plain = snapshot(self.net)
+        entries = SparseDelta(torch.tensor([1, 7, 30]), torch.tensor([0.5, -1.0, 2.0]), (8, 6))
+        head = {"net.out.bias": torch.tensor([1.0, 2.0])}
+        SparseAdapter({"net.hidden.weight": entries}, head, {"seed": 1}).save(self.path)
+        with safe_open(self.path, framework="pt") as file:
+            ours = {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata()  # noqa: SIM118
+        theirs = {
+            "indices.net.hidden.weight": torch.tensor([[5, 0], [0, 1], [1, 1]], dtype=torch.int32),
+            "deltas.net.hidden.weight": torch.tensor([2.0, 0.5, -1.0]),
+            **head,
+        }
+        self.layouts = [ours, (theirs, None)]
+
+    def mutate(self, rng: random.Random) -> None:
+        tensors, metadata = rng.choice(self.layouts)
+        tensors, metadata = dict(tensors), metadata and dict(metadata)
+        kind = rng.randrange(6)
+        if kind == 0:
+            key = rng.choice(list(tensors))
+            flat = tensors[key].clone()
+            numbers = (
+                [float("nan"), float("inf"), -float("inf"), 3e38, 0.0] if flat.is_floating_point() else [-1, 9, 2**30]
+            )
+            flat.view(-1)[rng.randrange(flat.numel())] = rng.choice(numbers)
+            tensors[key] = flat
+        elif kind == 1:
+            key = rng.choice(list(tensors))
+            new = odd_tensor(tensors[key], rng)
+            plain = isinstance(new, Tensor) and new.layout == torch.strided and not (new.is_meta or new.is_nested)
+            if plain and not new.is_quantized and new.numel() < 10**4:  # what the format can hold
+                tensors[key] = new.detach().resolve_conj().contiguous()
+        elif kind == 2:
+            key = rng.choice(list(tensors))
+            value = tensors.pop(key)
+            if rng.random() < 0.5:
+                tensors[rng.choice([f"{key}x", "head.", "deltas.", ".indices", "net.out.weight"])] = value
+        elif kind == 3 and metadata:
+            key = rng.choice(list(metadata))
+            odd = ["", "{}", "[]", "NaN", "[" * 5000, '{"net.hidden.weight": [-8, -6]}', '{"net.hidden.weight": 48}']
+            odd += ['{"net.hidden.weight": [1000000000000, 1000000000000]}', '{"net.out.weight": [2, 8]}', "1"]
+            metadata[key] = rng.choice(odd)
+        data = bytearray(save(tensors, metadata))
+        if kind == 4:
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        elif kind == 5:
+            data = data[: rng.randrange(len(data))]
+        self.path.unlink()  # tensors that were read of it may still be in its memory
+        self.path.write_bytes(bytes(data))
+
+    def attempt(self) -> str:
+        switch = SparseSwitch(self.net)
+        try:
+            read = read_sparse(self.path, self.net)
+        except AdapterFileError as error:
+            refuse_hidden_failure(error)
+            return "refused"
+        tensors = [delta.delta for delta in read.values()] + list(read.head.values())
+        assert all(tensor.float().isfinite().all() for tensor in tensors if tensor.dtype != torch.float64)
+        switch.to(read)
+        changed = {key for key, value in snapshot(self.net).items() if value != self.plain[key]}
+        assert changed <= {*read, *read.head}
+        assert all(p.isfinite().all() for p in self.net.parameters())
+        switch.to(None)
+        assert snapshot(self.net) == self.plain
+        return "legal"
+
+
 def chosen(subjects: list[Subject], i: int) -> Subject:
     """Mostly a file of weights alone: one of a whole run is four times as long, and much of it is not ours."""
     return subjects[(i % 2) * 2 + (i % 10 in (4, 9))]
@@ -584,6 +669,16 @@ def main(folder: Path, seed: int, scale: float) -> dict[str, Any]:
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
         try:
             outcomes.setdefault(kind, Counter())[export.attempt()] += 1
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    sparse = Sparse(folder)
+    for _ in range(round(900 * scale)):
+        sparse.mutate(rng)
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, resource.RLIM_INFINITY))
+        try:
+            outcomes.setdefault("sparse adapters", Counter())[sparse.attempt()] += 1
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -142,12 +143,41 @@ NONE: Any = torch.zeros(0)
         ({"indices.0.weight": torch.zeros(3, 2)}, "positions of torch.float32"),
         ({"indices.0.weight": NONE}, "'0.weight', and does not say which entries"),
         ({"deltas.other": torch.ones(1)}, "'other', which this model does not have"),
+        (
+            {"deltas.0.weight": torch.tensor([1.0, float("nan"), 2.0])},
+            r"'deltas\.0\.weight' holds numbers that are not",
+        ),
+        ({"deltas.0.bias": torch.tensor([float("inf")])}, r"'deltas\.0\.bias' holds numbers that are not finite; use"),
+        ({"2.weight": torch.full((2, 5), float("nan"))}, r"'2\.weight' holds numbers that are not finite"),
         ({"strange": torch.ones(3)}, "belong to no entry and no parameter: strange"),
     ],
 )
 def test_a_wrong_file_of_the_authors_layout(changes: dict[str, Tensor], error: str, tmp_path: Path) -> None:
     with pytest.raises(AdapterFileError, match=error):
         read_sparse(authors_file(tmp_path / "theirs.safetensors", **changes), model())
+
+
+@pytest.mark.parametrize("name", ["0.weight.delta", "0.bias.delta", "head.2.weight"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float8_e5m2])
+def test_numbers_that_are_not_finite_are_not_read(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    path = tmp_path / "adapter.safetensors"
+    adapter(1, head=True).save(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    tensors[name] = torch.full(tensors[name].shape, float("inf")).to(dtype)
+    save_file(tensors, path, metadata)
+    for of in (None, model()):
+        with pytest.raises(AdapterFileError, match=f"'{name}' holds numbers that are not finite; use another copy"):
+            read_sparse(path, of)
+
+
+def test_a_head_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"the head's '2\.weight' is not finite: the run that it is from diverged\. Take"
+    ):
+        SparseAdapter({}, {"2.weight": torch.tensor([1.0, float("nan")])})
+    SparseAdapter({}, {"2.counts": torch.tensor([1]), "2.large": torch.tensor([1e300], dtype=torch.float64)})
 
 
 def test_what_is_no_sparse_adapter(tmp_path: Path) -> None:

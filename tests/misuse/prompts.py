@@ -87,6 +87,11 @@ ROWS: Rows = {
         ValueError,
     ),
     "a rank and a number of parameters": (lambda: presets.dept(rank=4, parameters=100), ValueError),
+    "a rank and a number of parameters of a product": (lambda: presets.dpt(rank=3, parameters=48), ValueError),
+    "a schedule without a rank to fall to": (lambda: presets.dpt(interval=3, warmup=0.2), ValueError),
+    "components to be cut that nothing closes": (lambda: presets.dept(compact="final"), ValueError),
+    "a prompt of no tokens": (lambda: presets.prompt_tuning(length=0), ValueError),
+    "a product of no components": (lambda: presets.dpt(rank=0), ValueError),
     "a start from a text without one": (lambda: prompted("bert", partial(OFFSETS, init="text")), ValueError),
     "a start from token ids of another vocabulary": (
         lambda: prompted("bert", partial(PRODUCT, init="svd", text_ids=[101, 7592])),

@@ -52,6 +52,12 @@ def authors(deltas: int = 1) -> str:
     return "theirs.safetensors"
 
 
+def diverged() -> str:
+    entries = {"indices.weight": torch.tensor([[0, 1]], dtype=torch.int32), "deltas.weight": torch.tensor([torch.nan])}
+    save_file(entries, "diverged.safetensors")
+    return "diverged.safetensors"
+
+
 def something_else() -> str:
     save_file({"weight": torch.ones(1)}, "plain.safetensors")
     return "plain.safetensors"
@@ -74,6 +80,13 @@ ROWS: Rows = {
     "a budget of entries around one layer": (lambda: SparseBudget(0.1)(nn.Linear(2, 2)), TypeError),
     "a start of SpaRTA that is misspelt": (lambda: presets.sparta(0.1, start="weights"), ValueError),  # type: ignore[arg-type]
     "more entries to move than there are": (lambda: presets.sparta(0.1, regrow=1.5), ValueError),
+    "batches for entries that are drawn": (lambda: presets.sparta(batches=5), ValueError),
+    "events for entries that stay": (lambda: presets.sparta(interval=5, tail=0.2), ValueError),
+    "a sparsity above 1": (lambda: presets.sparta(sparsity=2), ValueError),
+    "a density that is no number": (lambda: presets.sparta(density=float("nan")), ValueError),
+    "no parameters for SpaRTA": (lambda: presets.sparta(parameters=0), ValueError),
+    "a kernel of SpaRTA that is misspelt": (lambda: presets.sparta(kernel="dens"), ValueError),  # type: ignore[arg-type]
+    "a number of one weight's entries in a budget": (lambda: SparseBudget(0.1, k=5), TypeError),
     "entries in blocks that are to move": (
         lambda: fit(
             Encoder(),
@@ -101,5 +114,7 @@ ROWS: Rows = {
         lambda: read_sparse(authors(deltas=2), nn.Linear(2, 2)),
         AdapterFileError,
     ),
+    "a sparse adapter times what is no number": (lambda: one() * float("nan"), ValueError),
+    "a sparse adapter of a run that diverged": (lambda: read_sparse(diverged(), nn.Linear(2, 2)), AdapterFileError),
     "another file read as a sparse adapter": (lambda: read_sparse(something_else()), AdapterFileError),
 }

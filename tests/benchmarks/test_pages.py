@@ -1,0 +1,137 @@
+"""Pages of benchmarks: what they say of their rows is true of these rows, and plans do what pages say."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LAYERS, RANK = "Adapters on all 36 linear layers of the encoder.", "Rank is the average per layer at the end."
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Loads a script of the folder, with the path that it makes for itself."""
+    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+
+    def load(name: str) -> ModuleType:
+        return import_module(name)
+
+    return load
+
+
+def test_the_accuracy_page_is_that_of_its_rows(script: Any) -> None:
+    accuracy = script("accuracy")
+    page = accuracy.PAGES["accuracy"]
+    text = accuracy.table(accuracy.load("accuracy"), page.methods, page.tables, accuracy.seeds)
+    assert text == (ROOT / "docs" / "accuracy.md").read_text(encoding="utf-8")
+    assert LAYERS in text
+    assert RANK in text
+
+
+def test_the_sparse_page_says_nothing_of_other_rows(script: Any) -> None:
+    accuracy, words = script("accuracy"), script("accuracy_table").WORDS["sparse"]
+    page = accuracy.PAGES["sparse"]
+    text = accuracy.table([], page.methods, page.tables, accuracy.seeds, words)
+    assert LAYERS not in text
+    assert RANK not in text
+    assert "full fine-tuning trains everything" in text
+    assert f"up to {page.changes['max_length']} tokens" in text
+    assert "over a fourth rate" not in text
+
+
+def test_a_plan_of_the_sparse_page_leaves_recorded_runs_alone(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracy = script("accuracy")
+    recorded = accuracy.load("accuracy")
+    assert len(recorded) == len(accuracy.runs.read(accuracy.RESULTS)) - len(accuracy.load("sparse"))
+    sparse = list(accuracy.PAGES["sparse"].methods)
+    search = next(iter(accuracy.plan("r52", 2, sparse, "sparse")))
+    assert {run.page for run in search} == {"sparse"}
+    assert [run.lr for run in search if run.method == "lora"] == [1e-3, 2e-3]
+    assert {accuracy.settings(run)["epochs"] for run in search} == {1}
+    # All searched at 1e-3: the rate beyond it is tried too, and final runs are three seeds, or one.
+    found = [{**vars(run), "accuracy": 0.9 - run.lr, "macro_f1": 0.5} for run in search]
+    monkeypatch.setattr(accuracy, "load", lambda page=None: found)
+    _, beyond, final = accuracy.plan("r52", 2, sparse, "sparse")
+    assert {run.lr for run in beyond if run.method == "sparta"} == {5e-4}
+    seeds = {name: sum(run.method == name for run in final) for name in sparse}
+    assert seeds == {name: 1 if name in ("frozen", "sparta-value-output") else 3 for name in sparse}
+    (other,) = accuracy.plan("r8", 2, sparse, "sparse")
+    assert {run.method for run in other} == {"lora", "sparta", "sparta-magnitude", "sparta-gradient", "sparta-regrow"}
+    assert {(run.seed, run.epochs) for run in other} == {(0, 1)}
+
+
+def row(method: str, lr: float, search: bool, accuracy: float = 0.9) -> dict[str, Any]:
+    figures = {"adapter_parameters": 5, "cpu_ms_per_step": 7, "peak_memory": 1e8, "accuracy": accuracy}
+    return {"job": "r8", "method": method, "lr": lr, "search": search, **figures}
+
+
+def test_the_prompts_page_says_which_rates_stand_at_an_end(script: Any) -> None:
+    table, titles = script("prompts_table").table, {"one": "One", "two": "Two", "three": "Three"}
+    found = {"one": 1e-3, "two": 2e-3, "three": 4e-3}
+    tried = [row(name, lr, True) for name in titles for lr in (1e-3, 2e-3, 4e-3)]
+    final = [row(name, lr, False) for name, lr in found.items()]
+    seeds, jobs = dict.fromkeys(titles, (0,)), {"r8": list(titles), "smollm2": []}
+    said = "The best rate stands at an end of those that were tried, the lowest for One (0.001); the highest for Three"
+    assert said in table(tried + final, titles, jobs, seeds, {})
+    assert "stands at an end" not in table(tried + final[1:2], titles, jobs, seeds, {})
+
+
+def test_rounds_of_prompts_are_two_at_least(
+    script: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = script("prompts")
+    for command in ("speed", "plan"):
+        monkeypatch.setattr(sys, "argv", ["prompts.py", command, "--rounds", "1"])
+        with pytest.raises(SystemExit):
+            prompts.main()
+        assert "--rounds must be at least 2 to have quartiles. Got 1." in capsys.readouterr().err
+
+
+def test_the_prompts_page_says_what_the_plan_does(script: Any) -> None:
+    prompts = script("prompts")
+    titles = {name: method.title for name, method in prompts.METHODS.items()}
+    text = prompts.table([], titles, prompts.JOBS, prompts.SEEDS, prompts.rates())
+    assert f"texts of at most {prompts.LENGTHS['r8']} tokens" in text
+    assert f"of three in {prompts.SEARCH_STEPS} steps" in text
+    assert f"{prompts.ANSWERS['steps']} steps of {prompts.ANSWERS['batch_size']} texts" in text
+    assert f"writes, of {prompts.ANSWERS['test_rows']}" in text
+    assert {len(rates) for (job, _), rates in prompts.rates().items() if job == "smollm2"} == {2}
+    (runs,) = prompts.plan(["smollm2"])
+    assert [run.lr for run in runs] == [3e-3] * 3 + [1e-3] + [1e-2] * 3 + [3e-3]
+
+
+def test_the_costliest_noise_is_run_on_one_data_set(script: Any) -> None:
+    study = script("low_data_noise").STUDY
+    assert f"{study.steps} steps of {study.batch} texts ({study.whole['r8']} from all of R8" in study.about
+    assert f"with {study.tested} test texts" in study.about
+    few = script("few_labels")
+    *_, final = few.plan(study_with_rates(study), ["r8", "20ng"], list(study.methods))
+    assert {run.data for run in final if run.method == "rpn-official"} == {"r8"}
+    assert {run.data for run in final if run.method == "rpn"} == {"r8", "20ng"}
+
+
+def study_with_rates(study: Any) -> Any:
+    """The study as if its searches were done."""
+
+    class Done(type(study)):  # type: ignore[misc]
+        def best(self, method: str, data: str) -> tuple[float, float]:
+            return 1e-3, 0.0
+
+    return Done(**{name: getattr(study, name) for name in study.__dataclass_fields__})
+
+
+def test_the_page_of_sparse_steps_says_what_fell_short(script: Any) -> None:
+    sparse = script("sparse")
+    rows = {name: {"held": held, "seconds": [s] * 4} for name, held, s in
+            (("auto", 50, 1.2), ("lora", 90, 1.0), ("shira", 100, 2.0))}  # fmt: skip
+    assert sparse._fell_short(rows) == ["the time of a step of auto is 1.20 times that of lora, and 1.05 was the most"]
+    rows["auto"]["seconds"] = [1.0] * 4
+    assert sparse._fell_short(rows) == []
+    last = {line["what"]: line for line in sparse.runs.read(sparse.RESULTS)}["step"]
+    assert ("fell short of what was asked" in sparse.table()) == bool(sparse._fell_short(last["found"][0]["rows"]))
