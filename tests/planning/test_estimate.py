@@ -371,7 +371,8 @@ def pruning(callbacks: Iterable[L.Callback]) -> list[RankPruning]:
 @pytest.mark.filterwarnings("ignore:No device id is provided", "ignore:masks have learned to keep")  # a short run
 def test_a_plan_of_every_preset_is_what_it_takes(name: str, tmp_path: Path) -> None:
     def preset() -> list[L.Callback]:
-        return list(small(name, compact="final" if pruning(small(name)) else "never", tail=0.4))
+        cut: dict[str, Any] = {"compact": "final", "tail": 0.4} if pruning(small(name)) else {"compact": "never"}
+        return list(small(name, **cut))
 
     (injection,) = [each for each in preset() if isinstance(each, AdapterInjection)]
     policy = next((each.policy for each in pruning(preset())), None)
