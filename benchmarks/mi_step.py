@@ -15,11 +15,10 @@ import argparse
 import time
 from collections.abc import Callable
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
-from runs import RESULTS, append
+from runs import RESULTS, append, beside
 from transformers import BertConfig, BertForSequenceClassification
 
 from lightning_peft import CategoricalCLUB, LoRA, MutualInformation, Regularizer, SeparableCritic, inject
@@ -94,16 +93,12 @@ def main() -> None:
         rounds.append({name: (without, run.step()) for name, run in runs.items()})
     for name in runs:
         pairs = [each[name] for each in rounds[2:]]
-        ratios = sorted(with_it / without for without, with_it in pairs)
         row = {
             "term": name,
             "batch": options.batch,
             "length": options.length,
             "rounds": options.rounds,
-            "seconds": round(median(without for without, _ in pairs), 4),
-            "ratio": round(median(ratios), 4),
-            "least": round(ratios[0], 4),
-            "most": round(ratios[-1], 4),
+            **beside(pairs),
         }
         print(f"{name:<40} {row['seconds'] * 1000:6.0f} ms   with the term x {row['ratio']:.3f}")
         append(row, RESULTS / "mi_step.jsonl")

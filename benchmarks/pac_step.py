@@ -13,11 +13,10 @@ from __future__ import annotations
 import argparse
 import time
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
-from runs import RESULTS, append
+from runs import RESULTS, append, beside
 from transformers import BertConfig, BertForSequenceClassification
 
 from lightning_peft import LoRA, PACBayes, RLoRA, inject
@@ -79,17 +78,13 @@ def main() -> None:
         plain, bound = (Run(adapter, targets, batch, kind) for kind in (None, unit))
         k = bound.term.posterior.offset.numel()  # type: ignore[union-attr]
         pairs = [(plain.step(), bound.step()) for _ in range(options.rounds + 2)][2:]
-        ratios = sorted(with_it / without for without, with_it in pairs)
         row = {
             "adapter": name,
             "batch": options.batch,
             "length": options.length,
             "rounds": options.rounds,
             "parameters": k,
-            "seconds": round(median(without for without, _ in pairs), 4),
-            "ratio": round(median(ratios), 4),
-            "least": round(ratios[0], 4),
-            "most": round(ratios[-1], 4),
+            **beside(pairs),
         }
         print(f"{name:<30} k = {k:>9,}   {row['seconds'] * 1000:6.0f} ms   with the term x {row['ratio']:.3f}")
         append(row, RESULTS / "pac_step.jsonl")

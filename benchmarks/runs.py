@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
@@ -93,6 +94,18 @@ def announced(run: DataclassInstance, execute: Callable[[], dict[str, Any]], pat
     result = execute()
     append(result, path)
     return result
+
+
+def beside(pairs: Iterable[tuple[float, float]]) -> dict[str, float]:
+    """What pairs of measurements, without something and with it, say: ratios are taken within a pair."""
+    both = list(pairs)
+    ratios = sorted(with_it / without for without, with_it in both)
+    return {
+        "seconds": round(median(without for without, _ in both), 4),
+        "ratio": round(median(ratios), 4),
+        "least": round(ratios[0], 4),
+        "most": round(ratios[-1], 4),
+    }
 
 
 def versions(*packages: str) -> dict[str, str]:

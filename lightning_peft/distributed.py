@@ -25,26 +25,25 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def together(check: Callable[[], object]) -> None:
-    """Run something on every process; where it fails on one it fails on all, so that none is left waiting.
+def together(run: Callable[[], Any]) -> Any:
+    """What something gives, run on every process; where it fails on one it fails on all: none is left waiting.
 
     Raises:
         RuntimeError: it has passed here and failed elsewhere. Where it fails, its own error is raised.
         OSError: likewise, where it failed elsewhere with one, of the same number.
     """
-    error: Exception | None = None
     try:
-        check()
-    except Exception as caught:
-        error = caught
-    told = gather_objects(None if error is None else (getattr(error, "errno", None), str(error)))
-    if error is not None:
-        raise error
+        found = run()
+    except Exception as error:
+        gather_objects((getattr(error, "errno", None), str(error)))
+        raise
+    told = gather_objects(None)
     for number, failure in enumerate(told):
         if failure is not None:
             code, sentence = failure
             text = f"process {number} stops: {sentence}"
             raise RuntimeError(text) if code is None else OSError(code, text)
+    return found
 
 
 def rank() -> int:

@@ -32,7 +32,7 @@ class SparseBudget(PlannedFactory):
         density: q, share of every target's entries.
         sparsity: s, share of the base's parameters that stay as they are.
         parameters: k, scalars to train.
-        arguments: of :class:`~lightning_peft.SpaRTA`: seed, sampling, block, kernel, scaling, key.
+        arguments: of :class:`~lightning_peft.SpaRTA`: seed, sampling, block, kernel, scaling.
 
     Raises:
         TypeError: an argument is of another type, or not one of these.

@@ -326,7 +326,6 @@ def require_arguments(
     block: int = 1,
     kernel: Literal["auto"] | Kernel = "auto",
     scaling: float = 1.0,
-    key: str = "",
 ) -> None:
     """Check those of SpaRTA's arguments that are the same for every layer, as far as no weight is needed.
 

@@ -134,6 +134,7 @@ class RiskCertificate(Preflight):
         self._continues = False  # whether it goes on from a run that was to be certified
         self._pictures: KLPictures | None = None
         self._stepping = False
+        self._seen: BoundSet | None = None  # from the fit's start to the training's
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -150,11 +151,11 @@ class RiskCertificate(Preflight):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        together(lambda: self._require_sound(trainer, pl_module))
+        self._seen = together(lambda: self._require_sound(trainer, pl_module))
         self._start = outside(pl_module, posterior_of(pl_module))
 
-    def _require_sound(self, trainer: Trainer, module: LightningModule) -> None:
-        """Check all that can be checked before training.
+    def _require_sound(self, trainer: Trainer, module: LightningModule) -> BoundSet:
+        """Check all that can be checked before training; gives the bound set.
 
         Raises:
             MisconfigurationException: the certificate would not hold.
@@ -179,7 +180,7 @@ class RiskCertificate(Preflight):
         require_drawn(posterior, self.settings.unit)
         kept = [getattr(c, "monitor", None) for c in callbacks_of(trainer) if isinstance(c, Checkpoint)]
         require_not_selected([monitor for monitor in kept if monitor], self.settings.tried)
-        self._bound_set(trainer)
+        return self._bound_set(trainer)
 
     def _require_known_prior(self, trainer: Trainer, module: LightningModule) -> None:
         """Check that what the prior has learned from is known, of this run or of the one that it continues.
@@ -195,13 +196,12 @@ class RiskCertificate(Preflight):
             advice = "Say what it was: RiskCertificate(prior_data=<a Dataset>)."
             require_untaught_prior(module, posterior_of(module), advice)
 
-    def _require_steady(self, trainer: Trainer, module: LightningModule) -> None:
+    def _require_steady(self, trainer: Trainer, module: LightningModule, data: BoundSet) -> None:
         """Check that a batch is the same each time that it is brought to the device.
 
         Raises:
             MisconfigurationException: it is not.
         """
-        data = self._bound_set(trainer)
         with undisturbed(trainer, module), _as_predicting(trainer, module):
             batches = [_transferred(trainer, module, batch) for batch in data.read([0, 0])]
         try:
@@ -219,7 +219,9 @@ class RiskCertificate(Preflight):
         super().on_train_start(trainer, pl_module)
         # Here, because a strategy that shards restores after our on_fit_start.
         together(lambda: self._require_known_prior(trainer, pl_module))
-        together(lambda: self._require_steady(trainer, pl_module))
+        data, self._seen = self._seen, None
+        assert data is not None
+        together(lambda: self._require_steady(trainer, pl_module, data))
         self._stepping = False
         self._start |= self._restored  # of the run that this one continues
         self._restored = {}
@@ -240,8 +242,7 @@ class RiskCertificate(Preflight):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not on_fit_end: by then the strategy has taken the module off its device and out of its wrapper.
         posterior = posterior_of(pl_module)
-        together(lambda: self._require_still_sound(trainer, pl_module, posterior))
-        data = self._bound_set(trainer)
+        data = together(lambda: self._require_still_sound(trainer, pl_module, posterior))
         shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
         steps = self.settings.passes * -(-len(data.batches) // trainer.world_size)
         with (
@@ -261,9 +262,9 @@ class RiskCertificate(Preflight):
         together(lambda: found.save(path) if trainer.is_global_zero else None)
         rank_zero_info(f"{found}\nWrote {path}.")
 
-    def _require_still_sound(self, trainer: Trainer, module: LightningModule, posterior: Posterior) -> None:
+    def _require_still_sound(self, trainer: Trainer, module: LightningModule, posterior: Posterior) -> BoundSet:
         require_unchanged(self._start, outside(module, posterior))
-        self._bound_set(trainer)
+        return self._bound_set(trainer)
 
     @contextmanager
     def _predicting(

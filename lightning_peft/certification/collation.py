@@ -50,12 +50,12 @@ def require_by_themselves(
     count = len(places)
     shared: list[tuple[Leaf, list[Leaf]]] = []
     for path, leaf in leaves(batch):
-        own = [each[path] for each in alone if path in each and _length(each[path]) == 1]
-        if len(own) < count or _length(leaf) == 1 < count:
+        own = [each[path] for each in alone if path in each and len(each[path]) == 1]
+        if len(own) < count or len(leaf) == 1 < count:
             continue  # it is not one entry per example
-        if _length(leaf) != count:
+        if len(leaf) != count:
             raise ValueError(
-                f"the loader's collate_fn makes {_length(leaf)} examples of {count}, and a certificate counts each "
+                f"the loader's collate_fn makes {len(leaf)} examples of {count}, and a certificate counts each "
                 f"once. {advice}"
             )
         shared.append((leaf, own))
@@ -94,10 +94,6 @@ def leaves(batch: Any, path: str = "") -> Iterator[tuple[str, Leaf]]:
                 yield from leaves(item, f"{path}[{i}]")
     elif hasattr(batch, "__array__"):
         yield from leaves(torch.as_tensor(batch), path)
-
-
-def _length(leaf: Leaf) -> int:
-    return len(leaf)
 
 
 def _fits(row: Any, own: Any) -> bool:

@@ -155,10 +155,9 @@ def test_property_11_the_chunked_kernel_never_has_the_whole_product(m: int, shar
 
 
 def test_a_kernel_in_parts_that_is_chosen_has_larger_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparse, "CAP", 4096 * 8 * 8)
-    monkeypatch.setattr(sparse, "choose_kernel", lambda *_: "chunked")
-    where = pattern(2048, 8, 50)
-    a, b = normal(3, 2048), normal(3, 8)
+    monkeypatch.setattr(sparse, "CAP", 4096 * 8 * 8)  # of a weight that is twice as large, and too dense to sample
+    where = pattern(8192, 8, 8192)
+    a, b = normal(3, 8192), normal(3, 8)
     assert torch.equal(entry_gradient(a, b, where), entry_gradient(a, b, where, "chunked"))
     assert list(where._bounds) == [1024, 256]  # rows of a quarter of the cap, and as many as are asked for
 

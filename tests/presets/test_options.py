@@ -48,7 +48,7 @@ def test_what_says_nothing_or_cannot_be_is_refused(preset: str, options: dict[st
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"k": 5}, "SparseBudget takes of SpaRTA seed, sampling, block, kernel, scaling, key. Got 'k'"),
+        ({"k": 5}, "SparseBudget takes of SpaRTA seed, sampling, block, kernel, scaling. Got 'k'"),
         ({"block": 0}, "block is a number of entries, at least 1. Got 0"),
         ({"block": 2, "sampling": "bernoulli"}, "goes neither with k nor with blocks"),
         ({"scaling": float("inf")}, "scaling multiplies delta and must be finite"),
