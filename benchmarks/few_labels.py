@@ -363,7 +363,8 @@ def table(study: Study) -> str:
         f"{results.name}`. {study.about} Learning rate, or the method's own number at the learning rate of "
         f"{study.methods[study.base].title}: best of three, or four where the best stands at an end, on {HELD_OUT} "
         f"held-out texts, with {study.search_examples} examples of another seed; what was tried, and its held-out "
-        "accuracy, is in the table. Mean ± standard deviation over seeds; accuracy in %, then the expected calibration error.",
+        "accuracy, is in the table. Mean ± standard deviation over seeds; accuracy in %, then the expected calibration "
+        "error.",
     ]
     for name, texts in study.data.items():
         final = [row for row in study.load() if row["data"] == name and not row["search"]]
