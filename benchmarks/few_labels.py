@@ -60,7 +60,7 @@ class Texts:
 
 
 R8 = Texts("Reuters R8", "reuters-r8", 64)
-NEWSGROUPS = Texts("20 Newsgroups", "20newsgroups", 128)
+NEWSGROUPS = Texts("20 Newsgroups", "20newsgroups", 64)
 NEWSGROUPS_TOP = Texts("20 Newsgroups, seven groups", "20newsgroups", 64, lambda name: name.split(".")[0])
 
 

@@ -10,7 +10,6 @@ missing, which takes some two hours of one thread; how runs, searches and the ta
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import few_labels
@@ -91,7 +90,7 @@ STUDY = Study(
     title="Noise on embeddings where labels are few",
     script=__file__,
     about=ABOUT,
-    data={"r8": few_labels.R8, "20ng": replace(few_labels.NEWSGROUPS, length=64)},
+    data={"r8": few_labels.R8, "20ng": few_labels.NEWSGROUPS},
     methods={
         "none": Method("LoRA", none, OWN, rates=(1e-3, 2e-3, 4e-3)),
         "rpn-official": Method("+ RPN, the paper's form: p = 0.3, K = 3", official, OWN | OFFICIAL),

@@ -5,7 +5,7 @@
     python benchmarks/low_resource.py table [--out docs/low-resource.md]
 
 The claim to test is that of the variational information bottleneck: it helps where labels are few. `plan` runs what is
-missing; how runs, searches and the table go is in `few_labels.py`. About 225 runs, and seven hours of one core.
+missing; how runs, searches and the table go is in `few_labels.py`. About 225 runs, and five hours of one core.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from lightning_peft.regularizers import Warmup
 RANK, ALPHA = 8, 16
 ABOUT = (
     "50, 100 and 500 labelled texts in all, as even over the classes as their number allows, drawn by the seed; five "
-    "seeds. MiniLM-L6 with a new head, 200 steps of 8 texts, AdamW with warm-up and decay, LoRA of rank 8 on all "
-    "linear layers of the encoder; everything but what the row names is the same for every row."
+    "seeds. MiniLM-L6 with a new head, texts cut at 64 tokens, 200 steps of 8 texts, AdamW with warm-up and decay, "
+    "LoRA of rank 8 on all linear layers of the encoder; everything but what the row names is the same for every row."
 )
 
 
