@@ -83,7 +83,7 @@ def test_property_11_the_hook_fires_once_on_what_reads_the_tokens(kind: str) -> 
         with hook.passing(0):
             assert torch.equal(module.model(**inputs).logits, before)
         (called,) = hook.calls(0)
-        assert called.ids is inputs["input_ids"]
+        assert torch.equal(called.ids, inputs["input_ids"])  # older T5 and BART look at them anew
         hidden = True
         assert torch.equal(module.model(**inputs).logits, before)  # no pass is open
         with hook.passing(1):

@@ -6,6 +6,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+import lightning
 import torch
 from misuse.setups import LORA, Encoder, Rows, Told, adapted, cli, fit, saved
 from tiny_models import save_tokenizer
@@ -56,7 +57,7 @@ def plain() -> str:
 
 
 def after_injection() -> None:
-    torch.save({"state_dict": Encoder().state_dict(), "pytorch-lightning_version": "2.6.6"}, "base.ckpt")
+    torch.save({"state_dict": Encoder().state_dict(), "pytorch-lightning_version": lightning.__version__}, "base.ckpt")
     fit(Encoder(), *presets.lora(rank=4), ckpt_path="base.ckpt")
 
 

@@ -97,13 +97,14 @@ class _Passes:
         text = ids if vectors is None else vectors
         if text is None:
             return None  # the model says itself what is missing
-        _require_text(ids, vectors, mask)
         cache, m = given.get("past_key_values"), self.adapter.length
+        # before the mask: transformers may have made it 4-dimensional for such a cache
         if getattr(cache, "is_compileable", False):
             raise ValueError(
                 "past_key_values are a static cache, made for the text's own length, which the prompt is not a part "
                 "of. Leave cache_implementation out."
             )
+        _require_text(ids, vectors, mask)
         past = 0 if cache is None else cache.get_seq_length()
         if past == 0 and cache is not None and self._copy_prefix(cache, len(text)):
             past = m
