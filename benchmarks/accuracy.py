@@ -333,7 +333,7 @@ def main() -> None:
         chosen = args.methods.split(",") if args.methods else list(page.methods)
         if unknown := [name for name in chosen if name not in METHODS]:
             parser.error(f"unknown methods {unknown}; known: {', '.join(METHODS)}")
-        runs.carry_out(plan(args.data, args.rank, chosen, args.page), __file__, _arguments, finished)
+        runs.carry_out(plan(args.data, args.rank, chosen, args.page), runs.alone(__file__, _arguments), finished)
         return
     one = Run(args.method, args.data, args.rank, args.seed, args.lr, args.search, args.page)
     if args.max_steps > 0:

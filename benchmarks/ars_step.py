@@ -5,7 +5,8 @@
 The encoder layers of BERT-base, in float32 on one thread, with the squares of the last hidden state for a loss: dense
 and trained by AdamW; or factorised at full rank and frozen, with masks of a hypernetwork that Adam trains. The two take
 turns; a ratio is taken within a round. Seconds are of CPU time. The factors' values are random: no step depends on
-them. The hypernetwork's own part (draw, both terms, their backward, Adam) is also timed by itself.
+them. The hypernetwork's own part (draw, both terms, their backward, Adam) is also timed by itself. Each run appends a
+line to `results/ars_step.jsonl`.
 """
 
 from __future__ import annotations
@@ -13,15 +14,20 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from datetime import datetime, timezone
 from functools import partial
+from pathlib import Path
 from statistics import median
 
+import runs
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from lightning_peft import BudgetPenalty, Factorized, MaskAlignment, RankBudget, inject
 from lightning_peft.adapters import ars
+
+RESULTS = runs.RESULTS / f"{Path(__file__).stem}.jsonl"
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -93,6 +99,16 @@ def main() -> None:
         ratios = [a / b for a, b in zip(taken, times["dense"], strict=True)]
         print(f"{name:<13} {median(taken):6.2f} s   {median(ratios):.3f} of dense")
     print(f"a look at the ranks so far: {selection * 1000:.0f} ms")
+    result = {
+        **vars(options),
+        "parameters": own,
+        "seconds": {name: round(median(taken), 4) for name, taken in times.items()},
+        "masks_over_dense": runs.beside(zip(times["dense"], times["masks"], strict=True)),
+        "look_seconds": round(selection, 4),
+        "versions": runs.versions("torch", "transformers"),
+        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    runs.append(result, RESULTS)
 
 
 if __name__ == "__main__":

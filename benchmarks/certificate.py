@@ -309,7 +309,7 @@ def main() -> None:
     if args.command == "plan":
         seeds = map(int, args.seeds.split(","))
         rows = [planned(args.data, prior, seed) for seed in seeds for prior in ("split", "none")]
-        runs.carry_out([rows], __file__, _arguments, finished)
+        runs.carry_out([rows], runs.alone(__file__, _arguments), finished)
         return
     given = {field.name: getattr(args, field.name) for field in fields(Run) if hasattr(args, field.name)}
     run = replace(planned(given.get("data", "r8"), given.get("prior", "split"), given.get("seed", 0)), **given)

@@ -300,7 +300,7 @@ def main() -> None:
             parser.error(f"unknown methods {unknown}; known: {', '.join(EVERY)}")
         ratios = [float(ratio) for ratio in args.ratios.split(",")]
         seeds = [int(seed) for seed in args.seeds.split(",")]
-        runs.carry_out(plan(methods, ratios, seeds), __file__, _arguments, finished)
+        runs.carry_out(plan(methods, ratios, seeds), runs.alone(__file__, _arguments), finished)
         return
     ratio = 1.0 if args.method == "dense" else args.ratio
     _run_once(Run(args.method, ratio, args.seed, args.lr, args.search), args.trial)

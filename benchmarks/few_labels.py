@@ -17,6 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +295,11 @@ def execute(study: Study, run: Run, trial: int = 0) -> dict[str, Any]:
     }
 
 
+def record(study: Study, run: Run) -> None:
+    """Do a run and keep its line."""
+    print(runs.announced(run, partial(execute, study, run), study.results), flush=True)
+
+
 class Clock(Callback):
     """Processor time of the training loop, which does not count what else the machine does."""
 
@@ -346,11 +352,6 @@ def _beyond(study: Study, name: str, data: str) -> float | None:
     values = _values(study, name)
     best, step = study.best(name, data)[0 if study.methods[name].rates else 1], values[1] / values[0]
     return {values[0]: best / step, values[-1]: best * step}.get(best)
-
-
-def _arguments(run: Run) -> list[object]:
-    options = ["--method", run.method, "--data", run.data, "--examples", run.examples, "--seed", run.seed]
-    return [*options, "--lr", run.lr, "--strength", run.strength, *(["--search"] if run.search else [])]
 
 
 def table(study: Study) -> str:
@@ -453,7 +454,7 @@ def main(study: Study, description: str | None) -> None:
     runs.one_quiet_thread()
     if args.command == "plan":
         stages = plan(study, args.data.split(","), args.methods.split(","))
-        runs.carry_out(stages, study.script, _arguments, study.finished)
+        runs.carry_out(stages, partial(record, study), study.finished)
         return
     one = Run(args.method, args.data, args.examples, args.seed, args.lr, args.strength, args.search)
     if args.trial:
@@ -461,4 +462,4 @@ def main(study: Study, description: str | None) -> None:
     elif study.finished(one):
         print(f"there already: {one}", flush=True)
     else:
-        print(runs.announced(one, lambda: execute(study, one), study.results), flush=True)
+        record(study, one)

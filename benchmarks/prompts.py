@@ -403,7 +403,7 @@ def main() -> None:
         jobs = args.jobs.split(",")
         if unknown := [name for name in jobs if name not in (*JOBS, "speed")]:
             parser.error(f"unknown jobs {unknown}; known: {', '.join((*JOBS, 'speed'))}")
-        runs.carry_out(plan(jobs), __file__, _arguments, finished)
+        runs.carry_out(plan(jobs), runs.alone(__file__, _arguments), finished)
         if "speed" in jobs and not any(row["job"] == "speed" for row in load()):
             for row in speed(args.rounds):
                 runs.append(row, RESULTS)

@@ -1,4 +1,4 @@
-"""Runs of a benchmark: each is a process of its own and one line of a results file.
+"""Runs of a benchmark: each is one line of a results file, and where memory is measured a process of its own.
 
 What is in the file is not run again, and what one plan has in hand no other starts: a plan can be stopped, continued,
 and shared by processes.
@@ -56,13 +56,8 @@ def same(run: DataclassInstance, row: Mapping[str, Any]) -> bool:
     return all(row.get(key) == value for key, value in asdict(run).items())
 
 
-def carry_out(
-    stages: Iterable[Sequence[R]],
-    script: str,
-    arguments: Callable[[R], Iterable[object]],
-    finished: Callable[[R], bool],
-) -> None:
-    """Do all runs that are missing, each as `script run ARGUMENTS` in a process of its own.
+def carry_out(stages: Iterable[Sequence[R]], do: Callable[[R], object], finished: Callable[[R], bool]) -> None:
+    """Do all runs that are missing.
 
     Several processes may carry out the same plan: what one has in hand, another leaves for the end of the stage, and
     waits for it there. A stage is asked for when all runs before it are there, and may depend on what they found.
@@ -72,7 +67,12 @@ def carry_out(
             for run in stage:
                 with claimed(run, wait) as ours:
                     if ours and not finished(run):
-                        subprocess.run([sys.executable, script, "run", *map(str, arguments(run))], check=True)
+                        do(run)
+
+
+def alone(script: str, arguments: Callable[[R], Iterable[object]]) -> Callable[[R], object]:
+    """Does a run as `script run ARGUMENTS` in a process of its own, whose peak of memory is the run's."""
+    return lambda run: subprocess.run([sys.executable, script, "run", *map(str, arguments(run))], check=True)
 
 
 @contextmanager

@@ -244,6 +244,10 @@ class Bench:
         """Whether the results file has this run."""
         return any(runs.same(run, row) for row in self.load())
 
+    def record(self, run: Run) -> None:
+        """Do a run and keep its line."""
+        print(runs.announced(run, partial(self.execute, run), self.results), flush=True)
+
     def searched(self) -> list[dict[str, Any]]:
         """MI-VAE's weights that were tried, from small to large."""
         return sorted((row for row in self.load() if row["search"]), key=lambda row: row["weight"])
@@ -350,11 +354,6 @@ def _run_of(row: Mapping[str, Any]) -> Run:
     return Run(**{field: row[field] for field in Run.__dataclass_fields__})
 
 
-def _arguments(run: Run) -> list[object]:
-    options = ["--method", run.method, "--seed", run.seed, "--weight", run.weight]
-    return [*options, *(["--search"] if run.search else [])]
-
-
 def _cells(own: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> list[str]:
     if not own:
         return ["–"] * 9
@@ -404,9 +403,7 @@ def main() -> None:
         return
     runs.one_quiet_thread()
     if args.command == "plan":
-        same = [*(["--quick"] if args.quick else []), "--results", args.results]
-        stages = bench.planned(args.methods.split(","))
-        runs.carry_out(stages, __file__, lambda one: [*_arguments(one), *same], bench.finished)
+        runs.carry_out(bench.planned(args.methods.split(",")), bench.record, bench.finished)
         return
     one = Run(args.method, args.seed, args.weight, args.search)
     if args.trial:
@@ -414,7 +411,7 @@ def main() -> None:
     elif bench.finished(one):
         print(f"there already: {one}", flush=True)
     else:
-        print(runs.announced(one, lambda: bench.execute(one), bench.results), flush=True)
+        bench.record(one)
 
 
 if __name__ == "__main__":

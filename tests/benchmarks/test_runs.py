@@ -44,7 +44,7 @@ def stages():
 def finished(run):
     return any(row["number"] == run.number for row in runs.read(RESULTS))
 
-runs.carry_out(stages(), __file__, lambda run: [run.number], finished)
+runs.carry_out(stages(), runs.alone(__file__, lambda run: [run.number]), finished)
 """
 
 
