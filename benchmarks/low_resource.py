@@ -5,7 +5,7 @@
     python benchmarks/low_resource.py table [--out docs/low-resource.md]
 
 The claim to test is that of the variational information bottleneck: it helps where labels are few. `plan` runs what is
-missing; how runs, searches and the table go is in `few_labels.py`. About 225 runs, and five hours of one core.
+missing; how runs, searches and the table go is in `few_labels.py`. About 225 runs, and four hours of one core.
 """
 
 from __future__ import annotations
@@ -92,6 +92,7 @@ STUDY = Study(
     examples=(50, 100, 500),
     search_examples=100,
     steps=200,
+    tested=500,
     base="lora",
 )
 
