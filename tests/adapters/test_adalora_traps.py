@@ -15,7 +15,9 @@ import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
+from packaging.version import Version
 from peft import AdaLoraConfig, PeftModel, get_peft_model
+from peft import __version__ as peft_version
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
@@ -330,11 +332,11 @@ def test_10_a_weighted_sum_of_adapters(tmp_path: Path) -> None:
 
 
 def test_11_the_scale_is_a_constant(tmp_path: Path) -> None:
-    """PEFT 0.21.2 makes `ranknum` trainable where it casts or moves it, as for a bfloat16 base, and saves none."""
+    """PEFT from 0.21 on makes `ranknum` trainable where it casts or moves it, as for a bfloat16 base; saves none."""
     config = AdaLoraConfig(target_modules=r"body\.\d+", init_r=INIT, target_r=TARGET, total_step=9)
     theirs = get_peft_model(Net().bfloat16(), config)
     trained = [name for name, p in theirs.named_parameters() if p.requires_grad and "ranknum" in name]
-    assert len(trained) == LAYERS
+    assert len(trained) == (LAYERS if Version(peft_version) >= Version("0.21") else 0)
     net = Net().bfloat16()
     inject(net, partial(AdaLoRA, rank=INIT), [r"body\.\d+"], [])
     assert {name.rpartition(".")[2] for name, p in net.named_parameters() if p.requires_grad} == {"A", "B", "gain"}
