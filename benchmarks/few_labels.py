@@ -379,6 +379,7 @@ def table(study: Study) -> str:
         parts += [_line(study, method, name, final) for method in shown]
         if missing := [method.title for row, method in study.methods.items() if row not in shown]:
             parts += ["", f"Not run here: {'; '.join(missing)}."]
+        parts += _beside_base(study, name, final)
         parts += ["", f"{final[0]['scored_on'].capitalize()}; precision {final[0]['precision']}, one thread."]
     return "\n".join(parts) + "\n"
 
@@ -399,6 +400,33 @@ def _line(study: Study, name: str, data: str, final: Sequence[Mapping[str, Any]]
         cells.append(_cost(own, [row for row in final if row["method"] == study.base]))
     found = "nothing" if study.is_fixed(name) else f"{what} {best:g} ({scores})"
     return f"| {' | '.join([method.title, found, trainable, *cells])} |"
+
+
+def _beside_base(study: Study, data: str, final: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What methods that take the base row's learning rate add to it, on the same texts."""
+    lines = []
+    for name in (name for name, method in study.methods.items() if not method.rates and name != study.base):
+        cells = []
+        for examples in filter(None, study.examples):
+            accuracy: dict[str, dict[int, float]] = {name: {}, study.base: {}}
+            for row in final:
+                best = row["method"] in accuracy and (row["lr"], row["strength"]) == study.best(row["method"], data)
+                if best and row["examples"] == examples:
+                    accuracy[row["method"]][row["seed"]] = 100 * row["accuracy"]
+            gaps = [
+                accuracy[name][seed] - of_base
+                for seed, of_base in accuracy[study.base].items()
+                if seed in accuracy[name]
+            ]
+            if len(gaps) > 1:
+                error = statistics.stdev(gaps) / len(gaps) ** 0.5
+                cells.append(f"{statistics.mean(gaps):+.1f} ± {error:.1f} ({examples})")
+        if cells:
+            lines.append(f"- {study.methods[name].title}: {', '.join(cells)}.")
+    told = (
+        f"Points of accuracy beside {study.methods[study.base].title}, seed by seed: mean ± standard error (examples)."
+    )
+    return ["", told, "", *lines] if lines else []
 
 
 def _title(examples: int) -> str:
