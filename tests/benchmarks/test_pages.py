@@ -40,6 +40,11 @@ def test_a_page_on_few_labels_is_that_of_its_rows(name: str, script: Any) -> Non
     assert script("few_labels").table(study) == (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
 
 
+def test_the_page_of_posterior_collapse_is_that_of_its_rows(script: Any) -> None:
+    text = script("text_vae").Bench().table()
+    assert text == (ROOT / "docs" / "posterior-collapse.md").read_text(encoding="utf-8")
+
+
 def test_the_sparse_page_says_nothing_of_other_rows(script: Any) -> None:
     accuracy, words = script("accuracy"), script("accuracy_table").WORDS["sparse"]
     page = accuracy.PAGES["sparse"]
