@@ -34,7 +34,7 @@ def test_the_accuracy_page_is_that_of_its_rows(script: Any) -> None:
     assert RANK in text
 
 
-@pytest.mark.parametrize("name", ["few-shot"])
+@pytest.mark.parametrize("name", ["few-shot", "low-resource"])
 def test_a_page_on_few_labels_is_that_of_its_rows(name: str, script: Any) -> None:
     study = script(name.replace("-", "_")).STUDY
     assert script("few_labels").table(study) == (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
