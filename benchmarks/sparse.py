@@ -44,6 +44,11 @@ AIMS = (
     ("auto", "lora", "step", 1.05),
 )
 """What is promised at 1 %: (row, against, a step's time or memory, at most)."""
+CALLED = {
+    "auto": "SpaRTA", "shira": "SHiRA", "lora": "LoRA", "full": "full fine-tuning", "index-put": "index_put",
+    "sampled": "its sampled product", "dense": "its dense product",
+}  # fmt: skip
+"""Rows of whole steps, as ratios name them."""
 OTHERS = (("auto", "full"), ("auto", "index-put"), ("sampled", "dense"), ("auto", "sampled"))
 
 
@@ -183,10 +188,12 @@ def _step_table(line: Mapping[str, Any]) -> list[str]:
                 met = "met" if ratio(rows, row, against, what)[0] <= most else "missed"
                 aim = f"≤ {most:.2f} {met}" if point["density"] == STEP_DENSITIES[0] else ""
                 name = "time" if what == "step" else "peak memory"
-                lines.append(f"| {name}, {row} / {against} | {_shown(rows, row, against, what)} | {aim} |")
+                lines.append(
+                    f"| {name}, {CALLED[row]} / {CALLED[against]} | {_shown(rows, row, against, what)} | {aim} |"
+                )
         for row, against in OTHERS:
             if row in rows and against in rows:
-                lines.append(f"| time, {row} / {against} | {_shown(rows, row, against, 'step')} | |")
+                lines.append(f"| time, {CALLED[row]} / {CALLED[against]} | {_shown(rows, row, against, 'step')} | |")
         if point["density"] == STEP_DENSITIES[0] and (short := _fell_short(rows)):
             lines += ["", f"This fell short of what was asked: {'; '.join(short)}."]
         lines.append("")
@@ -199,7 +206,9 @@ def _fell_short(rows: Mapping[str, Any]) -> list[str]:
     for row, against, what, most in AIMS:
         if row in rows and against in rows and (middle := ratio(rows, row, against, what)[0]) > most:
             name = "the time of a step" if what == "step" else "peak memory"
-            found.append(f"{name} of {row} is {middle:.2f} times that of {against}, and {most:.2f} was the most")
+            found.append(
+                f"{name} of {CALLED[row]} is {middle:.2f} times that of {CALLED[against]}, asked is {most:.2f}"
+            )
     return found
 
 

@@ -141,8 +141,10 @@ def test_the_page_of_sparse_steps_says_what_fell_short(script: Any) -> None:
     sparse = script("sparse")
     rows = {name: {"held": held, "seconds": [s] * 4} for name, held, s in
             (("auto", 50, 1.2), ("lora", 90, 1.0), ("shira", 100, 2.0))}  # fmt: skip
-    assert sparse._fell_short(rows) == ["the time of a step of auto is 1.20 times that of lora, and 1.05 was the most"]
+    assert sparse._fell_short(rows) == ["the time of a step of SpaRTA is 1.20 times that of LoRA, asked is 1.05"]
     rows["auto"]["seconds"] = [1.0] * 4
     assert sparse._fell_short(rows) == []
+    text = sparse.table()
+    assert text + "\n" == (ROOT / "docs" / "sparse.md").read_text(encoding="utf-8")
     last = {line["what"]: line for line in sparse.runs.read(sparse.RESULTS)}["step"]
-    assert ("fell short of what was asked" in sparse.table()) == bool(sparse._fell_short(last["found"][0]["rows"]))
+    assert ("fell short of what was asked" in text) == bool(sparse._fell_short(last["found"][0]["rows"]))
