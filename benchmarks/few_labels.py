@@ -119,7 +119,7 @@ class Study:
         seeds: seeds of the final runs.
         whole: data sets that are run with all texts too, where 0 is among the numbers, and the optimizer steps then.
         tested: texts of the test set that are looked at.
-        left_out: data sets that a row is not run on, by row.
+        longer: optimizer steps of runs with more examples, by their number.
         costs: whether the table has the processor time of a step, over that of the base row.
     """
 
@@ -137,7 +137,7 @@ class Study:
     whole: Mapping[str, int] = field(default_factory=dict)
     tested: int = TESTED
     costs: bool = False
-    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    longer: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def results(self) -> Path:
@@ -152,7 +152,7 @@ class Study:
 
     def steps_of(self, run: Run) -> int:
         """Optimizer steps of a run."""
-        return self.steps if run.examples else self.whole[run.data]
+        return self.longer.get(run.examples, self.steps) if run.examples else self.whole[run.data]
 
     def sizes(self, data: str, seed: int) -> list[int]:
         """The numbers of examples that a data set is run with."""
@@ -333,7 +333,6 @@ def plan(study: Study, data: Sequence[str], methods: Sequence[str]) -> Iterator[
         for name in data
         for examples in study.sizes(name, seed)
         for method in methods
-        if name not in study.left_out.get(method, ())
     ]
 
 
@@ -375,10 +374,7 @@ def table(study: Study) -> str:
         head = ["method", "searched: held-out accuracy", "trainable", *map(_title, sizes)]
         head += ["processor time of a step, times the first row's"] if study.costs else []
         parts += ["", f"## {texts.title}", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-        shown = [method for method in study.methods if name not in study.left_out.get(method, ())]
-        parts += [_line(study, method, name, final) for method in shown]
-        if missing := [method.title for row, method in study.methods.items() if row not in shown]:
-            parts += ["", f"Not run here: {'; '.join(missing)}."]
+        parts += [_line(study, method, name, final) for method in study.methods]
         parts += _beside_base(study, name, final)
         parts += ["", f"{final[0]['scored_on'].capitalize()}; precision {final[0]['precision']}, one thread."]
     return "\n".join(parts) + "\n"

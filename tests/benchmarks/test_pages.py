@@ -117,14 +117,16 @@ def test_the_prompts_page_says_what_the_plan_does(script: Any) -> None:
     assert [run.lr for run in runs] == [3e-3] * 3 + [1e-3] + [1e-2] * 3 + [3e-3]
 
 
-def test_the_costliest_noise_is_run_on_one_data_set(script: Any) -> None:
+def test_every_noise_is_run_on_both_data_sets_and_longer_with_more_texts(script: Any) -> None:
     study = script("low_data_noise").STUDY
-    assert f"{study.steps} steps of {study.batch} texts ({study.whole['r8']} from all of R8" in study.about
+    longer, whole = study.longer[500], study.whole["r8"]
+    assert f"{study.steps} steps of {study.batch} texts ({longer} of 500 texts, {whole} of all of R8" in study.about
     assert f"with {study.tested} test texts" in study.about
-    few = script("few_labels")
-    *_, final = few.plan(study_with_rates(study), ["r8", "20ng"], list(study.methods))
-    assert {run.data for run in final if run.method == "rpn-official"} == {"r8"}
-    assert {run.data for run in final if run.method == "rpn"} == {"r8", "20ng"}
+    *_, final = script("few_labels").plan(study_with_rates(study), ["r8", "20ng"], list(study.methods))
+    sizes = {(run.data, run.examples): study.settings(run)["steps"] for run in final}
+    assert sizes == {("r8", 100): 40, ("r8", 500): 100, ("r8", 0): 343, ("20ng", 100): 40, ("20ng", 500): 100}
+    for place in sizes:
+        assert {run.method for run in final if (run.data, run.examples) == place} == set(study.methods)
 
 
 def study_with_rates(study: Any) -> Any:
