@@ -77,20 +77,37 @@ def test_a_plan_of_the_sparse_page_leaves_recorded_runs_alone(script: Any, monke
     assert {(run.seed, run.epochs) for run in other} == {(0, 1)}
 
 
-def row(method: str, lr: float, search: bool, accuracy: float = 0.9) -> dict[str, Any]:
-    figures = {"adapter_parameters": 5, "cpu_ms_per_step": 7, "peak_memory": 1e8, "accuracy": accuracy}
-    return {"job": "r8", "method": method, "lr": lr, "search": search, **figures}
+def row(method: str, lr: float, search: bool, loss: float = 0.5) -> dict[str, Any]:
+    figures = {"adapter_parameters": 5, "cpu_ms_per_step": 7, "peak_memory": 1e8, "accuracy": 0.9, "loss": loss}
+    return {"job": "r8", "method": method, "lr": lr, "seed": 0, "search": search, **figures}
 
 
 def test_the_prompts_page_says_which_rates_stand_at_an_end(script: Any) -> None:
     table, titles = script("prompts_table").table, {"one": "One", "two": "Two", "three": "Three"}
     found = {"one": 1e-3, "two": 2e-3, "three": 4e-3}
-    tried = [row(name, lr, True) for name in titles for lr in (1e-3, 2e-3, 4e-3)]
+    tried = [row(name, lr, True, abs(lr - best)) for name, best in found.items() for lr in (1e-3, 2e-3, 4e-3)]
     final = [row(name, lr, False) for name, lr in found.items()]
     seeds, jobs = dict.fromkeys(titles, (0,)), {"r8": list(titles), "smollm2": []}
     said = "The best rate stands at an end of those that were tried, the lowest for One (0.001); the highest for Three"
     assert said in table(tried + final, titles, jobs, seeds, {})
     assert "stands at an end" not in table(tried + final[1:2], titles, jobs, seeds, {})
+    # A run at a rate that is not the best one, from before another was tried, is not shown.
+    assert table([*tried, row("one", 2e-3, False)], titles, jobs, seeds, {}) == table(tried, titles, jobs, seeds, {})
+
+
+def test_a_plan_of_prompts_goes_by_loss_and_one_rate_beyond_an_end(
+    script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = script("prompts")
+    rows: list[dict[str, Any]] = []
+    monkeypatch.setattr(prompts, "load", lambda: rows)
+    best, found = {"prompt": 3e-2, "dpt": 1e-2, "dept": 3e-3, "lora": 4e-3, "lora-8": 2e-3}, []
+    for stage in prompts.plan(["r8"]):
+        found.append(stage)
+        rows += [row(run.method, run.lr, run.search, abs(run.lr - best[run.method])) for run in stage]
+    _, further, final = found
+    assert {(run.method, run.lr) for run in further} == {("prompt", 0.1), ("dept", 9e-4), ("lora", 8e-3)}
+    assert {(run.method, run.lr) for run in final} == set(best.items())
 
 
 def test_rounds_of_prompts_are_two_at_least(
@@ -109,7 +126,7 @@ def test_the_prompts_page_says_what_the_plan_does(script: Any) -> None:
     titles = {name: method.title for name, method in prompts.METHODS.items()}
     text = prompts.table([], titles, prompts.JOBS, prompts.SEEDS, prompts.rates())
     assert f"texts of at most {prompts.LENGTHS['r8']} tokens" in text
-    assert f"of three in {prompts.SEARCH_STEPS} steps" in text
+    assert f"of three in {prompts.SEARCH_STEPS} steps or four where the best is at an end" in text
     assert f"{prompts.ANSWERS['steps']} steps of {prompts.ANSWERS['batch_size']} texts" in text
     assert f"writes, of {prompts.ANSWERS['test_rows']}" in text
     assert {len(rates) for (job, _), rates in prompts.rates().items() if job == "smollm2"} == {2}
