@@ -65,10 +65,26 @@ def find_embeddings(root: nn.Module, patterns: Sequence[str] | None = None) -> E
 def is_causal(root: nn.Module) -> bool:
     """Whether some transformers model inside shows no token the later ones; of an encoder-decoder, its encoder.
 
-    Their attention says so itself.
+    Attention says so itself, in most models. Of one without such a word (ALiBi, recurrences) the kind decides: what
+    transformers knows as a decoder and not as a masked language model.
     """
-    layers = (child for model in _transformers(root) for child in _reader(model).modules())
-    return any(getattr(child, "is_causal", False) is True for child in layers)
+    return any(_is_causal(model) for model in _transformers(root))
+
+
+def _is_causal(model: Any) -> bool:
+    said = [
+        child.is_causal for child in _reader(model).modules() if isinstance(getattr(child, "is_causal", None), bool)
+    ]
+    if said or getattr(model.config, "is_encoder_decoder", False):
+        return any(said)
+    from transformers.models.auto.modeling_auto import (  # a model of this library is there, so the library is
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    kind = getattr(model.config, "model_type", None)
+    decodes = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return decodes and getattr(model.config, "attn_type", None) != "bi"  # XLNet, which orders tokens by other means
 
 
 def _transformers(root: nn.Module) -> list[Any]:
@@ -210,7 +226,7 @@ class EmbeddingHook:
             return None
         calls = [called for called in self._calls.get(number, ()) if called.name == name]
         if len(calls) > 1:
-            calls = [called for called in calls if _is_same(called.ids, ids)]
+            calls = [called for called in calls if is_same(called.ids, ids)]
             if len(calls) != 1:
                 raise RuntimeError(
                     f"the embedding {name!r} is called several times in a training_step, and activation checkpointing "
@@ -219,7 +235,8 @@ class EmbeddingHook:
         return calls[0] if calls else None
 
 
-def _is_same(one: Tensor | None, other: Tensor | None) -> bool:
+def is_same(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether two tensors are one: the same numbers in the same place."""
     if one is None or other is None:
         return False
     return (one.data_ptr(), one.shape, one.stride()) == (other.data_ptr(), other.shape, other.stride())

@@ -22,22 +22,29 @@ def attention_mask_of(batch: Any) -> Tensor | None:
     return None if text is None else text["attention_mask"]
 
 
-def shown_tokens(batch: Any) -> Tensor | None:
-    """Which tokens of a batch are text and no padding, (batch, length) bool; ``None`` where it does not say.
+def shown_texts(batch: Any) -> list[tuple[Tensor | None, Tensor]]:
+    """The texts of a batch: `input_ids`, where they have that name, and which of them are text and no padding.
 
-    By the first `attention_mask` of a mapping in it: (batch, length), or whole numbers for every pair of tokens,
-    (batch, [heads,] length, length), of which those are text that some token sees. Without one by the `document_ids`
-    of packed rows, where 0 is padding.
+    One for every mapping in it that says so, by its `attention_mask`: (batch, length), or whole numbers for every pair
+    of tokens, (batch, [heads,] length, length), of which those are text that some token sees. Without one by the
+    `document_ids` of packed rows, where 0 is padding. What is shown is (batch, length) bool.
     """
+    found = []
     for part in [batch, *batch] if isinstance(batch, list | tuple) else [batch]:
-        if not isinstance(part, Mapping):
-            continue
-        mask, documents = part.get("attention_mask"), part.get("document_ids")
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            return mask.ne(0)
-        # Of floats it is not known whether 0 hides or shows: they may be added to scores.
-        if isinstance(mask, Tensor) and mask.dim() in (3, 4) and not mask.is_floating_point():
-            return mask.ne(0).flatten(1, -2).any(1)
-        if isinstance(documents, Tensor) and documents.dim() == 2:
-            return documents.ne(0)
+        shown = _shown(part) if isinstance(part, Mapping) else None
+        if shown is not None:
+            ids = part.get("input_ids")
+            found.append((ids if isinstance(ids, Tensor) else None, shown))
+    return found
+
+
+def _shown(text: Mapping[str, Any]) -> Tensor | None:
+    mask, documents = text.get("attention_mask"), text.get("document_ids")
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask.ne(0)
+    # Of floats it is not known whether 0 hides or shows: they may be added to scores.
+    if isinstance(mask, Tensor) and mask.dim() in (3, 4) and not mask.is_floating_point():
+        return mask.ne(0).flatten(1, -2).any(1)
+    if isinstance(documents, Tensor) and documents.dim() == 2:
+        return documents.ne(0)
     return None

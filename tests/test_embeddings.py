@@ -9,16 +9,27 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 from transformers import (
+    AutoModel,
     BartConfig,
     BartForSequenceClassification,
     BertConfig,
     BertModel,
+    BloomConfig,
+    CodeGenConfig,
+    DebertaV2Config,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MPNetConfig,
+    MptConfig,
+    OpenAIGPTConfig,
     RobertaConfig,
     RobertaForSequenceClassification,
+    RwkvConfig,
     T5Config,
     T5ForConditionalGeneration,
+    XGLMConfig,
+    XLNetConfig,
 )
 
 from lightning_peft import LoRA, inject
@@ -91,6 +102,35 @@ def test_property_11_the_hook_fires_once_on_what_reads_the_tokens(kind: str) -> 
         hook.detach()
         assert torch.equal(module.model(**inputs).logits, before)
     assert not any(child._forward_hooks for child in module.modules())
+
+
+GPT: dict[str, Any] = {"vocab_size": 20, "n_embd": 8, "n_layer": 1, "n_positions": 16}
+KINDS: dict[str, Any] = {
+    "bloom": BloomConfig(vocab_size=20, hidden_size=8, n_layer=1, n_head=2),
+    "mpt": MptConfig(vocab_size=20, d_model=8, n_layers=1, n_heads=2, max_seq_len=16),
+    "xglm": XGLMConfig(vocab_size=20, d_model=8, num_layers=1, attention_heads=2, ffn_dim=8),
+    "codegen": CodeGenConfig(**GPT, n_head=4, rotary_dim=2, bos_token_id=1, eos_token_id=2),
+    "gpt": OpenAIGPTConfig(**GPT, n_head=2),
+    "mamba": MambaConfig(vocab_size=20, hidden_size=8, num_hidden_layers=1, state_size=4),
+    "rwkv": RwkvConfig(vocab_size=20, hidden_size=8, num_hidden_layers=2),
+    "bert": BertConfig(**SMALL),
+    "bert as a decoder": BertConfig(**SMALL, is_decoder=True),
+    "deberta": DebertaV2Config(**SMALL),
+    "mpnet": MPNetConfig(**SMALL),
+    "xlnet": XLNetConfig(vocab_size=20, d_model=8, n_layer=1, n_head=2, d_inner=8),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_is_causal_if_no_output_depends_on_a_later_token(kind: str) -> None:
+    torch.manual_seed(0)
+    module = Holds(model=AutoModel.from_config(KINDS[kind]).eval())
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    ids = torch.tensor([[4, 5, 6, 7], [4, 5, 6, 8]])
+    with torch.no_grad():
+        first, second = module.model(ids)[0][:, :-1]  # type: ignore[operator]
+    assert is_causal(module) == torch.allclose(first, second, atol=1e-5)
 
 
 def test_an_adapted_embedding_is_its_adapter() -> None:

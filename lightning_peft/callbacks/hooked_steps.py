@@ -15,9 +15,9 @@ from lightning_peft.adapters.base import Adapter
 from lightning_peft.arguments import require_integer
 from lightning_peft.callbacks.repeated_steps import RepeatedStep, Step
 from lightning_peft.distributed import rank
-from lightning_peft.embeddings import Called, EmbeddingHook, find_embeddings
+from lightning_peft.embeddings import Called, EmbeddingHook, find_embeddings, is_same
 from lightning_peft.functional.embedding_noise import noisy_tokens
-from lightning_peft.padding import shown_tokens
+from lightning_peft.padding import shown_texts
 from lightning_peft.patterns import require_patterns
 from lightning_peft.regularizers.counted import told_by
 from lightning_peft.surgery.layers import adapters
@@ -53,11 +53,22 @@ class Pass:
 
     Attributes:
         place: where it is in the training data: epoch, batch, number of the pass.
-        mask: (B, L) bool, what is no padding, if the batch says so.
+        texts: of the batch, ids if known, and (B, L) bool, what of them is no padding.
     """
 
     place: str
-    mask: Tensor | None
+    texts: Sequence[tuple[Tensor | None, Tensor]]
+
+    def mask(self, ids: Tensor | None) -> Tensor | None:
+        """Of these ids what is no padding, if the batch says so. Of several texts it is that of the same ids."""
+        if len(self.texts) < 2:
+            return self.texts[0][1] if self.texts else None
+        own = next((shown for known, shown in self.texts if is_same(known, ids)), None)
+        if own is not None or ids is None:
+            return own
+        # Copies, which a module may have made: their numbers tell.
+        alike = ((known, shown) for known, shown in self.texts if known is not None and known.shape == ids.shape)
+        return next((shown for known, shown in alike if torch.equal(known, ids)), None)
 
 
 class HookedStep(RepeatedStep):
@@ -136,9 +147,9 @@ class HookedStep(RepeatedStep):
             self._batch, self._next = batch, 0
             self._forget()
         number, self._next = self._next, self._next + count
-        mask = shown_tokens(step.batch) if self.padding == "keep" else None
+        texts = shown_texts(step.batch) if self.padding == "keep" else []
         for i in range(number, number + count):
-            self._passes[i] = Pass(f"{batch[0]}|{batch[1]}|{i}", mask)
+            self._passes[i] = Pass(f"{batch[0]}|{batch[1]}|{i}", texts)
         return number
 
     def _changing(self, number: int) -> AbstractContextManager[None]:
@@ -156,7 +167,7 @@ class HookedStep(RepeatedStep):
         """(B, L) bool, the tokens of E that may be changed; ``None`` for all."""
         if ids is not None and ids.shape != E.shape[:2]:
             ids = None
-        mask = self._passes[called.passed].mask
+        mask = self._passes[called.passed].mask(called.ids)
         if mask is not None and mask.shape != E.shape[:2] and len(mask) == len(E):
             for adapter in self._longer:
                 longer = adapter.lengthened(mask.long())

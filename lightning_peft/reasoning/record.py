@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_peft.archive import AdapterFileError
 from lightning_peft.atomic import write_whole
-from lightning_peft.reasoning.extraction import Extractor, letter, number
+from lightning_peft.reasoning.extraction import MARKER, Extractor, letter, number
 from lightning_peft.reasoning.result import Example
 from lightning_peft.reasoning.self_generated import SelfGeneratedCoT
 from lightning_peft.reasoning.templates import Templates
@@ -35,11 +35,18 @@ def save_solver(
         path: of the file.
         solver: whose they are.
         examples: by question, such as ``{question: result.examples}``; ``None`` for those that it was given itself.
+            Questions without any are left out, as all are in mode "integrated", whose examples nobody has taken apart.
 
     Raises:
+        ValueError: there are examples, and the solver's mode is "integrated", which takes none.
         OSError: the file could not be written.
     """
-    kept = solver.known if examples is None else examples
+    kept = {question: found for question, found in (solver.known if examples is None else examples).items() if found}
+    if kept and solver.mode == "integrated":
+        raise ValueError(
+            "examples go with mode='staged', and this solver's is 'integrated': save it without, or give it the other "
+            "mode."
+        )
     content = {
         "format": _FORMAT,
         "settings": {
@@ -47,7 +54,7 @@ def save_solver(
             **{name: getattr(solver.writer, name) for name in _WRITING},
         },
         "templates": asdict(solver.templates),
-        "extractor": _name_of(solver.extractor),
+        "extractor": _name_of(solver),
         "examples": {question: [list(each) for each in found] for question, found in kept.items()},
     }
     write_whole(path, (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode())
@@ -62,7 +69,8 @@ def load_solver(
         path: of the file.
         model: anything with transformers' `generate`.
         tokenizer: the model's.
-        extractor: reads answers; a file holds no functions, but for the names of `number` and `letter`.
+        extractor: reads answers; a file holds no functions, but for the names of `letter` and of `number` with the
+            templates' marker.
 
     Raises:
         AdapterFileError: there is no such file, or it is none of a solver.
@@ -92,7 +100,12 @@ def load_solver(
     return solver
 
 
-def _name_of(extractor: Extractor) -> str:
-    if isinstance(extractor, partial) and extractor.func is number:
+def _name_of(solver: SelfGeneratedCoT) -> str:
+    """The name of what reads answers; "number" is the one that reads behind the templates' marker."""
+    extractor = solver.extractor
+    behind = MARKER if extractor is number else None
+    if isinstance(extractor, partial) and extractor.func is number and not extractor.args:
+        behind = extractor.keywords.get("marker", MARKER)
+    if behind == solver.templates.marker:
         return "number"
     return "letter" if extractor is letter else "own"

@@ -23,10 +23,10 @@ class SelfGeneratedCoT(Prompted):
     """The model writes problems that are like the one it is asked, solves them, and then the one that it was asked.
 
     Nothing is trained and nobody tells it whether it is right. In mode ``"integrated"`` this is one text, and the
-    answer is read behind the heading of the original problem alone. In mode ``"staged"``:
+    answer is the first behind the heading of the original problem. In mode ``"staged"``:
 
-    1. it writes `n_examples` questions (sampled); those that are empty, cut off, repeated, or the question itself are
-       dropped;
+    1. it writes `n_examples` questions (sampled); those that are empty, cut off, repeated, too long to be solved in the
+       context, or the question itself are dropped;
     2. it solves each (greedily); those without an answer, or cut off before it, are dropped. With `filter_k` as many
        further solutions are sampled, and an example stays if at least `agreement` of all its solutions have the answer
        of most;
@@ -111,7 +111,7 @@ class SelfGeneratedCoT(Prompted):
         return [self._voted(texts, [self._own_answer(each.text) for each in texts]) for texts in found]
 
     def _own_answer(self, text: str) -> str | None:
-        """The answer of the original problem, never one of an example."""
+        """The answer of the original problem, and not one of an example before or behind its solution."""
         section = self.templates.target_section(text)
         return None if section is None else self.extractor(section)
 
@@ -149,7 +149,8 @@ class SelfGeneratedCoT(Prompted):
         kept: list[str] = []
         found = listed(text.text)
         for candidate in found[:-1] if self._cut_off(text) else found:
-            if len(kept) < self.n_examples and is_fit(candidate, question, kept):
+            fit = len(kept) < self.n_examples and is_fit(candidate, question, kept)
+            if fit and self.writer.fits(self.templates.ask_cot(candidate), self.max_new_tokens):
                 kept.append(candidate)
         return kept
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lightning_peft.reasoning.extraction import last_place, until_answer
 from lightning_peft.reasoning.result import Example
 
 
@@ -74,14 +75,17 @@ class Templates:
         return _filled(self.similar, question=question, n=str(n))
 
     def target_section(self, text: str) -> str | None:
-        """What follows the last heading; ``None`` if there is none."""
-        _, found, after = text.rpartition(self.heading)
-        return after if found else None
+        """What follows the last heading, up to the first answer there; ``None`` if there is no heading.
+
+        Behind that answer may stand one more example.
+        """
+        heading = last_place(text, self.heading)
+        return None if heading is None else until_answer(text[heading.end() :], self.marker)
 
     def before_marker(self, text: str) -> str:
         """A solution without its last sentence, which gives the answer."""
-        before, found, _ = text.rpartition(self.marker)
-        return (before if found else text).strip()
+        marker = last_place(text, self.marker)
+        return (text if marker is None else text[: marker.start()]).strip()
 
 
 _PLACES = {

@@ -649,3 +649,25 @@ def test_padding_is_known_from_masks_of_pairs_and_from_packed_rows(form: str) ->
     clean, noisy = module.embedded
     assert torch.equal(noisy[~text], clean[~text])
     assert (noisy[text] != clean[text]).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("first", ["short", "long"])
+def test_each_of_two_texts_has_its_own_padding(first: str, copied: bool) -> None:
+    class Towers(TextCNN):
+        def training_step(self, batch: list[dict[str, Tensor]], batch_idx: int) -> Any:
+            for text in batch:
+                ids = text["input_ids"].clone() if copied else text["input_ids"]
+                self(ids)
+            return self(batch[0]["input_ids"]).sum()
+
+    module = Towers()
+    module.embed.padding_idx = None
+    short, long = torch.tensor([[5, 6, 0, 0], [7, 0, 0, 0]]), torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0]])
+    texts = [{"input_ids": ids, "attention_mask": ids.ne(0).long()} for ids in (short, long)]
+    batch = texts if first == "short" else texts[::-1]
+    before, noise = module.embed.weight.detach().clone(), RandomPositionNoise(1.0, mode="replace")
+    trainer(noise, max_steps=1).fit(module, DataLoader([batch], batch_size=None))
+    for text, embedded in zip(batch, module.embedded, strict=False):
+        changed = (embedded != before[text["input_ids"]]).any(-1)
+        assert torch.equal(changed, text["attention_mask"].bool())

@@ -31,6 +31,7 @@ from lightning_peft.reasoning.similarity import is_fit, listed
         ("The answer is 1/0.", None),
         ("The answer is .5", "1/2"),
         ("The answer is: 10-4=6", "6"),
+        ("So the answer is 7.\nThere were 3 at first.", "7"),
     ],
 )
 def test_property_7_numbers(text: str, answer: str | None) -> None:

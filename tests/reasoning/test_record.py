@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from reasoning.test_self_generated import SHORT, STAGED
 
 from lightning_peft import AdapterFileError
-from lightning_peft.reasoning import Example, SelfGeneratedCoT, letter, load_solver, save_solver
+from lightning_peft.reasoning import Example, SelfGeneratedCoT, letter, load_solver, number, save_solver
 
 
 def test_a_solver_comes_back_with_its_settings_and_examples(scripted: Any, tokenizer: Any, tmp_path: Path) -> None:
@@ -51,6 +52,27 @@ def test_extractors_by_name_or_given_again(scripted: Any, tokenizer: Any, tmp_pa
     with pytest.raises(ValueError, match=r"a function of its own, which no file holds\. Give it: load_solver"):
         load_solver(path, scripted({}), tokenizer)
     assert load_solver(path, scripted({}), tokenizer, extractor=str.strip).extractor is str.strip
+
+
+def test_a_number_behind_the_templates_marker_is_known_by_name_and_no_other(
+    scripted: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "solver.json"
+    for extractor in (number, partial(number, marker="The answer is"), None):
+        save_solver(path, SelfGeneratedCoT(scripted({}), tokenizer, extractor=extractor))
+        assert load_solver(path, scripted({}), tokenizer).extractor("The answer is 8.\n9") == "8"
+    save_solver(path, SelfGeneratedCoT(scripted({}), tokenizer, extractor=partial(number, marker="####")))
+    with pytest.raises(ValueError, match="a function of its own"):
+        load_solver(path, scripted({}), tokenizer)
+
+
+def test_an_integrated_solver_has_no_examples_to_keep(scripted: Any, tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "solver.json"
+    solver = SelfGeneratedCoT(scripted({"1+2*3== mine ==": "== mine == So 3."}), tokenizer, templates=SHORT)
+    save_solver(path, solver, {"1+2": solver.solve("1+2").examples})
+    assert load_solver(path, scripted({}), tokenizer).mode == "integrated"
+    with pytest.raises(ValueError, match=r"examples go with mode='staged', and this solver's is 'integrated'"):
+        save_solver(path, solver, {"1+2": [Example("6+6", "b", "12")]})
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"format": "another"}'])

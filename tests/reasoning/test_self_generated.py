@@ -127,6 +127,9 @@ def test_property_4_an_answer_is_never_read_from_an_example(scripted: Any, token
         "5+6 So 11.\n== mine ==\nSo 3.": "3",
         "5+6 So 11.": None,  # no section of its own
         "== mine == So 9.\n== mine == So 3.": "3",
+        "== mine ==\n1+2\nSo 3, as there are 3.\n\n5+6 So 11.": "3",  # an example behind it
+        "== Mine == so 3.\n5+6 so 11.": "3",
+        "== mine == \\boxed{3}.\n5+6 \\boxed{11}.": "3",
     }.items():
         assert SelfGeneratedCoT(scripted({prompt: text}), tokenizer, templates=SHORT).solve("1+2").answer == answer
 
@@ -203,6 +206,31 @@ def test_property_9_the_answer_of_most_and_of_a_tie_the_first(
     ):
         result = solver.solve("1+2")
         assert (result.answer, result.text, result.n_calls) == (answer, text, 3)
+
+
+def test_property_9_every_vote_is_sampled_by_a_seed_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, scripted: Any, tokenizer: Any
+) -> None:
+    for options, prompt in (({"n_examples": 0}, "1+2?"), ({"mode": "integrated"}, "1+2*3== mine ==")):
+        solver = SelfGeneratedCoT(scripted({prompt: "So 3."}), tokenizer, votes=3, templates=SHORT, **options)
+        write, asked = solver.writer.write, []
+
+        def spied(asks: Any, *how: Any, write: Any = write, asked: list[Any] = asked, **more: Any) -> Any:
+            asked += asks
+            return write(asks, *how, **more)
+
+        monkeypatch.setattr(solver.writer, "write", spied)
+        solver.solve("1+2")
+        assert len({ask.seed for ask in asked}) == 3
+        assert None not in {ask.seed for ask in asked}
+
+
+def test_a_question_that_is_too_long_to_be_solved_is_no_example(scripted: Any, tokenizer: Any) -> None:
+    script = STAGED | {"1+2~3": "1. 5+6\n2. 5+" + "6" * 30, "5+6? five, six So 11.\n\n1+2?": "So 3."}
+    limits = {"max_new_tokens": 60, "max_context_tokens": 87}  # room for prompts of 27 letters
+    result = SelfGeneratedCoT(scripted(script), tokenizer, mode="staged", templates=SHORT, **limits).solve("1+2")
+    assert [example.question for example in result.examples] == ["5+6"]
+    assert result.answer == "3"
 
 
 def test_examples_whose_solutions_disagree_are_left_out(scripted: Any, tokenizer: Any) -> None:
