@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -40,6 +40,15 @@ def save_tokenizer(folder: Path, classifies: bool) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(folder)
 
 
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Every byte is a token."""
+    alphabet = ["<pad>", "<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    made = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<end>")
+
+
 def save_encoder(folder: Path, num_labels: int = 3, **config: Any) -> str:
     """A BERT of two layers with a head, without dropout. Large weights, so that texts have logits which differ."""
     save_tokenizer(folder, classifies=True)
@@ -61,8 +70,9 @@ def save_decoder(folder: Path, **config: Any) -> str:
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
     tokens = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
     made = LlamaConfig(
-        vocab_size=len(WORDS), intermediate_size=32, initializer_range=0.3,
-        **{"tie_word_embeddings": True, "max_position_embeddings": 64, **sizes, **tokens, **config},
+        intermediate_size=32, initializer_range=0.3,
+        **{"vocab_size": len(WORDS), "tie_word_embeddings": True, "max_position_embeddings": 64,
+           **sizes, **tokens, **config},
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

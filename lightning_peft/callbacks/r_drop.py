@@ -15,6 +15,9 @@ from lightning_peft.callbacks.repeated_steps import Reduction, RepeatedStep, Ste
 from lightning_peft.functional.r_drop import symmetric_kl
 from lightning_peft.regularizers.calls import Call, Calls, counted_rows, logits_of, with_logits
 
+_LOOKS = 5
+"""Steps with equal predictions before it is said: dropout in an adapter that starts at zero shows after its first."""
+
 
 class RDrop(RepeatedStep):
     """Run every batch twice, each time with dropout of its own, and have both predictions agree.
@@ -64,7 +67,7 @@ class RDrop(RepeatedStep):
         require_reduction(reduction)
         self.alpha, self.reduction, self.of, self.read = alpha, reduction, of, read
         self._calls: Calls | None = None
-        self._unlooked = True
+        self._equal: set[int] | None = None  # steps whose passes were equal; None to look at no more
 
     @property
     def repeats(self) -> bool:
@@ -74,7 +77,7 @@ class RDrop(RepeatedStep):
         if self._calls is None:
             self._calls = Calls(with_logits(module, self.of, "RDrop"))
             self._calls.attach()
-            self._unlooked = True
+            self._equal = set()
 
     def end(self) -> None:
         if self._calls is not None:
@@ -96,15 +99,25 @@ class RDrop(RepeatedStep):
         with torch.autocast(losses[0].device.type, enabled=False):
             pairs = zip(heard, others, strict=True)
             divergence = torch.stack([self._divergence(one, other) for one, other in pairs]).mean()
-        if self._unlooked:
-            self._unlooked = False
-            if float(divergence.detach()) == 0:  # once in a fit: to look waits for the device
-                rank_zero_warn(
-                    "both passes of RDrop give the same predictions, so it only costs time: the model has no dropout, "
-                    "or is in eval mode. Give it some (hidden_dropout_prob, LoRA's dropout), or take RDrop out."
-                )
+        self._look(divergence, step.module.trainer.global_step)
         step.module.log("loss/r_drop", divergence.detach(), rank_zero_only=True)
         return with_loss(outputs, reduced(losses, self.reduction) + self.alpha * divergence)
+
+    def _look(self, divergence: Tensor, updates: int) -> None:
+        """Warn where both passes give the same in the first steps: to look waits for the device, so no more often."""
+        if self._equal is None or updates in self._equal:
+            return
+        if float(divergence.detach()) != 0:
+            self._equal = None
+            return
+        self._equal.add(updates)
+        if len(self._equal) == _LOOKS:
+            self._equal = None
+            rank_zero_warn(
+                f"both passes of RDrop gave the same predictions in {_LOOKS} steps, so it only costs time: the model "
+                "has no dropout, or is in eval mode. Give it some (hidden_dropout_prob, LoRA's dropout), or take RDrop "
+                "out."
+            )
 
     def _heard(self, run: Callable[[], Any]) -> tuple[Any, list[Call]]:
         assert self._calls is not None

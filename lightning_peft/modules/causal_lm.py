@@ -10,8 +10,8 @@ from lightning_peft.modules.documents import IGNORED
 from lightning_peft.modules.generation import Generated, write
 from lightning_peft.modules.language_data import LanguageBatch
 from lightning_peft.modules.optimization import Schedule
-from lightning_peft.modules.packing import attention_within, require_packable, takes_positions
-from lightning_peft.modules.perplexity import Perplexity
+from lightning_peft.modules.packing import attention_within, require_packable, why_mixed
+from lightning_peft.modules.perplexity import Perplexity, TokenLoss
 from lightning_peft.modules.pretrained import from_folder_or_hub
 from lightning_peft.modules.text_generator import TextGenerator
 
@@ -56,8 +56,9 @@ class CausalLM(TextGenerator):
         super().__init__(backbone, lr, weight_decay, warmup, schedule, generation)
         self.save_hyperparameters()
         self.model, self.newly_initialized = from_folder_or_hub(AutoModelForCausalLM, backbone)
+        self.val_loss, self.test_loss = TokenLoss(), TokenLoss()
         self.val_perplexity, self.test_perplexity = Perplexity(), Perplexity()
-        self._takes_positions = takes_positions(self.model)  # now: a wrapper's forward tells nothing
+        self._mixed = why_mixed(self.model)  # now: a wrapper's forward tells nothing
 
     def forward(self, batch: LanguageBatch) -> Any:
         """Run the model; the output has ``logits`` and ``loss``. Keys and values are not kept: nothing is generated.
@@ -69,29 +70,26 @@ class CausalLM(TextGenerator):
         documents = inputs.pop("document_ids", None)
         if documents is not None:
             model: Any = self.model
-            require_packable(model.config, self._takes_positions, documents.shape[1])
+            require_packable(model.config, self._mixed, documents.shape[1])
             inputs["attention_mask"] = attention_within(documents, model.dtype)
         return self.model(**inputs, use_cache=False)
 
     def validation_step(self, batch: LanguageBatch, batch_idx: int) -> None:
         """Log ``val/loss``, the mean over all predicted tokens, and ``val/perplexity``."""
-        self._evaluate(batch, self.val_perplexity, "val")
+        self._evaluate(batch, self.val_loss, self.val_perplexity, "val")
 
     def test_step(self, batch: LanguageBatch, batch_idx: int) -> None:
         """Log ``test/loss`` and ``test/perplexity`` likewise."""
-        self._evaluate(batch, self.test_perplexity, "test")
+        self._evaluate(batch, self.test_loss, self.test_perplexity, "test")
 
     def predict_step(self, batch: LanguageBatch, batch_idx: int) -> Generated:
         """What the model writes behind prompts that are padded on the left."""
         return write(self, batch, self.generation, skip=batch["input_ids"].shape[1])
 
-    def _evaluate(self, batch: LanguageBatch, perplexity: Perplexity, stage: str) -> None:
+    def _evaluate(self, batch: LanguageBatch, mean: TokenLoss, perplexity: Perplexity, stage: str) -> None:
         labels = batch["labels"].clone()
         labels[:, 0] = IGNORED  # only a trained prompt predicts it: all methods are judged by the same tokens
-        loss = self({**batch, "labels": labels}).loss
-        predicted = int((labels != IGNORED).sum())
-        perplexity.update(loss, predicted)
-        # Weighted by tokens: the mean of batches that predict unequally many is not that of their means.
-        loss = loss if predicted else loss.nan_to_num(0.0)
-        self.log(f"{stage}/loss", loss, prog_bar=stage == "val", batch_size=predicted, sync_dist=True)
-        self.log(f"{stage}/perplexity", perplexity, prog_bar=True, batch_size=predicted)
+        loss, predicted = self({**batch, "labels": labels}).loss, int((labels != IGNORED).sum())
+        for metric, name in ((mean, "loss"), (perplexity, "perplexity")):
+            metric.update(loss, predicted)
+            self.log(f"{stage}/{name}", metric, prog_bar=name != "loss" or stage == "val", batch_size=len(labels))

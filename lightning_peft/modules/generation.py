@@ -34,6 +34,8 @@ def write(module: LightningModule, batch: Mapping[str, Any], settings: Mapping[s
     model: Any = module.model
     tokenizer: Any = module.tokenizer
     how = {"pad_token_id": padding_of(tokenizer), **settings}
+    if settings.get("stop_strings"):
+        how["tokenizer"] = tokenizer  # by which transformers knows them in tokens
     if module.trainer.world_size > 1 and is_sharded(module.trainer.strategy):
         how["synced_gpus"] = True  # a process that is done goes on with the others, which need its part of the weights
     given = {name: batch[name] for name in ("input_ids", "attention_mask")}

@@ -184,10 +184,10 @@ class LanguageData(PlannedData):
 
     def _packed(self, documents: Sequence[Document], source: str) -> Documents | Packed:
         kept, cut, lost = fitted(documents, self.block_size, split=self.kind == "text")
-        if cut:
+        if cut or lost:
             rank_zero_warn(
                 f"{cut} of {len(documents)} rows of {source!r} are longer than block_size={self.block_size} and lose "
-                f"their ends; {lost} of all rows are left out, because nothing of their answers remains."
+                f"their ends; {lost} of all rows are left out, because they have no answer, or nothing of it remains."
             )
         if not kept:
             raise ValueError(

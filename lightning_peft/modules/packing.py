@@ -96,26 +96,48 @@ def attention_within(documents: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=documents.device).masked_fill(~seen, torch.finfo(dtype).min)
 
 
-def takes_positions(model: nn.Module) -> bool:
-    """Whether a transformers model can be told positions; one that cannot (ALiBi, recurrent) counts on by itself."""
-    return "position_ids" in inspect.signature(model.forward).parameters
+def why_mixed(model: Any) -> str | None:
+    """What about a transformers model would mix packed documents, as words that follow its kind; ``None`` if nothing.
+
+    To be asked of the model itself: a wrapper's forward tells nothing.
+    """
+    config = model.config
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return "takes none"  # ALiBi, recurrences: it counts on by itself
+    if getattr(config, "alibi", False):
+        return "weighs distances (ALiBi) that count across documents"
+    kinds = set(getattr(config, "layer_types", None) or ()) - _ATTENTION
+    if kinds or any(isinstance(child, nn.Conv1d) for child in model.modules()):
+        return "has layers that carry what they have read from one document into the next"
+    if any(_counts_from_padding(name, child) for name, child in model.named_modules()):
+        return "counts positions from its padding token on"
+    return "takes no mask for pairs of tokens" if config.model_type in _ONE_ROW_MASKS else None
 
 
-def require_packable(config: Any, takes_positions: bool, length: int) -> None:
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+_ONE_ROW_MASKS = {"openai-gpt"}
+
+
+def _counts_from_padding(name: str, child: nn.Module) -> bool:
+    """As RoBERTa does: its positions begin behind the number of the padding token."""
+    return "position" in name and isinstance(child, nn.Embedding) and child.padding_idx is not None
+
+
+def require_packable(config: Any, mixed: str | None, length: int) -> None:
     """Check that a model keeps packed documents apart.
 
     Args:
         config: a transformers model's.
-        takes_positions: whether its forward takes ``position_ids``.
+        mixed: what :func:`why_mixed` says of it.
         length: tokens of a row.
 
     Raises:
-        MisconfigurationException: it takes no positions, or its attention ignores or replaces our mask.
+        MisconfigurationException: it would mix them, or its attention ignores or replaces our mask.
     """
     kind, remedy = config.model_type, "Use packing='none' for this model."
-    if not takes_positions:
+    if mixed:
         raise MisconfigurationException(
-            f"packing='documents' gives each document its own positions, and a {kind} model takes none. {remedy}"
+            f"packing='documents' gives each document its own positions, and a {kind} model {mixed}. {remedy}"
         )
     attention = getattr(config, "_attn_implementation", None)
     if attention not in ("eager", "sdpa"):
@@ -124,6 +146,7 @@ def require_packable(config: Any, takes_positions: bool, length: int) -> None:
             f"{attention!r}. Load it with 'sdpa' or 'eager', or use packing='none'."
         )
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    window = min((size for size in (window, getattr(config, "attention_chunk_size", None)) if size), default=None)
     if window is not None and window < length:
         raise MisconfigurationException(
             f"this {kind} model attends within a window of {window} tokens, which a mask per document would undo in "

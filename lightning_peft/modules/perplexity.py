@@ -1,4 +1,4 @@
-"""Perplexity as a metric, from mean losses."""
+"""The loss per token and perplexity as metrics, from mean losses of batches."""
 
 from __future__ import annotations
 
@@ -7,19 +7,16 @@ from torch import Tensor
 from torchmetrics import Metric
 
 
-class Perplexity(Metric):
-    """exp of the mean loss per predicted token, over all batches and processes.
+class TokenLoss(Metric):
+    """Mean loss per predicted token, over all batches and processes: its weights are tokens, and not batches.
 
-    torchmetrics' own takes the logarithm of softmax probabilities, and is infinite as soon as one of them underflows
-    (a loss of 104): a model that was only just compressed has such tokens. It also needs all probabilities at once,
-    which are gigabytes with a large vocabulary. From mean losses neither happens; where nothing underflows, the values
-    agree.
+    Lightning's own mean over processes divides whole numbers of tokens, and rounds.
 
     Example:
-        >>> metric = Perplexity()
+        >>> metric = TokenLoss()
         >>> metric.update(torch.tensor(1.0), tokens=30)
         >>> metric.update(torch.tensor(4.0), tokens=15)
-        >>> round(float(metric.compute().log()), 6)
+        >>> float(metric.compute())
         2.0
     """
 
@@ -47,5 +44,26 @@ class Perplexity(Metric):
         self.tokens = self.tokens + count
 
     def compute(self) -> Tensor:
+        """The mean."""
+        return self.total / self.tokens
+
+
+class Perplexity(TokenLoss):
+    """exp of the mean loss per predicted token, over all batches and processes.
+
+    torchmetrics' own takes the logarithm of softmax probabilities, and is infinite as soon as one of them underflows
+    (a loss of 104): a model that was only just compressed has such tokens. It also needs all probabilities at once,
+    which are gigabytes with a large vocabulary. From mean losses neither happens; where nothing underflows, the values
+    agree.
+
+    Example:
+        >>> metric = Perplexity()
+        >>> metric.update(torch.tensor(1.0), tokens=30)
+        >>> metric.update(torch.tensor(4.0), tokens=15)
+        >>> round(float(metric.compute().log()), 6)
+        2.0
+    """
+
+    def compute(self) -> Tensor:
         """The perplexity."""
-        return (self.total / self.tokens).exp()
+        return super().compute().exp()

@@ -10,6 +10,7 @@ from transformers import AutoModelForSeq2SeqLM
 from lightning_peft.modules.documents import IGNORED
 from lightning_peft.modules.generation import Generated, write
 from lightning_peft.modules.optimization import Schedule
+from lightning_peft.modules.perplexity import TokenLoss
 from lightning_peft.modules.pretrained import from_folder_or_hub
 from lightning_peft.modules.seq2seq_data import Seq2SeqBatch
 from lightning_peft.modules.text_generator import TextGenerator
@@ -65,6 +66,7 @@ class Seq2Seq(TextGenerator):
                 "Leave it out, or give metrics=()."
             )
         self.save_hyperparameters()
+        self.val_loss, self.test_loss = TokenLoss(), TokenLoss()
         self.val_metrics, self.test_metrics = TextMetrics(metrics), TextMetrics(metrics)
         self.model, self.newly_initialized = from_folder_or_hub(AutoModelForSeq2SeqLM, backbone)
 
@@ -79,7 +81,7 @@ class Seq2Seq(TextGenerator):
 
     def validation_step(self, batch: Seq2SeqBatch, batch_idx: int) -> None:
         """Log ``val/loss``, the mean over all tokens of the targets; write, and keep what the metrics need of it."""
-        self._evaluate(batch, self.val_metrics, "val")
+        self._evaluate(batch, self.val_loss, self.val_metrics, "val")
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of the texts of all processes, as ``val/exact_match`` and so on."""
@@ -91,7 +93,7 @@ class Seq2Seq(TextGenerator):
 
     def test_step(self, batch: Seq2SeqBatch, batch_idx: int) -> None:
         """Log ``test/loss``, and write, likewise."""
-        self._evaluate(batch, self.test_metrics, "test")
+        self._evaluate(batch, self.test_loss, self.test_metrics, "test")
 
     def on_test_epoch_end(self) -> None:
         """Log the metrics, as ``test/exact_match`` and so on."""
@@ -101,10 +103,9 @@ class Seq2Seq(TextGenerator):
         """What the model writes; tokens begin with the one that starts a decoder."""
         return write(self, batch, self.generation)
 
-    def _evaluate(self, batch: Seq2SeqBatch, metrics: TextMetrics, stage: str) -> None:
-        count = int((batch["labels"] != IGNORED).sum())
-        # Weighted by tokens: the mean of batches that hold unequally many is not that of their means.
-        self.log(f"{stage}/loss", self(batch).loss, prog_bar=stage == "val", batch_size=count, sync_dist=True)
+    def _evaluate(self, batch: Seq2SeqBatch, mean: TokenLoss, metrics: TextMetrics, stage: str) -> None:
+        mean.update(self(batch).loss, int((batch["labels"] != IGNORED).sum()))
+        self.log(f"{stage}/loss", mean, prog_bar=stage == "val", batch_size=len(batch["labels"]))
         if len(metrics):
             metrics.update(write(self, batch, self.generation)["texts"], batch["references"])
 

@@ -40,7 +40,12 @@ class TextGenerator(LightningModule):
         super().__init__()
         require_schedule(warmup, schedule)
         self.lr, self.weight_decay, self.warmup, self.schedule = lr, weight_decay, warmup, schedule
-        self.generation = {**DEFAULTS, **(generation or {})}
+        given = generation or {}
+        # transformers heeds max_new_tokens where it has both.
+        ours = {
+            name: value for name, value in DEFAULTS.items() if name != "max_new_tokens" or "max_length" not in given
+        }
+        self.generation = {**ours, **given}
         self._backbone, self._tokenizer = backbone, None
 
     @property

@@ -35,18 +35,20 @@ def save_solver(
         path: of the file.
         solver: whose they are.
         examples: by question, such as ``{question: result.examples}``; ``None`` for those that it was given itself.
-            Questions without any are left out, as all are in mode "integrated", whose examples nobody has taken apart.
+            In mode "integrated" there are none: nobody has taken them apart.
 
     Raises:
         ValueError: there are examples, and the solver's mode is "integrated", which takes none.
         OSError: the file could not be written.
     """
-    kept = {question: found for question, found in (solver.known if examples is None else examples).items() if found}
-    if kept and solver.mode == "integrated":
-        raise ValueError(
-            "examples go with mode='staged', and this solver's is 'integrated': save it without, or give it the other "
-            "mode."
-        )
+    kept = solver.known if examples is None else examples
+    if solver.mode == "integrated":
+        if any(kept.values()):
+            raise ValueError(
+                "examples go with mode='staged', and this solver's is 'integrated': save it without, or give it the "
+                "other mode."
+            )
+        kept = {}
     content = {
         "format": _FORMAT,
         "settings": {

@@ -161,7 +161,7 @@ CALLBACKS: dict[str, Callable[[], Callback]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:both passes of RDrop give the same predictions")
+@pytest.mark.filterwarnings("ignore:both passes of RDrop gave the same predictions")
 @pytest.mark.parametrize("broken", [False, True])
 @pytest.mark.parametrize("kind", CALLBACKS)
 def test_property_11_the_module_is_its_own_again(kind: str, broken: bool) -> None:

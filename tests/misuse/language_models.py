@@ -93,7 +93,7 @@ ROWS: Rows = {
         rows(json.dumps({"turns": SPOKEN}), ".jsonl", messages="turns"),
         ValueError,
     ),
-    "documents packed for flash attention": (lambda: require_packable(Config, True, 256), MisconfigurationException),
+    "documents packed for flash attention": (lambda: require_packable(Config, None, 256), MisconfigurationException),
     "a text-to-text model that there is not": (lambda: Seq2Seq("no/such/folder"), ValueError),
     "a metric of texts that there is not": (lambda: Seq2Seq("t5-small", metrics=["meteor"]), ValueError),  # type: ignore[list-item]
     "several texts for one reference": (

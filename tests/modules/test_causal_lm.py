@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from quiet import QUIET
-from tiny_models import WORDS, save_decoder, save_texts
+from tiny_models import WORDS, byte_tokenizer, save_decoder, save_texts
 from torch.utils.data import DataLoader
 from torchmetrics.text import Perplexity as Torchmetrics
 
@@ -161,6 +162,24 @@ def test_it_writes_what_it_has_learned(decoder: str, tmp_path: Path) -> None:
     model.generation["num_return_sequences"], model.generation["num_beams"] = 2, 2
     (found,) = trainer.predict(model, datamodule=data)  # type: ignore[misc]
     assert len(found["texts"]) == 6
+
+
+def test_generation_is_what_transformers_takes(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(save_decoder(tmp_path / "bytes", vocab_size=len(tokenizer), eos_token_id=None))
+    batch: Any = {"input_ids": torch.tensor([[4, 5, 6]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64)}
+
+    def written(**generation: Any) -> list[int]:
+        module = CausalLM(str(tmp_path / "bytes"), generation=generation).eval()
+        module.trainer = Trainer(**QUIET)
+        tokens: list[int] = module.predict_step(batch, 0)["tokens"][0].tolist()
+        return tokens
+
+    tokens = written()
+    assert len(tokens) == 64
+    assert written(max_length=5) == written(max_new_tokens=2) == tokens[:2]
+    letter = next(token for token in tokens[2:] if tokenizer.decode(token).isascii())
+    assert written(stop_strings=[tokenizer.decode(letter)]) == tokens[: tokens.index(letter) + 1]
 
 
 def test_it_learns_from_packed_answers(decoder: str, tmp_path: Path) -> None:

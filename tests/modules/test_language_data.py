@@ -245,6 +245,16 @@ def test_an_answer_that_is_too_long_is_told(talker: str, tmp_path: Path) -> None
     ]  # fmt: skip
 
 
+def test_a_row_without_an_answer_is_told(talker: str, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "car"}]
+    lines = [json.dumps({"messages": each}) for each in (turns, turns[:1], turns)]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines) + "\n")
+    data = LanguageData(str(tmp_path / "t.jsonl"), talker, messages="messages", packing="none", val_share=0.0)
+    with pytest.warns(UserWarning, match=r"0 of 3 rows .* 1 of all rows are left out, because they have no answer"):
+        data.setup("fit")
+    assert len(data._split("train")) == 2
+
+
 def test_rows_are_held_out_before_they_are_packed(talker: str, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("text\n" + "".join(f"{'sky ' * (1 + i)}\n" for i in range(8)))
 
