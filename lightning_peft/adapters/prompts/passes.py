@@ -88,6 +88,7 @@ class _Passes:
         self.adapter = adapter
         self.parts = parts
         self.names = list(inspect.signature(parts.stack.forward).parameters)
+        self.columns = parts.counts_columns()
         self.calls: list[_Call] = []
 
     def extend(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -103,6 +104,11 @@ class _Passes:
             raise ValueError(
                 "past_key_values are a static cache, made for the text's own length, which the prompt is not a part "
                 "of. Leave cache_implementation out."
+            )
+        if given.get("cache_params") is not None or given.get("state") is not None:
+            raise ValueError(
+                f"{type(self.parts.model).__name__} goes on from a state, which does not tell whether the prompt has "
+                "been read. Generate with use_cache=False."
             )
         _require_text(ids, vectors, mask)
         past = 0 if cache is None else cache.get_seq_length()
@@ -207,8 +213,8 @@ class _Passes:
     def _first(self, text: Tensor, mask: Tensor | None) -> Tensor | None:
         """After which column of each text the prompt comes; ``None`` for before all."""
         if self.adapter.prompt_position == "start":
-            # Who counts columns (T5) has the padding before the prompt, not between it and the text.
-            if mask is None or "position_ids" in self.names or self.adapter._prefix is not None:
+            # Who counts columns has the padding before the prompt, not between it and the text.
+            if mask is None or not self.columns or self.adapter._prefix is not None:
                 return None
             return (mask != 0).int().argmax(1) - 1
         if mask is None:
@@ -241,8 +247,9 @@ class _Passes:
             if columns.first is None:
                 return columns.put_together(ours, given + m)
             column = torch.arange(text.shape[1], device=text.device).expand(len(text), -1)
-            before = given.gather(1, columns.first[:, None])
-            return columns.put_together(before + 1 + ours - start, given + columns.moved(column) - column)
+            if self.adapter.prompt_position == "after_cls":
+                ours = ours - start + 1 + given.gather(1, columns.first[:, None])
+            return columns.put_together(ours.expand(len(text), -1), given + columns.moved(column) - column)
         if mask is None:
             return torch.arange(past + start, past + start + size, device=text.device).expand(len(text), -1)
         count = columns.filled((mask != 0).long(), 1).cumsum(1)

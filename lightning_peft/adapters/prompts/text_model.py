@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+_KINDS = ("layer_types", "layers_block_type", "block_types")
+"""Where configs name the kinds of their layers."""
 _WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
 
 
@@ -89,6 +92,21 @@ class TextModel:
         table = self.position_table()
         # A table with an offset of its own (BART, OPT) adds it itself.
         return 0 if table is None or hasattr(table[0], "offset") else table[1]
+
+    def counts_columns(self) -> bool:
+        """Whether it matters which columns lie between two tokens, be their positions what they may.
+
+        So it does for T5, which knows distances alone, for windows of attention, and for recurrences.
+        """
+        if "position_ids" not in inspect.signature(self.stack.forward).parameters:
+            return True
+        config = self.stack.config.get_text_config()
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        kinds = {kind for name in _KINDS for kind in getattr(config, name, None) or ()} - {
+            "full_attention",
+            "attention",
+        }
+        return bool(window or kinds or any(name.startswith("mamba_") for name in vars(config)))
 
     def placeholder(self) -> int:
         """A token id for the columns of a prompt, whose embeddings are replaced; it is not the one of padding."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from prompted import LENGTH, TEXTS, TOKENS, build, two_texts
 from torch import Tensor, nn
 
-from lightning_peft import Adapter, SoftPrompt
+from lightning_peft import Adapter, SoftPrompt, inject
 from lightning_peft.adapters.prompts import Prompt
 from lightning_peft.adapters.prompts.text_model import embedded
 
@@ -369,3 +371,69 @@ def test_it_is_no_layer() -> None:
     assert adapter.dense_parameters == 0
     with pytest.raises(TypeError, match="no single weight"):
         adapter.effective_weight()
+
+
+COLUMNS: dict[str, Any] = {
+    "vocab_size": TOKENS, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+    "num_key_value_heads": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+HEADS: dict[str, Any] = {f"linear_{of}": 2 for of in ("num_key_heads", "num_value_heads")}
+HEADS |= {f"linear_{of}": 8 for of in ("key_head_dim", "value_head_dim")}
+HEADS |= {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}
+COUNTING: dict[str, Any] = {
+    "window": lambda: hf.MistralConfig(**COLUMNS, sliding_window=4),
+    "windows and all": lambda: hf.Gemma2Config(**COLUMNS, head_dim=8, sliding_window=4),
+    "convolution": lambda: hf.Lfm2Config(**COLUMNS, layer_types=["conv", "full_attention"]),
+    "recurrence": lambda: hf.Qwen3NextConfig(
+        **COLUMNS, **HEADS, head_dim=8, layer_types=["linear_attention", "full_attention"]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", COUNTING)
+def test_padding_does_not_come_between_prompt_and_text_where_columns_count(kind: str) -> None:
+    torch.manual_seed(0)
+    host = nn.ModuleDict({"model": hf.AutoModelForCausalLM.from_config(COUNTING[kind]()).eval()})
+    for parameter in host.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.4)
+    inject(host, partial(SoftPrompt, length=3), train=[])
+    model: Any = host["model"]
+    ids = torch.randint(3, TOKENS, (1, 6))
+    padded = torch.cat([torch.zeros(1, 2, dtype=torch.long), ids], 1)
+    more: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    with torch.no_grad():
+        alone = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        behind = model(input_ids=padded, attention_mask=padded.ne(0).long()).logits[:, 2:]
+        torch.testing.assert_close(behind, alone, rtol=1e-3, atol=1e-4)
+        written = model.generate(input_ids=padded, attention_mask=padded.ne(0).long(), **more)[:, 2:]
+        for _ in range(4):
+            ids = torch.cat(
+                [ids, model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1:].argmax(-1)], 1
+            )
+    assert torch.equal(written, ids)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_state_that_does_not_say_what_was_read_is_refused(cached: bool) -> None:
+    torch.manual_seed(0)
+    config = hf.MambaConfig(vocab_size=TOKENS, hidden_size=16, num_hidden_layers=2, state_size=4, pad_token_id=0)
+    host = nn.ModuleDict({"model": hf.MambaForCausalLM(config).eval()})
+    for parameter in host.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.4)
+    inject(host, partial(SoftPrompt, length=3), train=[])
+    model: Any = host["model"]
+    ids = torch.randint(3, TOKENS, (1, 6))
+    more: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "use_cache": cached}
+    if cached:
+        with pytest.raises(
+            ValueError, match=r"MambaForCausalLM goes on from a state, .* Generate with use_cache=False"
+        ):
+            model.generate(input_ids=ids, **more)
+        return
+    written = model.generate(input_ids=ids, **more)
+    with torch.no_grad():
+        for _ in range(4):
+            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(written, ids)
