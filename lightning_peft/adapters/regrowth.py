@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,7 @@ class DropAndRegrow(Policy):
     """
 
     importance: EntryGradients
+    moves_entries: ClassVar[bool] = True
 
     def __init__(self, share: float = 0.2, schedule: Schedule | None = None, interval: int = 20) -> None:
         require_number("share", share)

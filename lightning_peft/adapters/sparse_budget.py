@@ -25,8 +25,9 @@ class SparseBudget(PlannedFactory):
         parameters    q = k / N_targets
         density       q
 
-    Every layer has q of its entries, rounded, so that all together are within one per layer of the budget. Where nobody
-    names layers, they are the value and output projections of every attention, as in the paper's code.
+    Every layer has q of its entries, rounded, so that all together are within one per layer of the budget, or one
+    `block`. Where nobody names layers, they are the value and output projections of every attention, as in the paper's
+    code.
 
     Args:
         density: q, share of every target's entries.
@@ -85,7 +86,7 @@ class SparseBudget(PlannedFactory):
             return self.density
         sizes = [_weight(layer).numel() for layer in layers.values()]
         if self.parameters is not None:
-            return density_of_parameters(self.parameters, sum(sizes), len(sizes))
+            return density_of_parameters(self.parameters, sum(sizes), len(sizes), self.arguments.get("block", 1))
         assert self.sparsity is not None
         total = sum(p.numel() for name, p in module.named_parameters() if clean_name(name) not in head)
         return density_of_sparsity(self.sparsity, total, sum(sizes))

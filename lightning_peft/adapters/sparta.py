@@ -143,6 +143,8 @@ class SpaRTA(WrittenEntries):
 
     @classmethod
     def why_not(cls, layer: nn.Module) -> str | None:
+        if isinstance(layer, nn.Embedding) and layer.scale_grad_by_freq:
+            return "it scales gradients by how often a token is there (scale_grad_by_freq)"
         return why_not_with_norms(layer)
 
     # Which entries are trained.
@@ -237,14 +239,30 @@ class SpaRTA(WrittenEntries):
             y: Tensor = base(x)
             return y
         heard = base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+        if heard and (isinstance(base, nn.Embedding | nn.Linear) or is_transformers_conv1d(base)):
+            return self._heard(x, entries)
         if isinstance(base, nn.Embedding):
-            return embedding_entries(base(x), x, entries, base.padding_idx, fresh=not heard)
+            return embedding_entries(base(x), x, entries, base.padding_idx, fresh=True)
         if isinstance(base, nn.Linear) or is_transformers_conv1d(base):
-            if heard:
-                return linear_entries(base(x), x, entries, fresh=False)
             y = linear_of_its_own(x, base.weight.t() if entries.transposed else base.weight, base.bias)
             return linear_entries(y, x, entries, fresh=True)
         return self._with_weight(x, weight_entries(base.weight, entries))
+
+    def _heard(self, x: Tensor, entries: Entries) -> Tensor:
+        """The base with others' hooks around it: entries belong to what it is given after theirs, and before."""
+        base: Any = self.base
+
+        def inside(base: Any, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+            if isinstance(base, nn.Embedding):
+                return embedding_entries(y, args[0], entries, base.padding_idx, fresh=False)
+            return linear_entries(y, args[0], entries, fresh=False)
+
+        handle = base.register_forward_hook(inside, prepend=True)  # which is told what pre-hooks have made of x
+        try:
+            y: Tensor = base(x)
+        finally:
+            handle.remove()
+        return y
 
     def _entries(self) -> Entries | None:
         """What a backward needs, or nothing where there is none."""

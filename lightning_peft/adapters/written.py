@@ -34,7 +34,7 @@ class Written:
         self.followed = False
         self._pattern: Pattern | None = None
         self._version = -1
-        self._parts: dict[tuple[int, int, int], tuple[int, int]] = {}
+        self._parts: dict[tuple[int, int, int, int], tuple[int, int]] = {}
 
     def touch(self) -> None:
         """A backward comes by."""
@@ -69,7 +69,7 @@ class Written:
 
     def _part(self, indices: Tensor, first: int, count: int) -> tuple[int, int]:
         """Which of the entries are in [first, first + count); read from the device once."""
-        key = (first, count, indices._version)
+        key = (first, count, id(indices), indices._version)
         if key not in self._parts:
             ends = torch.tensor([first, first + count], device=indices.device)
             low, high = torch.searchsorted(indices.long(), ends).tolist()

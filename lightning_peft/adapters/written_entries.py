@@ -79,12 +79,17 @@ class WrittenEntries(Adapter):
         """The weight holds the entries as they are now."""
         note = self._written
         note.weight = self.base.weight  # type: ignore[assignment]
-        note.delta, note.mask, note.touched = (self.delta._version, self.scaling), self.gate.mask._version, False
+        note.delta, note.mask, note.touched = self._state(), self.gate.mask._version, False
+
+    def _state(self) -> object:
+        """What tells delta and scaling from others: which tensor it is, where its numbers lie, how often it changed."""
+        place = None if hasattr(self.delta, "to_local") else self.delta.data_ptr()
+        return id(self.delta), place, self.delta._version, self.scaling
 
     def _is_ready(self) -> bool:
         """Whether the base's weight holds the entries as they are now; they are written if they may be."""
         note = self._written
-        changed = note.delta != (self.delta._version, self.scaling)
+        changed = note.delta != self._state()
         if not changed and note.mask == self.gate.mask._version and (note.followed or not note.touched):
             return True
         if note.weight is None:
@@ -127,7 +132,7 @@ class WrittenEntries(Adapter):
 
     @torch.no_grad()
     def restore_base(self) -> None:
-        # Quietly: a look at the base between a forward and its backward changes nothing for good.
+        # Quietly: a look at the base after a backward is no change. Between a forward and its backward there is none.
         self._written.write(self.base.weight, self.indices, self.original, quietly=True)  # type: ignore[arg-type]
         self._written.delta = None
 
@@ -147,7 +152,9 @@ class WrittenEntries(Adapter):
         wide = torch.promote_types(weight.dtype, torch.float32)
         if self.delta.dtype != wide:
             known = self.delta.data if before.is_meta else before.to(self.delta.device)
+            gradient, self.delta.grad = self.delta.grad, None
             self.delta.data = known.to(wide)
+            self.delta.grad = None if gradient is None else gradient.to(wide)
         self._written = Written(weight)
         return self
 
@@ -172,12 +179,25 @@ class WrittenEntries(Adapter):
             if fault is not None:
                 error_msgs.append(f"{prefix}indices are no positions in the layer's weight: {fault}.")
                 return
+        was = state_dict.get(f"{prefix}original")
+        if (given is None) != (was is None):
+            missing = "original" if was is None else "indices"
+            error_msgs.append(
+                f"{prefix}indices and {prefix}original go together, and {prefix}{missing} is not there: without both "
+                "the base could not be had back."
+            )
+            return
         self.restore_base()  # the entries that it had may not be those that it gets
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if local_metadata.get("assign_to_params_buffers", False):
             self._written.weight = None
+        elif (
+            isinstance(was, Tensor) and was.dtype != self.base.weight.dtype and f"{prefix}base.weight" not in state_dict
+        ):
+            with torch.no_grad():
+                self.original.copy_(self._read())  # the base's own numbers, where the file has them rounded
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:

@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from lightning_peft.agreement import require_equal
 from lightning_peft.arguments import require_instance
 from lightning_peft.callbacks.compaction import compact_in_training, require_compactable, require_own
-from lightning_peft.callbacks.order import require_before
-from lightning_peft.callbacks.placement import AdapterPlacement
+from lightning_peft.callbacks.order import callbacks_of, require_before
+from lightning_peft.callbacks.placement import COPIERS, AdapterPlacement
 from lightning_peft.callbacks.preflight import Preflight
 from lightning_peft.callbacks.steps import TakenSteps, scaler_of, unscales_itself
 from lightning_peft.compaction import follow_moves
@@ -89,8 +89,20 @@ class RankPruning(Preflight):
         self._restored = None  # of a run that failed before it started
         if stage == "fit" and self.compact != "never":
             require_compactable(trainer, f"{type(self).__name__}(compact=...)")
+        if stage == "fit" and self.policy.moves_entries:
+            self._require_no_average(trainer)
         super().setup(trainer, pl_module, stage)
         require_before(trainer, self, AdapterPlacement)
+
+    def _require_no_average(self, trainer: Trainer) -> None:
+        """An average over time is of one entry only as long as an entry stays what it is."""
+        for other in callbacks_of(trainer):
+            if isinstance(other, COPIERS):
+                raise MisconfigurationException(
+                    f"{type(self.policy).__name__} moves entries, and {type(other).__name__} would average what is in "
+                    "their old places with what is in the new ones. Leave the averaging out, or keep entries where "
+                    "they are (regrow=0)."
+                )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)

@@ -54,15 +54,16 @@ def density_of_sparsity(sparsity: float, total: int, eligible: int) -> float:
     )
 
 
-def density_of_parameters(parameters: int, eligible: int, layers: int) -> float:
+def density_of_parameters(parameters: int, eligible: int, layers: int, block: int = 1) -> float:
     """The keep probability in the targets that trains so many scalars.
 
         q = k / N_targets
 
     Args:
-        parameters: k, scalars to train, the head's not counted; at least one per layer.
+        parameters: k, scalars to train, the head's not counted; at least one block per layer.
         eligible: N_targets, entries of the tensors that are sampled.
         layers: how many tensors these are.
+        block: entries that go together.
 
     Returns:
         q, in (0, 1].
@@ -72,9 +73,10 @@ def density_of_parameters(parameters: int, eligible: int, layers: int) -> float:
         ValueError: there are fewer than layers, or more than the targets have.
     """
     require_integer("parameters", parameters)
-    if not layers <= parameters <= eligible:
+    if not layers * block <= parameters <= eligible:
+        least = "one" if block == 1 else f"a block of {block}"
         raise ValueError(
             f"parameters={parameters:,} cannot be had: the {layers} targets have {eligible:,} entries, and each keeps "
-            f"one at least. Give a number from {layers} to {eligible:,}, or other targets."
+            f"{least} at least. Give a number from {layers * block:,} to {eligible:,}, or other targets."
         )
     return parameters / eligible

@@ -41,7 +41,7 @@ class SparseSwitch:
                 "first, with eject or merge."
             )
         self.model = model
-        self._undo: list[tuple[Tensor, SparseDelta | None, Tensor]] = []
+        self._undo: list[tuple[str, SparseDelta | None, Tensor]] = []  # names: a cast or a copy has other tensors
 
     @torch.no_grad()
     def to(self, adapter: SparseAdapter | None) -> None:
@@ -54,14 +54,16 @@ class SparseSwitch:
         if adapter is not None:
             require_fitting("the adapter", adapter, {n: tuple(p.shape) for n, p in named.items()})
         while self._undo:
-            tensor, delta, before = self._undo.pop()
+            name, delta, before = self._undo.pop()
+            tensor = named[name].detach()
+            before = before.to(tensor)
             if delta is None:
                 tensor.copy_(before)
             else:
                 delta.put_back(tensor, before)
         for name, delta in () if adapter is None else adapter.items():
-            self._undo.append((named[name].detach(), delta, delta.write(named[name])))
+            self._undo.append((name, delta, delta.write(named[name])))
         for name, new in {} if adapter is None else adapter.head.items():
             tensor = named[name].detach()
-            self._undo.append((tensor, None, tensor.clone()))
+            self._undo.append((name, None, tensor.clone()))
             tensor.copy_(new)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -59,6 +59,9 @@ class Policy(ABC):
     def final_budget(self) -> Budget | None:
         """What may be spent at the end; ``None`` if the method leaves open how many components stay."""
         return None
+
+    moves_entries: ClassVar[bool] = False
+    """Whether components come to stand for something else while they train."""
 
     @property
     def returning(self) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -355,3 +356,12 @@ def test_mistakes() -> None:
     inject(net, partial(LoRA, rank=2), ["0"])
     with pytest.raises(TypeError, match=r"chooses among the entries of a weight, and LoRA at 'body\.0' has"):
         DropAndRegrow().track(RankBudget.of(net))
+
+
+@pytest.mark.parametrize("average", ["StochasticWeightAveraging", "WeightAveraging", "EMAWeightAveraging"])
+def test_an_average_over_entries_that_move_is_refused(average: str) -> None:
+    if not hasattr(L.callbacks, average):
+        pytest.skip(f"this Lightning has no {average}")
+    made = getattr(L.callbacks, average)(**({"swa_lrs": 0.1} if average.startswith("Stochastic") else {}))
+    with pytest.raises(MisconfigurationException, match=rf"DropAndRegrow moves entries, and {average} would average"):
+        fit(made)

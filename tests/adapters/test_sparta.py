@@ -584,3 +584,90 @@ def test_a_run_that_is_pruned_stopped_and_resumed_is_the_run_through(tmp_path: P
     eject(resumed)
     assert same_bits(resumed, Net()) is False  # the head was trained
     assert all(torch.equal(resumed.net[i].weight, Net().net[i].weight) for i in (0, 2))
+
+
+@pytest.mark.parametrize("change", ["vector", "data", "parameter", "functional"])
+def test_a_delta_that_is_replaced_acts_at_the_next_forward(change: str) -> None:
+    net, x = nn.Sequential(nn.Linear(6, 8)), torch.randn(5, 6)
+    inject(net, partial(SpaRTA, density=0.3), ["0"], train=[])
+    adapter: Any = net[0]
+    before, new = net(x), torch.randn_like(adapter.delta)
+    if change == "vector":
+        nn.utils.vector_to_parameters(new, [adapter.delta])
+    elif change == "data":
+        adapter.delta.data = new
+    elif change == "parameter":
+        adapter.delta = nn.Parameter(new)
+    if change == "functional":
+        found = torch.func.functional_call(net, {"0.delta": nn.Parameter(new)}, (x,))
+        torch.testing.assert_close(net(x), before)
+        adapter.delta = nn.Parameter(new)
+    else:
+        found = net(x)
+    weight = adapter.effective_weight()
+    torch.testing.assert_close(found, x @ weight.t() + adapter.base.bias)
+    assert not torch.equal(found, before)
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding"])
+def test_hooks_that_change_what_goes_in_or_out_have_their_share_in_the_gradient(kind: str) -> None:
+    torch.manual_seed(0)
+    base: Any = nn.Linear(6, 8) if kind == "linear" else nn.Embedding(10, 8)
+    x: Any = torch.randn(5, 6) if kind == "linear" else torch.tensor([1, 2, 2, 3])
+    base.register_forward_pre_hook(lambda layer, args: (args[0] * 3 if kind == "linear" else (args[0] + 1) % 10,))
+    base.register_forward_hook(lambda layer, args, y: 2 * y)
+    full = copy.deepcopy(base)
+    adapter = SpaRTA(base, density=0.5)
+    mine, theirs = adapter(x), full(x)
+    assert torch.equal(mine, theirs)
+    mine.square().sum().backward()
+    theirs.square().sum().backward()
+    torch.testing.assert_close(adapter.delta.grad, full.weight.grad.flatten()[adapter.indices.long()])
+
+
+def test_a_file_of_a_narrow_base_leaves_a_wide_one_its_numbers(tmp_path: Path) -> None:
+    def net(dtype: torch.dtype) -> nn.Module:
+        torch.manual_seed(0)
+        made = nn.Sequential(nn.Linear(6, 8)).to(dtype)
+        inject(made, partial(SpaRTA, density=0.3), ["0"], train=[])
+        return made
+
+    narrow, wide = net(torch.bfloat16), net(torch.float32)
+    before = wide[0].base.weight.detach().clone()  # type: ignore[index, union-attr, operator]
+    nn.init.ones_(narrow[0].delta)  # type: ignore[index, union-attr, arg-type]
+    wide.load_state_dict(adapter_state_dict(narrow), strict=False)
+    adapter: Any = wide[0]  # type: ignore[index]
+    assert torch.equal(adapter.original, before.flatten()[adapter.indices.long()])
+    x = torch.randn(5, 6)
+    torch.testing.assert_close(wide(x), x @ adapter.effective_weight().t() + adapter.base.bias)
+    eject(wide)
+    assert torch.equal(wide[0].weight, before)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("missing", ["indices", "original"])
+def test_a_state_without_one_of_its_halves_changes_nothing(missing: str) -> None:
+    torch.manual_seed(0)
+    net, other = (nn.Sequential(nn.Linear(6, 8)) for _ in range(2))
+    before = net[0].weight.detach().clone()
+    inject(net, partial(SpaRTA, density=0.3), ["0"], train=[])
+    inject(other, partial(SpaRTA, density=0.3, seed=1), ["0"], train=[])
+    state = {name: value for name, value in other.state_dict().items() if name != f"0.{missing}" and "base" not in name}
+    with pytest.raises(RuntimeError, match=rf"0\.indices and 0\.original go together, and 0\.{missing} is not there"):
+        net.load_state_dict(state, strict=False)
+    eject(net)
+    assert torch.equal(net[0].weight, before)
+
+
+def test_a_cast_takes_a_waiting_gradient_along() -> None:
+    net = nn.Sequential(nn.Linear(6, 8))
+    inject(net, partial(SpaRTA, density=0.3), ["0"], train=[])
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad])
+    net(torch.randn(5, 6)).sum().backward()
+    net.to(torch.bfloat16)
+    optimizer.step()
+    assert net[0].delta.grad.dtype == net[0].delta.dtype == torch.float32  # type: ignore[union-attr]
+
+
+def test_gradients_that_are_scaled_by_frequency_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"it scales gradients by how often a token is there \(scale_grad_by_freq\)"):
+        SpaRTA(nn.Embedding(10, 6, scale_grad_by_freq=True))

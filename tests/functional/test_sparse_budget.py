@@ -51,3 +51,9 @@ def test_parameters() -> None:
             density_of_parameters(wrong, 1000, 3)
     with pytest.raises(TypeError, match="must be an integer"):
         density_of_parameters(3.5, 1000, 3)  # type: ignore[arg-type]
+
+
+def test_a_budget_has_room_for_a_block_in_every_layer() -> None:
+    assert density_of_parameters(192, 1200, 3, block=64) == 192 / 1200
+    with pytest.raises(ValueError, match=r"each keeps a block of 64 at least\. Give a number from 192 to 1,200"):
+        density_of_parameters(100, 1200, 3, block=64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 from pathlib import Path
@@ -87,6 +88,22 @@ def test_switching_leaves_no_trace(dtype: torch.dtype) -> None:
                     wanted = each.head[name].to(dtype)
                 assert torch.equal(tensor, wanted)
     assert not torch.equal(seen[0]["0.weight"], before["0.weight"])
+
+
+@pytest.mark.parametrize("change", ["wide", "narrow", "copy"])
+def test_switching_back_after_a_cast_or_in_a_copy(change: str) -> None:
+    net, dtype = model(torch.float32), {"wide": torch.float64, "narrow": torch.bfloat16}.get(change, torch.float32)
+    before = {name: p.detach().clone().to(dtype) for name, p in net.named_parameters()}
+    switch = SparseSwitch(net)
+    switch.to(adapter(1, head=True))
+    if change == "copy":
+        switch = copy.deepcopy(switch)
+    else:
+        net.to(dtype)
+    for each in (None, adapter(2), None):
+        switch.to(each)
+        same = [torch.equal(p, before[name]) for name, p in switch.model.named_parameters()]
+        assert all(same) == (each is None)
 
 
 def test_switch_refuses_another_models_adapter_and_stays() -> None:
