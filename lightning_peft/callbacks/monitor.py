@@ -16,6 +16,7 @@ from lightning_peft.callbacks.placement import AdapterPlacement
 from lightning_peft.callbacks.preflight import Preflight
 from lightning_peft.callbacks.pruning import RankPruning
 from lightning_peft.rank.budget import RankBudget, whole
+from lightning_peft.surgery.layers import adapters
 
 _PICTURES = 500  # at most about so many per fit: as many histograms as TensorBoard keeps
 
@@ -29,8 +30,9 @@ class RankMonitor(Preflight):
     row in HPARAMS with the adapter, its arguments, the budget, and the latest metrics. The progress bar shows what is
     spent now over the final budget. When fit ends, a table of ranks is printed.
 
-    Between events it reads nothing: every `log_every_n_steps` the scalars of the last event are written again, so
-    that a smoothed curve arrives at its value. An event costs one transfer from the device, and one more for
+    Between events it reads nothing: every `log_every_n_steps` the scalars of the last event are written again, so that
+    a smoothed curve arrives at its value. Where gates close components by themselves (`DPT(form="relu")`) it is the
+    ranks of now. An event costs one transfer from the device, and one more for
     histograms. Before the first event a component counts as open unless its mask is closed, even if its gain has not
     left zero yet.
 
@@ -49,6 +51,7 @@ class RankMonitor(Preflight):
         self._hyperparameters: Hyperparameters | None = None
         self._event = 0  # the last event that was shown
         self._metrics: dict[str, float] = {}  # as of the last event
+        self._closing = False  # whether gates close components by themselves
         self._written = -1  # step of the last scalars
         self._drawn: tuple[int, dict[str, int]] = (0, {})  # step and ranks of the last heat map
         self._ranks: dict[str, int] = {}  # as of the last event: saved, so that a resumed run goes on from there
@@ -77,12 +80,14 @@ class RankMonitor(Preflight):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         # Weights and loops are restored by now, under every strategy.
+        self._closing = False
         if not trainer.is_global_zero:
             self._pruning = None  # no event for this rank
             return
         if self._pruning is None:
             self._found = RankBudget.of(pl_module)  # what calibration has cut since on_fit_start
         self._event = 0 if self._pruning is None else self._pruning.event_step
+        self._closing = any(adapter.gate.closes_itself for adapter in adapters(pl_module).values() if adapter.gate)
         self._drawn = (0, {})
         loggers = boards(trainer)
         if loggers:
@@ -99,12 +104,10 @@ class RankMonitor(Preflight):
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         pruning = self._pruning
-        if pruning is None:
-            return
-        if pruning.event_step == self._event:
+        if pruning is None or pruning.event_step == self._event:
             every, step = trainer.log_every_n_steps, trainer.global_step  # type: ignore[attr-defined]  # set by a connector
-            if every and step % every == 0:
-                self._write(trainer)
+            if every and step % every == 0 and step != self._written:
+                self._between(trainer)
             return
         step = self._event = pruning.event_step
         ranks = self._budget.ranks()
@@ -169,6 +172,14 @@ class RankMonitor(Preflight):
         # Put once per event into what the bars read, and both show a string as it is: `log(..., prog_bar=True)` would
         # take a number and cost every step.
         trainer.progress_bar_metrics["rank"] = f"{_short(spent)}/{_short(final)}"  # type: ignore[assignment]
+
+    def _between(self, trainer: Trainer) -> None:
+        """Write the scalars of the last event again; of gates that close themselves, those of now."""
+        if self._closing and (ranks := self._budget.ranks()) != self._ranks:
+            self._show(trainer, ranks)
+            self._draw(trainer, ranks)
+        elif self._pruning is not None or self._closing:
+            self._write(trainer)
 
     def _write(self, trainer: Trainer) -> None:
         """Write the scalars at this step, if they are not there yet."""

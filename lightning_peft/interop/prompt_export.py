@@ -174,10 +174,14 @@ def _with_peft(
     ours.eval(), theirs.eval()
     with torch.no_grad():
         for sample in samples:
-            wanted, logits = ours(**sample).logits, theirs(**sample).logits
-            if logits.dim() == 3:  # PEFT leaves the prompt's rows in
-                logits = logits[:, logits.shape[1] - wanted.shape[1] :]
-            worst = max(worst, require_close(logits, wanted, "the output"))
+            wanted, found = ours(**sample), theirs(**sample)
+            for name in ("logits", "start_logits", "end_logits"):
+                if name not in wanted:
+                    continue
+                rows, own = found[name], wanted[name]
+                if rows.dim() == 3 or name != "logits":  # PEFT leaves the prompt's rows in
+                    rows = rows[:, rows.shape[1] - own.shape[1] :]
+                worst = max(worst, require_close(rows, own, "the output"))
     return worst, f"loaded with stock PEFT on a copy of the base; prompt and outputs compared on {len(samples)} inputs"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,9 @@ class Gate(nn.Module):
     gain: nn.Parameter | None
     drawn: Tensor | None
     """(n,) the mask of this step, 0 or 1, where one is drawn for every step."""
+
+    closes_itself: ClassVar[bool] = False
+    """Whether training alone closes components, without a policy."""
 
     def __init__(self, n: int, cost: int, gain: Tensor | None = None) -> None:
         super().__init__()

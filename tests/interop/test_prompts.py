@@ -68,6 +68,14 @@ def test_property_stock_peft_loads_it_to_the_same_logits(kind: str, way: str, tm
     )
 
 
+def test_starts_and_ends_of_answers_are_compared_too(tmp_path: Path) -> None:
+    host, _ = prompted("bert answers", SOFT)
+    host.model.requires_grad_(False)
+    host.model.base.qa_outputs.requires_grad_(True)  # type: ignore[union-attr, operator]
+    report = to_hf_peft(host, tmp_path / "prompt", check="peft")
+    assert report.max_difference < 1e-6
+
+
 @pytest.mark.parametrize("kind", ["bert", "llama", "t5"])
 def test_what_is_exported_comes_back(kind: str, tmp_path: Path) -> None:
     host, prompt = prompted(kind, PRODUCT)

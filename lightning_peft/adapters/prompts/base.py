@@ -148,7 +148,9 @@ class Prompt(Adapter):
     def prefix_cached(self) -> Iterator[None]:
         """Inside, the prompt's keys and values are computed once, and copied into the cache of every generation.
 
-        For inference: what needs a gradient, or has no cache, computes them as ever. Parameters must not change inside.
+        For inference: what needs a gradient, or has no cache, computes them as ever, and so does a model that counts
+        columns (sliding windows, recurrences), in whose batches the prompt does not stand in one place. Parameters must
+        not change inside. Dropout is off while they are computed.
 
         Raises:
             ValueError: the model does not generate from a cache that begins with the prompt.
@@ -159,11 +161,19 @@ class Prompt(Adapter):
                 f"prefix_cached is for a causal language model whose text begins with the prompt, and not for "
                 f"{type(model.model).__name__} with prompt_position={self.prompt_position!r}. Leave it out."
             )
-        self._prefix = prefix_of(self)
+        outer, self._prefix = self._prefix, None
+        if not model.counts_columns():
+            modes = [(module, module.training) for module in self.modules()]
+            self.eval()
+            try:
+                self._prefix = prefix_of(self)
+            finally:
+                for module, mode in modes:
+                    module.training = mode
         try:
             yield
         finally:
-            self._prefix = None
+            self._prefix = outer
 
     def extra_repr(self) -> str:
         return f"length={self.length}, prompt_position={self.prompt_position!r}"

@@ -46,8 +46,8 @@ class DePT(Prompt):
             for gamma = 1, the text of the paper.
         init: where P starts: "vocabulary", "text" or "random", as for :class:`~lightning_peft.SoftPrompt`.
         text_ids: token ids of a text that says what the task is, for init="text".
-        rate: what multiplies the learning rate for A and B; ``None`` for 1/600 where the model is an encoder with a
-            decoder, such as T5 (0.3 and 5e-4), and else for 1.
+        rate: what multiplies the learning rate for A and B; ``None`` for 1/600 where the model is like T5, an
+            encoder with a decoder that knows distances alone (0.3 and 5e-4), and else for 1.
         align: "tokens" or "absolute".
         prompt_position: "start", or "after_cls": after the first token of each text.
 
@@ -157,7 +157,7 @@ class DePT(Prompt):
     def rates(self) -> Mapping[str, float]:
         rate = self.rate
         if rate is None:
-            rate = _AUTHORS_RATE if TextModel.of(self.base).decoder is not None else 1.0
+            rate = _AUTHORS_RATE if TextModel.of(self.base).is_like_t5() else 1.0
         return {} if rate == 1.0 or not self.rank else {"A": rate, "B": rate}
 
     def prompt(self) -> Tensor:

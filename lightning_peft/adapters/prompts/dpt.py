@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import isfinite
 from operator import index
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,8 @@ class RectifiedGate(Gate):
         >>> gate.value().tolist(), gate.open().tolist()
         ([2.0, 0.0, 1.0], [True, False, True])
     """
+
+    closes_itself: ClassVar[bool] = True
 
     gain: nn.Parameter
 
@@ -76,8 +78,8 @@ class DPT(Prompt):
         rank: b, components; at most min(e, d), and worth it below e d / (e + d).
         init: where P starts. "uniform": both factors in U(-a, a), with deviation sqrt(b) a^2 / 3; "svd": the best
             approximation of token embeddings, A = U S^1/2 and B = S^1/2 V (with "relu" the gain is S).
-        half_width: a, for "uniform"; ``None`` for the authors' 0.5 where the model is an encoder with a decoder, such
-            as T5, and else for the a that gives P the deviation of the model's embeddings.
+        half_width: a, for "uniform"; ``None`` for the authors' 0.5 where the model is like T5, an encoder with a
+            decoder that knows distances alone, and else for the a that gives P the deviation of the model's embeddings.
         text_ids: token ids of a text whose embeddings "svd" starts from; ``None`` for tokens drawn at random.
         form: "product" or "relu".
         prompt_position: "start", or "after_cls": after the first token of each text.
@@ -188,7 +190,7 @@ class DPT(Prompt):
     def _half_width(self) -> float:
         if self.half_width is not None:
             return self.half_width
-        if TextModel.of(self.base).decoder is not None:
+        if TextModel.of(self.base).is_like_t5():
             return _AUTHORS_HALF_WIDTH
         return half_width(embeddings_size(self.base), self.rank)
 

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_KINDS = ("layer_types", "layers_block_type", "block_types")
+_KINDS = ("layer_types", "layers_block_type", "block_types", "attention_layers")
 """Where configs name the kinds of their layers."""
+_EVERYWHERE = {"full_attention", "attention", "global"}
+"""Kinds that see all columns alike."""
 _WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
 
 
@@ -107,6 +109,10 @@ class TextModel:
             "attention",
         }
         return bool(window or kinds or any(name.startswith("mamba_") for name in vars(config)))
+
+    def is_like_t5(self) -> bool:
+        """Whether it is an encoder with a decoder that knows distances alone; such have large embeddings."""
+        return self.decoder is not None and self.position_table() is None
 
     def placeholder(self) -> int:
         """A token id for the columns of a prompt, whose embeddings are replaced; it is not the one of padding."""

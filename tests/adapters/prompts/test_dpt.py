@@ -1,15 +1,32 @@
 from __future__ import annotations
 
+import csv
 import re
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from prompted import batch, plain, prompted
-from torch import nn
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from prompted import batch, build, plain, prompted
+from quiet import QUIET
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from lightning_peft import DPT, Budget, RankBudget, RankPolicy, SoftPrompt, Taylor, compact, inject
+from lightning_peft import (
+    DPT,
+    Budget,
+    DePT,
+    RankBudget,
+    RankPolicy,
+    SoftPrompt,
+    Taylor,
+    compact,
+    inject,
+    presets,
+)
 from lightning_peft.adapters.prompts.dpt import RectifiedGate
 from lightning_peft.adapters.prompts.starts import token_rows
 from lightning_peft.functional.prompts import half_width
@@ -151,3 +168,47 @@ def test_a_rank_is_an_integer() -> None:
         inject(plain("bert"), partial(DPT, length=8, rank=2.0))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="a prompt goes in front of what a transformers model reads"):
         DPT(nn.Linear(4, 4))
+
+
+class Topics(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = build("bert").train()
+
+    def training_step(self, ids: Tensor, batch_idx: int) -> Tensor:
+        return self.model(input_ids=ids, labels=ids[:, 0] % 3).loss  # type: ignore[no-any-return]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=0.2)
+
+
+class Seen(Callback):
+    """What is open after every step."""
+
+    def __init__(self) -> None:
+        self.open: list[int] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        self.open.append(RankBudget.of(pl_module).spent)
+
+
+def test_the_monitor_shows_gains_that_fall_to_zero_while_they_do(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    seen, logger = Seen(), CSVLogger(tmp_path)
+    ids = torch.randint(3, 40, (48, 6), generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {**QUIET, "logger": logger, "log_every_n_steps": 4, "max_epochs": 4}
+    module = Topics()
+    Trainer(callbacks=[*presets.dpt(length=8, rank=6, form="relu"), seen], **options).fit(
+        module,
+        DataLoader(ids, batch_size=4),  # type: ignore[arg-type]
+    )
+    with (Path(logger.log_dir) / "metrics.csv").open(encoding="utf-8") as file:
+        shown = {int(row["step"]): int(float(row["rank/open"])) for row in csv.DictReader(file) if row["rank/open"]}
+    assert {step: shown[step] for step in range(4, 49, 4)} == {step: seen.open[step - 1] for step in range(4, 49, 4)}
+    assert len(set(seen.open)) > 2
+
+
+@pytest.mark.parametrize(("kind", "wide"), [("t5", True), ("bart", False), ("llama", False)])
+def test_the_authors_start_is_for_models_that_know_distances_alone(kind: str, wide: bool) -> None:
+    assert (DPT(build(kind), 8, 2)._half_width() == 0.5) == wide
+    assert (DePT(build(kind), length=2, rank=2, reach=8).rates() != {}) == wide

@@ -250,6 +250,22 @@ def test_prefix_is_computed_once(kind: str, beams: int) -> None:
     assert adapter._prefix is None
 
 
+def test_a_prefix_has_no_dropout_and_ends_where_it_began() -> None:
+    adapter = prompted("llama")
+    adapter.base.config.attention_dropout = 0.5
+    for layer in adapter.base.model.layers:  # type: ignore[union-attr, operator]
+        layer.self_attn.attention_dropout = 0.5  # type: ignore[union-attr]
+    inputs = two_texts(adapter, "left")
+    expected = adapter.eval().generate(**inputs, **GENERATE)
+    adapter.train()
+    with adapter.prefix_cached():
+        assert adapter.training
+        with adapter.eval().prefix_cached():
+            assert torch.equal(adapter.generate(**inputs, **GENERATE), expected)
+        assert torch.equal(adapter.generate(**inputs, **GENERATE), expected)
+    assert adapter._prefix is None
+
+
 class Shifted(Prompt):
     """Adds a vector per place, to see which place each token is told."""
 
@@ -407,6 +423,9 @@ def test_padding_does_not_come_between_prompt_and_text_where_columns_count(kind:
         behind = model(input_ids=padded, attention_mask=padded.ne(0).long()).logits[:, 2:]
         torch.testing.assert_close(behind, alone, rtol=1e-3, atol=1e-4)
         written = model.generate(input_ids=padded, attention_mask=padded.ne(0).long(), **more)[:, 2:]
+        with model.prefix_cached():  # which has no place for a prompt behind padding
+            again = model.generate(input_ids=padded, attention_mask=padded.ne(0).long(), **more)[:, 2:]
+        assert torch.equal(again, written)
         for _ in range(4):
             ids = torch.cat(
                 [ids, model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1:].argmax(-1)], 1
