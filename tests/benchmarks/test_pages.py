@@ -45,6 +45,17 @@ def test_the_page_of_posterior_collapse_is_that_of_its_rows(script: Any) -> None
     assert text == (ROOT / "docs" / "posterior-collapse.md").read_text(encoding="utf-8")
 
 
+def test_the_pages_on_sparse_rows_and_prompts_are_those_of_their_rows(script: Any) -> None:
+    accuracy, words = script("accuracy"), script("accuracy_table").WORDS["sparse"]
+    page, seeds = accuracy.PAGES["sparse"], accuracy.seeds
+    text = accuracy.table(accuracy.load("sparse"), page.methods, page.tables, seeds, words)
+    assert text == (ROOT / "docs" / "sparse-accuracy.md").read_text(encoding="utf-8")
+    prompts = script("prompts")
+    titles = {name: method.title for name, method in prompts.METHODS.items()}
+    text = script("prompts_table").table(prompts.load(), titles, prompts.JOBS, prompts.SEEDS, prompts.rates())
+    assert text == (ROOT / "docs" / "prompts.md").read_text(encoding="utf-8")
+
+
 def test_the_sparse_page_says_nothing_of_other_rows(script: Any) -> None:
     accuracy, words = script("accuracy"), script("accuracy_table").WORDS["sparse"]
     page = accuracy.PAGES["sparse"]
