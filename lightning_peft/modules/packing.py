@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from lightning_peft.adapters.prompts.text_model import TextModel
 from lightning_peft.modules.documents import IGNORED, Documents
 
 
@@ -101,26 +101,21 @@ def why_mixed(model: Any) -> str | None:
 
     To be asked of the model itself: a wrapper's forward tells nothing.
     """
-    config = model.config
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    config, parts = model.config, TextModel.of(model)
+    if "position_ids" not in parts.arguments:
         return "takes none"  # ALiBi, recurrences: it counts on by itself
     if getattr(config, "alibi", False):
         return "weighs distances (ALiBi) that count across documents"
     kinds = set(getattr(config, "layer_types", None) or ()) - _ATTENTION
     if kinds or any(isinstance(child, nn.Conv1d) for child in model.modules()):
         return "has layers that carry what they have read from one document into the next"
-    if any(_counts_from_padding(name, child) for name, child in model.named_modules()):
+    if parts.first_position():  # as RoBERTa's: behind the number of the padding token
         return "counts positions from its padding token on"
     return "takes no mask for pairs of tokens" if config.model_type in _ONE_ROW_MASKS else None
 
 
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 _ONE_ROW_MASKS = {"openai-gpt"}
-
-
-def _counts_from_padding(name: str, child: nn.Module) -> bool:
-    """As RoBERTa does: its positions begin behind the number of the padding token."""
-    return "position" in name and isinstance(child, nn.Embedding) and child.padding_idx is not None
 
 
 def require_packable(config: Any, mixed: str | None, length: int) -> None:

@@ -34,6 +34,9 @@ class Policy(ABC):
         ValueError: interval is below 1.
     """
 
+    moves_entries: ClassVar[bool] = False
+    """Whether components come to stand for something else while they train."""
+
     def __init__(self, schedule: Schedule, importance: Importance, interval: int) -> None:
         require_instance("schedule", schedule, Schedule, "Cubic()")
         require_instance("importance", importance, Importance, "Taylor()")
@@ -59,9 +62,6 @@ class Policy(ABC):
     def final_budget(self) -> Budget | None:
         """What may be spent at the end; ``None`` if the method leaves open how many components stay."""
         return None
-
-    moves_entries: ClassVar[bool] = False
-    """Whether components come to stand for something else while they train."""
 
     @property
     def returning(self) -> str | None:

@@ -28,6 +28,7 @@ from lightning_peft import (
     inject,
 )
 from lightning_peft.adapters.entry_gradients import EntryGradients, largest
+from lightning_peft.callbacks.placement import COPIERS
 from lightning_peft.compaction import follow_moves
 from lightning_peft.rank.probe import Alone
 from lightning_peft.rank.schedule import Linear
@@ -358,10 +359,8 @@ def test_mistakes() -> None:
         DropAndRegrow().track(RankBudget.of(net))
 
 
-@pytest.mark.parametrize("average", ["StochasticWeightAveraging", "WeightAveraging", "EMAWeightAveraging"])
-def test_an_average_over_entries_that_move_is_refused(average: str) -> None:
-    if not hasattr(L.callbacks, average):
-        pytest.skip(f"this Lightning has no {average}")
-    made = getattr(L.callbacks, average)(**({"swa_lrs": 0.1} if average.startswith("Stochastic") else {}))
-    with pytest.raises(MisconfigurationException, match=rf"DropAndRegrow moves entries, and {average} would average"):
+@pytest.mark.parametrize("average", COPIERS)
+def test_an_average_over_entries_that_move_is_refused(average: type[L.Callback]) -> None:
+    made: Any = average(**({"swa_lrs": 0.1} if average is L.callbacks.StochasticWeightAveraging else {}))
+    with pytest.raises(MisconfigurationException, match=rf"DropAndRegrow moves entries, and {average.__name__} would"):
         fit(made)

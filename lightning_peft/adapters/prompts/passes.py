@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -87,7 +86,7 @@ class _Passes:
     def __init__(self, adapter: Prompt, parts: TextModel) -> None:
         self.adapter = adapter
         self.parts = parts
-        self.names = list(inspect.signature(parts.stack.forward).parameters)
+        self.names = parts.arguments
         self.columns = parts.counts_columns()
         self.calls: list[_Call] = []
 

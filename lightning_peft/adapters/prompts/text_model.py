@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -95,19 +96,21 @@ class TextModel:
         # A table with an offset of its own (BART, OPT) adds it itself.
         return 0 if table is None or hasattr(table[0], "offset") else table[1]
 
+    @cached_property
+    def arguments(self) -> list[str]:
+        """What the stack's forward takes."""
+        return list(inspect.signature(self.stack.forward).parameters)
+
     def counts_columns(self) -> bool:
         """Whether it matters which columns lie between two tokens, be their positions what they may.
 
         So it does for T5, which knows distances alone, for windows of attention, and for recurrences.
         """
-        if "position_ids" not in inspect.signature(self.stack.forward).parameters:
+        if "position_ids" not in self.arguments:
             return True
         config = self.stack.config.get_text_config()
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        kinds = {kind for name in _KINDS for kind in getattr(config, name, None) or ()} - {
-            "full_attention",
-            "attention",
-        }
+        kinds = {kind for name in _KINDS for kind in getattr(config, name, None) or ()} - _EVERYWHERE
         return bool(window or kinds or any(name.startswith("mamba_") for name in vars(config)))
 
     def is_like_t5(self) -> bool:

@@ -399,6 +399,18 @@ HEADS |= {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8
 COUNTING: dict[str, Any] = {
     "window": lambda: hf.MistralConfig(**COLUMNS, sliding_window=4),
     "windows and all": lambda: hf.Gemma2Config(**COLUMNS, head_dim=8, sliding_window=4),
+    "local and global": lambda: hf.GPTNeoConfig(
+        vocab_size=TOKENS,
+        hidden_size=16,
+        num_layers=2,
+        num_heads=2,
+        attention_types=[[["global", "local"], 1]],
+        window_size=4,
+        intermediate_size=32,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    ),
     "convolution": lambda: hf.Lfm2Config(**COLUMNS, layer_types=["conv", "full_attention"]),
     "recurrence": lambda: hf.Qwen3NextConfig(
         **COLUMNS, **HEADS, head_dim=8, layer_types=["linear_attention", "full_attention"]
@@ -406,15 +418,21 @@ COUNTING: dict[str, Any] = {
 }
 
 
+def in_front_of(config: Any) -> Any:
+    """A decoder with large weights, and a prompt of three."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        host = nn.ModuleDict({"model": hf.AutoModelForCausalLM.from_config(config).eval()})
+        for parameter in host.parameters():
+            if parameter.dim() > 1:
+                nn.init.normal_(parameter, std=0.4)
+        inject(host, partial(SoftPrompt, length=3), train=[])
+    return host["model"]
+
+
 @pytest.mark.parametrize("kind", COUNTING)
 def test_padding_does_not_come_between_prompt_and_text_where_columns_count(kind: str) -> None:
-    torch.manual_seed(0)
-    host = nn.ModuleDict({"model": hf.AutoModelForCausalLM.from_config(COUNTING[kind]()).eval()})
-    for parameter in host.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.4)
-    inject(host, partial(SoftPrompt, length=3), train=[])
-    model: Any = host["model"]
+    model = in_front_of(COUNTING[kind]())
     ids = torch.randint(3, TOKENS, (1, 6))
     padded = torch.cat([torch.zeros(1, 2, dtype=torch.long), ids], 1)
     more: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
@@ -435,14 +453,8 @@ def test_padding_does_not_come_between_prompt_and_text_where_columns_count(kind:
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_state_that_does_not_say_what_was_read_is_refused(cached: bool) -> None:
-    torch.manual_seed(0)
     config = hf.MambaConfig(vocab_size=TOKENS, hidden_size=16, num_hidden_layers=2, state_size=4, pad_token_id=0)
-    host = nn.ModuleDict({"model": hf.MambaForCausalLM(config).eval()})
-    for parameter in host.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.4)
-    inject(host, partial(SoftPrompt, length=3), train=[])
-    model: Any = host["model"]
+    model = in_front_of(config)
     ids = torch.randint(3, TOKENS, (1, 6))
     more: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "use_cache": cached}
     if cached:
