@@ -9,9 +9,9 @@
 learning rates in 60 steps on a held-out tenth of the training set (one seed, the test set untouched), and over the one
 beyond where the best is at an end of them, then one epoch at the best rate on the whole of it, two seeds; LoRA of rank
 8 with one. The best rate is that of the lowest loss: after 60 steps many rows still answer the commonest topic, and
-their accuracies are the same. With SmolLM2 it is one run of 60 steps for each of
-two rates, on the same texts as prompts whose answer is the topic: the rate is chosen by the perplexity of held-out
-answers, and test answers are looked at once a run.
+their accuracies are the same. With SmolLM2 it is one run of 60 steps for each of two rates, on the same texts as
+prompts whose answer is the topic: the rate is chosen by the perplexity of held-out answers, and test answers are looked
+at once a run.
 
 Speed is a step of DePT beside a step of a prompt of 100 tokens, in turns in one process, whose ratio within a round is
 compared with that of the lengths. One thread. Every run is a process of its own, whose peak memory is then its own, and

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_peft.adapters.prompts.text_model import TextModel
@@ -106,15 +106,13 @@ def why_mixed(model: Any) -> str | None:
         return "takes none"  # ALiBi, recurrences: it counts on by itself
     if getattr(config, "alibi", False):
         return "weighs distances (ALiBi) that count across documents"
-    kinds = set(getattr(config, "layer_types", None) or ()) - _ATTENTION
-    if kinds or any(isinstance(child, nn.Conv1d) for child in model.modules()):
+    if parts.carries_state():
         return "has layers that carry what they have read from one document into the next"
     if parts.first_position():  # as RoBERTa's: behind the number of the padding token
         return "counts positions from its padding token on"
     return "takes no mask for pairs of tokens" if config.model_type in _ONE_ROW_MASKS else None
 
 
-_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 _ONE_ROW_MASKS = {"openai-gpt"}
 
 

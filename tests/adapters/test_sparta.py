@@ -626,22 +626,22 @@ def test_hooks_that_change_what_goes_in_or_out_have_their_share_in_the_gradient(
 
 
 def test_a_file_of_a_narrow_base_leaves_a_wide_one_its_numbers(tmp_path: Path) -> None:
-    def net(dtype: torch.dtype) -> nn.Module:
+    def net(dtype: torch.dtype) -> Any:
         torch.manual_seed(0)
         made = nn.Sequential(nn.Linear(6, 8)).to(dtype)
         inject(made, partial(SpaRTA, density=0.3), ["0"], train=[])
         return made
 
     narrow, wide = net(torch.bfloat16), net(torch.float32)
-    before = wide[0].base.weight.detach().clone()  # type: ignore[index, union-attr, operator]
-    nn.init.ones_(narrow[0].delta)  # type: ignore[index, union-attr, arg-type]
+    before = wide[0].base.weight.detach().clone()
+    nn.init.ones_(narrow[0].delta)
     wide.load_state_dict(adapter_state_dict(narrow), strict=False)
-    adapter: Any = wide[0]  # type: ignore[index]
+    adapter = wide[0]
     assert torch.equal(adapter.original, before.flatten()[adapter.indices.long()])
     x = torch.randn(5, 6)
     torch.testing.assert_close(wide(x), x @ adapter.effective_weight().t() + adapter.base.bias)
     eject(wide)
-    assert torch.equal(wide[0].weight, before)  # type: ignore[index]
+    assert torch.equal(wide[0].weight, before)
 
 
 @pytest.mark.parametrize("missing", ["indices", "original"])
@@ -659,13 +659,13 @@ def test_a_state_without_one_of_its_halves_changes_nothing(missing: str) -> None
 
 
 def test_a_cast_takes_a_waiting_gradient_along() -> None:
-    net = nn.Sequential(nn.Linear(6, 8))
+    net: Any = nn.Sequential(nn.Linear(6, 8))
     inject(net, partial(SpaRTA, density=0.3), ["0"], train=[])
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad])
     net(torch.randn(5, 6)).sum().backward()
     net.to(torch.bfloat16)
     optimizer.step()
-    assert net[0].delta.grad.dtype == net[0].delta.dtype == torch.float32  # type: ignore[union-attr]
+    assert net[0].delta.grad.dtype == net[0].delta.dtype == torch.float32
 
 
 def test_gradients_that_are_scaled_by_frequency_are_refused() -> None:

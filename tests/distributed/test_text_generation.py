@@ -88,9 +88,7 @@ def train_causal(world: int, folder: str, blocks: str, answers: str) -> dict[str
     torch.set_num_threads(1)
     torch.manual_seed(3)
     data = LanguageData(blocks, folder, packing="blocks", block_size=6, val_share=0.0, batch_size=4 // world, seed=1)
-    judged = LanguageData(
-        answers, folder, val=answers, test=answers, prompt="prompt", answer="answer", batch_size=2
-    )  # fmt: skip
+    judged = LanguageData(answers, folder, val=answers, test=answers, prompt="prompt", answer="answer", batch_size=2)
     model = CausalLM(folder, lr=0.02)
     strategy = "ddp" if world > 1 else "auto"
     trainer = Trainer(

@@ -27,12 +27,15 @@ class ScriptedLM(nn.Module):
         self.prompts: list[str] = []
         self.batches: list[int] = []
         self.modes: list[bool] = []
+        self.seeds: list[int | None] = []
         self._given: defaultdict[str, int] = defaultdict(int)
 
     def generate(self, input_ids: Tensor, attention_mask: Tensor, max_new_tokens: int, **how: Any) -> Tensor:
         assert not torch.is_grad_enabled()
         assert how["do_sample"] is False
         self.modes.append(self.training)
+        (sampling,) = how["logits_processor"]
+        self.seeds += [None if each is None else each.initial_seed() for each in sampling._generators]
         self.batches.append(len(input_ids))
         rows = []
         for ids, mask in zip(input_ids, attention_mask, strict=True):

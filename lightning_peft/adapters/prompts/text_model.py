@@ -14,6 +14,8 @@ _KINDS = ("layer_types", "layers_block_type", "block_types", "attention_layers")
 """Where configs name the kinds of their layers."""
 _EVERYWHERE = {"full_attention", "attention", "global"}
 """Kinds that see all columns alike."""
+_WINDOWS = {"sliding_attention", "chunked_attention", "local"}
+"""Kinds that see the nearest columns."""
 _WRAPPERS = ("_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module")
 
 
@@ -110,8 +112,16 @@ class TextModel:
             return True
         config = self.stack.config.get_text_config()
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        kinds = {kind for name in _KINDS for kind in getattr(config, name, None) or ()} - _EVERYWHERE
-        return bool(window or kinds or any(name.startswith("mamba_") for name in vars(config)))
+        return bool(window) or not self._kinds() <= _EVERYWHERE or self.carries_state()
+
+    def carries_state(self) -> bool:
+        """Whether layers carry what they have read along (recurrences, convolutions), whatever attention is shown."""
+        config = self.stack.config.get_text_config()
+        return not self._kinds() <= _EVERYWHERE | _WINDOWS or any(name.startswith("mamba_") for name in vars(config))
+
+    def _kinds(self) -> set[str]:
+        config = self.stack.config.get_text_config()
+        return {kind for name in _KINDS for kind in getattr(config, name, None) or ()}
 
     def is_like_t5(self) -> bool:
         """Whether it is an encoder with a decoder that knows distances alone; such have large embeddings."""
