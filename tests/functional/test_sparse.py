@@ -127,6 +127,21 @@ def test_tokens_are_sampled_in_parts(tokens: int) -> None:
     assert torch.equal(where.csr(torch.float64).values(), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "m", "n"), [(1, 1, 1), (1, 7, 1), (9, 1, 5), (70, 16, 33), (130, 60, 64)])
+def test_rows_are_sampled_however_they_lie_in_memory(tokens: int, m: int, n: int, dtype: torch.dtype) -> None:
+    a, b, where = normal(tokens, m, dtype=dtype), normal(tokens, n, dtype=dtype, seed=1), pattern(m, n, m * n // 2 + 1)
+    known = entry_gradient(a, b, where, "sampled")
+    whole = (a.double().t() @ b.double()).flatten()[where.indices.long()]
+    torch.testing.assert_close(known.double(), whole, rtol=1e-5, atol=1e-4)
+    columns_first, strided = a.t().contiguous().t(), torch.stack([b, b], dim=2)[..., 0]
+    later = torch.cat([a.new_zeros(3, m), a])[3:]
+    for left, right in ((columns_first, b), (a, strided), (later, b)):
+        assert torch.equal(entry_gradient(left, right, where, "sampled"), known)
+    alike = a[:1].expand(tokens, m)  # as a sum's gradient is
+    assert torch.equal(entry_gradient(alike, b, where, "sampled"), entry_gradient(alike.clone(), b, where, "sampled"))
+
+
 def test_the_kernel_follows_device_dtype_density_tokens_and_size() -> None:
     cpu, cuda, square = torch.device("cpu"), torch.device("cuda"), (768, 768)
     assert choose_kernel(cpu, torch.float32, square, 0.01, 512) == "sampled"
