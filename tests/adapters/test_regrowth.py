@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as L
 import pytest
@@ -26,6 +26,7 @@ from lightning_peft import (
     SpaRTA,
     eject,
     inject,
+    presets,
 )
 from lightning_peft.adapters.entry_gradients import EntryGradients, largest
 from lightning_peft.callbacks.placement import COPIERS
@@ -216,6 +217,60 @@ def test_selection_by_gradient_before_the_first_step() -> None:
         wanted = base.weight.grad.flatten().abs().topk(adapter.indices.numel()).indices  # type: ignore[union-attr]
         assert sorted(wanted.tolist()) == adapter.indices.tolist()
     assert all(torch.equal(row[0], watch.indices[0][0]) for row in watch.indices)  # once
+
+
+class Picture(L.LightningModule):
+    """One layer of every kind whose entries may be chosen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.words = nn.Embedding(12, 6)
+            self.conv = nn.Conv2d(2, 4, 3, groups=2)
+            self.norm = nn.LayerNorm(16)
+            nn.init.normal_(self.norm.weight)
+            self.head = nn.Linear(16, 2)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        picture = self.words(batch).view(-1, 2, 4, 3).repeat(1, 1, 1, 2)[..., :4]
+        return self.head(self.norm(self.conv(picture).flatten(1))).square().mean()  # type: ignore[no-any-return]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=LR, weight_decay=0.0)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        words = torch.randint(12, (16, 4), generator=torch.Generator().manual_seed(1))
+        return DataLoader(words, batch_size=4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("by", ["magnitude", "gradient"])
+def test_the_preset_chooses_in_every_kind_of_layer(by: Literal["magnitude", "gradient"]) -> None:
+    batches = 2 if by == "gradient" else None
+    chosen = presets.sparta(density=0.25, start=by, batches=batches, targets=["words", "conv", "norm"])
+    torch.manual_seed(2)
+    net, plain = Picture(), Picture()
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(max_epochs=1, accelerator="cpu", enable_model_summary=False, callbacks=chosen, **options)  # type: ignore[arg-type]
+    if by == "gradient":
+        with pytest.warns(UserWarning, match="Calibration saw nothing of 2 adapted layers, .*: words, norm"):
+            trainer.fit(net)
+    else:
+        trainer.fit(net)
+    for batch in list(plain.train_dataloader())[:2]:
+        plain.training_step(batch, 0).backward()
+    drawn = Picture()
+    inject(drawn, partial(SpaRTA, density=0.25), ["words", "conv", "norm"])
+    for name, adapter in adapters(net).items():
+        weight: Any = getattr(plain, name).weight
+        worth = weight.detach() if by == "magnitude" else weight.grad
+        wanted = sorted(worth.flatten().abs().topk(len(adapter.indices)).indices.tolist())
+        if by == "gradient" and name in ("words", "norm"):
+            wanted = adapters(drawn)[name].indices.tolist()  # for these no gradient is gathered
+        assert adapter.indices.tolist() == wanted
+        moved = adapter.base.weight.flatten() != weight.flatten()  # type: ignore[union-attr, operator]
+        assert moved.any()
+        assert set(moved.nonzero().flatten().tolist()) <= set(wanted)
 
 
 def test_largest_takes_the_first_of_equal_ones() -> None:

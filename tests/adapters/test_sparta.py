@@ -550,7 +550,7 @@ class SaveAt(L.Callback):
             trainer.save_checkpoint(self.path)
 
 
-def fit(path: Path, compact: bool, *more: L.Callback, **options: Any) -> Net:
+def fit(path: Path, compact: bool, block: int, *more: L.Callback, **options: Any) -> Net:
     torch.manual_seed(3)
     policy = RankPolicy(Cubic(0.1, 0.2), Taylor(), Budget(share=0.5), 4)
     module = Net()
@@ -558,7 +558,7 @@ def fit(path: Path, compact: bool, *more: L.Callback, **options: Any) -> Net:
         accelerator="cpu", devices=1, max_epochs=3, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, accumulate_grad_batches=2,
         callbacks=[
-            AdapterInjection(partial(SpaRTA, density=0.3), verbose=False),
+            AdapterInjection(partial(SpaRTA, density=0.3, block=block), verbose=False),
             RankPruning(policy, compact="final" if compact else "never"), RankMonitor(), AdapterCheckpoint(), *more,
         ],
     )  # fmt: skip
@@ -567,18 +567,20 @@ def fit(path: Path, compact: bool, *more: L.Callback, **options: Any) -> Net:
     return module
 
 
+@pytest.mark.parametrize("block", [1, 3])
 @pytest.mark.parametrize("compact", [False, True])
-def test_a_run_that_is_pruned_stopped_and_resumed_is_the_run_through(tmp_path: Path, compact: bool) -> None:
+def test_a_run_that_is_pruned_stopped_and_resumed_is_the_run_through(tmp_path: Path, compact: bool, block: int) -> None:
     stopped = tmp_path / "stopped.ckpt"
-    through = fit(tmp_path / "through.ckpt", compact, SaveAt(11 if compact else 7, stopped))  # cut in step 10
-    resumed = fit(tmp_path / "resumed.ckpt", compact, ckpt_path=stopped)
+    through = fit(tmp_path / "through.ckpt", compact, block, SaveAt(11 if compact else 7, stopped))  # cut in step 10
+    resumed = fit(tmp_path / "resumed.ckpt", compact, block, ckpt_path=stopped)
     one, other = adapter_state_dict(through), adapter_state_dict(resumed)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
     budget = RankBudget.of(through)
     assert 0 < budget.spent < budget.capacity
     sizes = [len(a.indices) for a in adapters(through).values()]
-    assert (sum(sizes) == budget.spent) is compact
+    assert (sum(sizes) == block * budget.spent) is compact
+    assert all(size % block == 0 for size in sizes)
     loaded = load(Net(), tmp_path / "through.ckpt")
     assert torch.equal(loaded.eval().net(data()), through.eval().net(data()))  # type: ignore[operator, union-attr]
     eject(resumed)
