@@ -12,8 +12,8 @@ the three), then its seeds at the best rate on the whole training set, each look
 and R52 at rank 8 are one seed at the rate that was found on R52 at rank 2.
 
 The sparse page is shorter, some four and a half hours of one thread: texts of 48 tokens, R52 seen twice and R8 once,
-two rates searched over one epoch and a third beyond the better one; three seeds on R52 at rank 2, one elsewhere, where
-what is the same at every rank is left out.
+two rates searched over one epoch and a third beyond the better one; three seeds on R52 at rank 2, one elsewhere.
+What is the same at every rank, and one ablation, are left out of a data set's second table.
 
 Every run is a process of its own, whose peak memory is then its own, and one line of `results/accuracy.jsonl`; runs
 that are there are skipped: a plan can be stopped, continued, and shared by processes that run different methods. One
@@ -63,7 +63,7 @@ class Page:
         tables: its tables, data and rank, and the one that each takes its learning rates from.
         epochs: of final runs, by data.
         search_epochs: of searches.
-        once: rows of the table alone that rates are searched for.
+        once: rows of a data set's first table alone.
         changes: of the protocol.
     """
 
@@ -246,7 +246,8 @@ def plan(data: str, rank: int, chosen: Sequence[str], page: PageName = "accuracy
     A search is the method's learning rates, and on R52 one beyond them where the best is the lowest or the highest.
     """
     at, methods = SEARCHED_ON[data, rank], METHODS | dict(PAGES[page].methods)
-    names = [name for name in chosen if at == (data, rank) or name not in PAGES[page].once]
+    first = next(table for table in PAGES[page].tables if table[0] == data)
+    names = [name for name in chosen if first == (data, rank) or name not in PAGES[page].once]
     searched = [name for name in names if methods[name].searched]
 
     def best(name: str) -> float:
