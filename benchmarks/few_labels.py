@@ -112,7 +112,7 @@ class Study:
         data: data sets by name.
         methods: rows by name.
         examples: numbers of labelled texts; 0 for all there are, which is run with the first seed alone.
-        search_examples: that of the searches.
+        search_examples: that of the searches, but for all texts, which have one of their own.
         base: the row whose learning rate a method without rates of its own takes.
         steps: optimizer steps of a run.
         batch: texts per step.
@@ -172,19 +172,29 @@ class Study:
         """Whether nothing of a method is searched."""
         return not (self.methods[method].rates or self.methods[method].strengths)
 
-    def searched(self, method: str, data: str) -> list[dict[str, Any]]:
-        """What was tried, from small to large; without what another base rate has left behind."""
-        found = [row for row in self.load() if row["search"] and (row["method"], row["data"]) == (method, data)]
+    def searches(self, data: str) -> list[int]:
+        """The numbers of examples that a data set is searched with."""
+        return [self.search_examples, *([0] if 0 in self.sizes(data, self.seeds[0]) else [])]
+
+    def searching(self, examples: int) -> int:
+        """The number of examples that the settings for so many are searched with."""
+        return examples and self.search_examples
+
+    def searched(self, method: str, data: str, examples: int) -> list[dict[str, Any]]:
+        """What was tried for so many examples, from small to large; without what another base rate has left behind."""
+        place = (method, data, self.searching(examples))
+        found = [row for row in self.load() if row["search"]]
+        found = [row for row in found if (row["method"], row["data"], row["examples"]) == place]
         if not self.methods[method].rates:
-            rates = [self.best(self.base, data)[0]] if self.searched(self.base, data) else []
+            rates = [self.best(self.base, data, examples)[0]] if self.searched(self.base, data, examples) else []
             found = [row for row in found if row["lr"] in rates]
         return sorted(found, key=lambda row: (row["lr"], row["strength"]))
 
-    def best(self, method: str, data: str) -> tuple[float, float]:
+    def best(self, method: str, data: str, examples: int) -> tuple[float, float]:
         """Learning rate and strength with the best held-out accuracy; the smaller one breaks ties."""
         if self.is_fixed(method):
-            return self.best(self.base, data)[0], 0.0
-        found = self.searched(method, data)
+            return self.best(self.base, data, examples)[0], 0.0
+        found = self.searched(method, data, examples)
         if not found:
             raise ValueError(f"no search run of {method} on {data} is in the results file; run `plan` first.")
         row = max(found, key=lambda row: (row["accuracy"], -row["lr"], -row["strength"]))
@@ -230,11 +240,14 @@ def files(texts: Texts, run: Run, folder: Path, tested: int) -> tuple[str, str, 
     """What the run trains on, what it is scored on, and the names of all classes."""
     train, draw = rows_of(texts, "train"), random.Random(run.seed)
     names = sorted({row.label for row in train})
-    chosen = even(train, run.examples or len(train), draw)
     if run.search:
+        # Of all texts those that are held out come first: a choice even over the classes leaves the commonest alone.
+        held = set() if run.examples else set(draw.sample(range(len(train)), HELD_OUT))
+        chosen = even(train, run.examples, draw) if run.examples else [i for i in range(len(train)) if i not in held]
         taken = set(chosen)
         scored = draw.sample([row for place, row in enumerate(train) if place not in taken], HELD_OUT)
     else:
+        chosen = even(train, run.examples or len(train), draw)
         scored = random.Random(0).sample(rows_of(texts, "test"), tested)
     return write(folder, "train", [train[place] for place in chosen]), write(folder, "scored", scored), names
 
@@ -323,12 +336,13 @@ def plan(study: Study, data: Sequence[str], methods: Sequence[str]) -> Iterator[
     """The runs in stages: searches, those of rates first, which others take; then all numbers of examples."""
     searched = [name for name in dict.fromkeys([*methods, study.base]) if not study.is_fixed(name)]
     for rates in (True, False):
-        rows = [(name, place) for place in data for name in searched if bool(study.methods[name].rates) is rates]
-        yield [_search(study, name, place, value) for name, place in rows for value in _values(study, name)]
-        beyond = [(name, place, _beyond(study, name, place)) for name, place in rows]
-        yield [_search(study, name, place, value) for name, place, value in beyond if value is not None]
+        names = [name for name in searched if bool(study.methods[name].rates) is rates]
+        rows = [(name, place, examples) for place in data for examples in study.searches(place) for name in names]
+        yield [_search(study, *row, value) for row in rows for value in _values(study, row[0])]
+        beyond = [(row, _beyond(study, *row)) for row in rows]
+        yield [_search(study, *row, value) for row, value in beyond if value is not None]
     yield [
-        Run(method, name, examples, seed, *study.best(method, name), search=False)
+        Run(method, name, examples, seed, *study.best(method, name, examples), search=False)
         for seed in study.seeds
         for name in data
         for examples in study.sizes(name, seed)
@@ -341,15 +355,15 @@ def _values(study: Study, name: str) -> Sequence[float]:
     return study.methods[name].rates or study.methods[name].strengths
 
 
-def _search(study: Study, name: str, data: str, value: float) -> Run:
-    rate, strength = (value, 0.0) if study.methods[name].rates else (study.best(study.base, data)[0], value)
-    return Run(name, data, study.search_examples, SEARCH_SEED, rate, strength, search=True)
+def _search(study: Study, name: str, data: str, examples: int, value: float) -> Run:
+    rate, strength = (value, 0.0) if study.methods[name].rates else (study.best(study.base, data, examples)[0], value)
+    return Run(name, data, examples, SEARCH_SEED, rate, strength, search=True)
 
 
-def _beyond(study: Study, name: str, data: str) -> float | None:
+def _beyond(study: Study, name: str, data: str, examples: int) -> float | None:
     """The value beyond the end at which the best one stands; none where it stands between, or was beyond already."""
     values = _values(study, name)
-    best, step = study.best(name, data)[0 if study.methods[name].rates else 1], values[1] / values[0]
+    best, step = study.best(name, data, examples)[0 if study.methods[name].rates else 1], values[1] / values[0]
     return {values[0]: best / step, values[-1]: best * step}.get(best)
 
 
@@ -362,9 +376,9 @@ def table(study: Study) -> str:
         f"Generated by `python {script.parent.name}/{script.name} table` from `{results.parent.parent.name}/results/"
         f"{results.name}`. {study.about} Learning rate, or the method's own number at the learning rate of "
         f"{study.methods[study.base].title}: best of three, or four where the best stands at an end, on {HELD_OUT} "
-        f"held-out texts, with {study.search_examples} examples of another seed; what was tried, and its held-out "
-        "accuracy, is in the table. Mean ± standard deviation over seeds; accuracy in %, then the expected calibration "
-        "error.",
+        f"held-out texts, with {study.search_examples} examples of another seed{_also(study)}; what was tried, and its "
+        "held-out accuracy, is in the table. Mean ± standard deviation over seeds; accuracy in %, then the expected "
+        "calibration error.",
     ]
     for name, texts in study.data.items():
         final = [row for row in study.load() if row["data"] == name and not row["search"]]
@@ -382,32 +396,47 @@ def table(study: Study) -> str:
 
 def _line(study: Study, name: str, data: str, final: Sequence[Mapping[str, Any]]) -> str:
     method = study.methods[name]
-    tried = study.searched(name, data)
-    sizes = study.sizes(data, study.seeds[0])
-    if not tried and not (study.is_fixed(name) and study.searched(study.base, data)):
+    sizes, bests = study.sizes(data, study.seeds[0]), _bests(study, name, data)
+    if not bests:
         return f"| {method.title} | not yet |" + " – |" * (1 + len(sizes) + study.costs)
-    rate, strength = study.best(name, data)
-    own = [row for row in final if (row["method"], row["lr"], row["strength"]) == (name, rate, strength)]
-    what, key, best = ("lr", "lr", rate) if method.rates else (method.strength, "strength", strength)
-    scores = ", ".join(f"{row[key]:g}: {100 * row['accuracy']:.1f}" for row in tried)
+    own = [row for row in final if row["method"] == name and (row["lr"], row["strength"]) == bests.get(row["examples"])]
     trainable = f"{own[0]['trainable_parameters']:,}" if own else "–"
     cells = [_cell([row for row in own if row["examples"] == n], len(study.seeds) if n else 1) for n in sizes]
     if study.costs:
         cells.append(_cost(own, [row for row in final if row["method"] == study.base]))
-    found = "nothing" if study.is_fixed(name) else f"{what} {best:g} ({scores})"
+    searches = [n for n in study.searches(data) if n in map(study.searching, bests)]
+    found = "nothing" if study.is_fixed(name) else "; all: ".join(_found(study, name, data, n) for n in searches)
     return f"| {' | '.join([method.title, found, trainable, *cells])} |"
+
+
+def _found(study: Study, name: str, data: str, examples: int) -> str:
+    method, (rate, strength) = study.methods[name], study.best(name, data, examples)
+    what, key, best = ("lr", "lr", rate) if method.rates else (method.strength, "strength", strength)
+    tried = [(row[key], 100 * row["accuracy"]) for row in study.searched(name, data, examples)]
+    return f"{what} {best:g} ({', '.join(f'{value:g}: {accuracy:.1f}' for value, accuracy in tried)})"
+
+
+def _bests(study: Study, name: str, data: str) -> dict[int, tuple[float, float]]:
+    """What the searches have found, by number of examples; without those that were not searched yet."""
+    leads = study.base if study.is_fixed(name) else name
+    searched = [n for n in study.searches(data) if study.searched(leads, data, n)]
+    return {n: study.best(name, data, n) for n in study.sizes(data, study.seeds[0]) if study.searching(n) in searched}
+
+
+def _also(study: Study) -> str:
+    return " (for all texts, with all but the held-out ones)" if any(0 in study.searches(d) for d in study.data) else ""
 
 
 def _beside_base(study: Study, data: str, final: Sequence[Mapping[str, Any]]) -> list[str]:
     """What methods that take the base row's learning rate add to it, on the same texts."""
-    lines = []
+    lines, base = [], _bests(study, study.base, data)
     for name in (name for name, method in study.methods.items() if not method.rates and name != study.base):
-        cells = []
+        cells, bests = [], {name: _bests(study, name, data), study.base: base}
         for examples in filter(None, study.examples):
             accuracy: dict[str, dict[int, float]] = {name: {}, study.base: {}}
             for row in final:
-                best = row["method"] in accuracy and (row["lr"], row["strength"]) == study.best(row["method"], data)
-                if best and row["examples"] == examples:
+                best = bests.get(row["method"], {}).get(examples)
+                if row["examples"] == examples and (row["lr"], row["strength"]) == best:
                     accuracy[row["method"]][row["seed"]] = 100 * row["accuracy"]
             gaps = [
                 accuracy[name][seed] - of_base

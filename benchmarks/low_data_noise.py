@@ -5,7 +5,7 @@
     python benchmarks/low_data_noise.py table [--out docs/low-data-noise.md]
 
 The claim to test is that of random position noise: it helps, most of all where labels are few. `plan` runs what is
-missing, some three and a half hours of one thread; how runs, searches and the table go is in `few_labels.py`.
+missing, some four hours of one thread; how runs, searches and the table go is in `few_labels.py`.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ ABOUT = (
     "of 500 texts, 343 of all of R8, which is half an epoch), AdamW with warm-up and decay, LoRA of rank 8 on all "
     "linear layers of the encoder, embeddings frozen; everything but what the row names is the same for every row. A "
     "row with a virtual pass trains on the sum of the clean loss and the noisy ones. What this cannot tell: the "
-    "learning rate is searched for LoRA alone and is that of every row, and no row's own number is searched (of the "
-    "noise on embeddings, those of the papers or near them; steps of FGM and FreeLB are our guess), so a row may do "
-    "better with its own. So short a training leaves noise little to prevent, and with 300 test texts one run is "
-    "known to some three points."
+    "learning rate is searched for LoRA alone, once with few texts and once with all, and is that of every row, and no "
+    "row's own number is searched (of the noise on embeddings, those of the papers or near them; steps of FGM and "
+    "FreeLB are our guess), so a row may do better with its own. So short a training leaves noise little to prevent, "
+    "and with 300 test texts one run is known to some three points."
 )
 
 
