@@ -46,8 +46,8 @@ def table(
             "",
             "## The topic as an answer of SmolLM2-135M",
             "",
-            "60 steps of 8 texts; the prompt is a text's first 30 words, the answer its topic. One seed; of two "
-            "rates the one with the lower perplexity of",
+            "60 steps of 8 texts in float32; the prompt is a text's first 30 words, the answer its topic. One seed; of "
+            "two rates the one with the lower perplexity of",
             "held-out answers, so that each row might do better with another. Right: answers that greedy decoding "
             "writes, of 160.",
             "",

@@ -144,6 +144,8 @@ def test_the_prompts_page_says_what_the_plan_does(script: Any) -> None:
     assert f"writes, of {prompts.ANSWERS['test_rows']}" in text
     assert {len(rates) for (job, _), rates in prompts.rates().items() if job == "smollm2"} == {2}
     (runs,) = prompts.plan(["smollm2"])
+    assert f"steps of {prompts.ANSWERS['batch_size']} texts in float32" in text
+    assert prompts.precision("smollm2") == "32-true"
     assert [run.lr for run in runs] == [3e-3] * 3 + [1e-3] + [1e-2] * 3 + [3e-3]
 
 
