@@ -11,7 +11,7 @@
 the three), then its seeds at the best rate on the whole training set, each looking at the test set once. R8 at rank 2
 and R52 at rank 8 are one seed at the rate that was found on R52 at rank 2.
 
-The sparse page is shorter, some four and a half hours of one thread: texts of 48 tokens, R52 seen twice and R8 once,
+The sparse page is shorter, some six hours of one thread: texts of 48 tokens, R52 seen twice and R8 once,
 two rates searched over one epoch and a third beyond the better one; three seeds on R52 at rank 2, one elsewhere.
 What is the same at every rank, and one ablation, are left out of a data set's second table.
 

@@ -5,7 +5,7 @@
     python benchmarks/prompts.py speed [--rounds 9]
     python benchmarks/prompts.py table [--out docs/prompts.md]
 
-`plan` runs what is missing, which takes some two and a half hours of one thread. On R8 that is a search over three
+`plan` runs what is missing, which takes some four hours of one thread. On R8 that is a search over three
 learning rates in 60 steps on a held-out tenth of the training set (one seed, the test set untouched), and over the one
 beyond where the best is at an end of them, then one epoch at the best rate on the whole of it, two seeds; LoRA of rank
 8 with one. The best rate is that of the lowest loss: after 60 steps many rows still answer the commonest topic, and
@@ -65,8 +65,8 @@ ANSWERS: dict[str, Any] = {
     "batch_size": 8, "steps": 60, "test_rows": 160, "train_rows": 1000, "warmup": 0.06, "clip": 1.0,
     "precision": "32-true",
 }  # fmt: skip
-"""What the job with SmolLM2 is, beside its rates. In float32, which every processor computes: a run that bf16 takes ten
-minutes where a processor has it took another more than an hour."""
+"""What the job with SmolLM2 is, beside its rates. In float32: where bf16 is emulated, a run of ten minutes takes more
+than an hour."""
 
 
 @dataclass(frozen=True)
