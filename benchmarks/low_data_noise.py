@@ -5,7 +5,7 @@
     python benchmarks/low_data_noise.py table [--out docs/low-data-noise.md]
 
 The claim to test is that of random position noise: it helps, most of all where labels are few. `plan` runs what is
-missing, some four hours of one thread; how runs, searches and the table go is in `few_labels.py`.
+missing, some five hours of one thread; how runs, searches and the table go is in `few_labels.py`.
 """
 
 from __future__ import annotations
