@@ -19,7 +19,7 @@ class InitialPrompt(Callback):
 
     Raises:
         FileNotFoundError: when a fit starts: there is no such file.
-        AdapterFileError: then: its prompt is of another class or size.
+        AdapterFileError: then: its prompt is of another class, size or place.
         ValueError: then: the module has not one prompt.
 
     Reference:

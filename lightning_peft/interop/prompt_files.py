@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_peft.adapters.base import Adapter
 from lightning_peft.adapters.prompts.base import Prompt
-from lightning_peft.adapters.prompts.dept import DePT
+from lightning_peft.adapters.prompts.dept import DePT, scale_of
 from lightning_peft.adapters.prompts.dpt import DPT
 from lightning_peft.adapters.prompts.soft_prompt import SoftPrompt
 from lightning_peft.archive import AdapterFileError, reading
@@ -111,28 +111,36 @@ def load_prompt(module: Module, path: str | Path) -> Module:
 def init_prompt_from(module: nn.Module, path: str | Path) -> nn.Module:
     """Have the prompt that a module has start from one that was trained on another task: it alone, no head.
 
+    DePT's offsets stay what they were where this prompt's gamma is another: B is scaled.
+
     Args:
-        module: with one prompt inside, of the same class and sizes as the file's.
+        module: with one prompt inside, of the same class, sizes and place in the text as the file's.
         path: a file of :func:`save_prompt`, or a checkpoint that AdapterCheckpoint has filtered.
 
     Returns:
         The module.
 
     Raises:
-        AdapterFileError: the file is damaged, or its prompt is of another class or size.
+        AdapterFileError: the file is damaged, or its prompt is of another class, size or place.
         FileNotFoundError: there is no such file.
         ValueError: there is no prompt, or more than one.
     """
     name, prompt = only_prompt(module, "init_prompt_from")
     source = str(path)
-    if Path(path).is_file() and Path(path).suffix == ".ckpt":
-        tensors, kind = _of_checkpoint(path)
-    else:
-        tensors, about = read_prompt(path)
-        kind = about["kind"]
-        tensors = _parameters(tensors, about, prompt)
-    if kind != type(prompt).__name__:
-        raise AdapterFileError(f"{source} holds a {kind}, and at {name!r} is a {type(prompt).__name__}.")
+    whole = Path(path).is_file() and Path(path).suffix == ".ckpt"
+    tensors, about = _of_checkpoint(path) if whole else read_prompt(path)
+    if about["kind"] != type(prompt).__name__:
+        raise AdapterFileError(f"{source} holds a {about['kind']}, and at {name!r} is a {type(prompt).__name__}.")
+    for option in ("prompt_position", "align"):
+        here = getattr(prompt, option)
+        if about.get(option, here) != here:
+            raise AdapterFileError(
+                f"{source} holds a prompt that was trained with {option}={about[option]!r}, and at {name!r} is one "
+                f"with {here!r}. Give the same."
+            )
+    tensors = tensors if whole else _parameters(tensors, about["kind"])
+    if isinstance(prompt, DePT) and "B" in tensors:
+        tensors["B"] = tensors["B"] * (about["gamma"] / prompt.scaling)
     own = {key: value for key, value in prompt.state_dict(keep_vars=True).items() if not key.startswith("base.")}
     if (odd := _misfit(own, tensors)) is not None:
         raise AdapterFileError(f"{source} does not fit the prompt at {name!r}: {odd}.")
@@ -229,25 +237,21 @@ def _copy(prompt: Prompt, tensors: Mapping[str, Tensor], source: str) -> None:
         raise AdapterFileError(f"{source} is for embeddings of width {width}, and this model's are of {prompt.width}.")
     own = dict(prompt.own_parameters())
     with torch.no_grad():
-        for key, value in _parameters(tensors, {}, prompt).items():
+        for key, value in _parameters(tensors, type(prompt).__name__).items():
             own[key].copy_(value)
 
 
-def _parameters(tensors: Mapping[str, Tensor], about: Mapping[str, Any], prompt: Prompt) -> dict[str, Tensor]:
+def _parameters(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
     """A file's tensors by the names of the adapter's parameters."""
-    if isinstance(prompt, DPT):
-        return {key: value for key, value in tensors.items() if key in ("A", "B")}
+    if kind == "DPT":
+        return {key: tensors[key] for key in ("A", "B")}
     found = {"P": tensors["prompt_embeddings"]}
-    if "offsets" in tensors:
-        table = tensors["offsets"]
-        eye = torch.eye(min(table.shape), dtype=table.dtype)
-        # A table of s x d is itself times the identity of its smaller side.
-        return found | ({"A": eye, "B": table} if len(table) <= table.shape[1] else {"A": table, "B": eye})
-    if "A" in tensors:
-        # The offsets are what counts: gamma A B of the file, of another gamma here.
-        scale = about["gamma"] / prompt.scaling if about and isinstance(prompt, DePT) else 1.0
-        found |= {"A": tensors["A"], "B": tensors["B"] * scale}
-    return found
+    if "offsets" not in tensors:
+        return found | {key: tensors[key] for key in ("A", "B") if key in tensors}
+    table = tensors["offsets"]
+    eye = torch.eye(min(table.shape), dtype=table.dtype)
+    # A table of s x d is itself times the identity of its smaller side.
+    return found | ({"A": eye, "B": table} if len(table) <= table.shape[1] else {"A": table, "B": eye})
 
 
 def _misfit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str | None:
@@ -258,8 +262,8 @@ def _misfit(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> str | N
     return None if odd is None else f"{odd!r} is of shape {tuple(tensors[odd].shape)}, here {tuple(own[odd].shape)}"
 
 
-def _of_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], str]:
-    """A checkpoint's one prompt: its tensors by the names of the adapter's own, and the name of its class."""
+def _of_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A checkpoint's one prompt: its tensors by the names of the adapter's own, and what a file's metadata say."""
     checkpoint = read(path)
     check_entry(checkpoint, str(path))
     groups = checkpoint[ENTRY]["recipe"]["adapters"]
@@ -268,4 +272,8 @@ def _of_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], str]:
         raise AdapterFileError(f"{path} holds {', '.join(kinds) or 'no adapter'}, and not one prompt.")
     prefix, state = f"{groups[0]['layers'][0]}.", checkpoint["state_dict"]
     own = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
-    return {key: value for key, value in own.items() if not key.startswith("base.")}, kinds[0]
+    arguments = groups[0]["arguments"]
+    about = {"kind": kinds[0]} | {key: arguments[key] for key in ("prompt_position", "align") if key in arguments}
+    if kinds[0] == "DePT":
+        about["gamma"] = scale_of(arguments["alpha"], arguments["rank"])
+    return {key: value for key, value in own.items() if not key.startswith("base.")}, about

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as L
 import pytest
@@ -318,6 +319,27 @@ def test_a_start_of_another_class_or_size_is_refused(tmp_path: Path) -> None:
     path = save_prompt(prompted("llama", OFFSETS)[0], path)
     with pytest.raises(AdapterFileError, match="'A' is in one of them alone"):
         init_prompt_from(prompted("llama", partial(OFFSETS, rank=0))[0], path)
-    host, prompt = prompted("llama", partial(OFFSETS, alpha=2.0), seed=4)
-    init_prompt_from(host, path)  # of another scale: the offsets are what counts
-    torch.testing.assert_close(prompt.table(), prompted("llama", OFFSETS)[1].table())
+    there = "trained with align='tokens', and at 'model' is one with 'absolute'. Give the same."
+    with pytest.raises(AdapterFileError, match=re.escape(there)):
+        init_prompt_from(prompted("llama", partial(OFFSETS, align="absolute"))[0], path)
+    with pytest.raises(AdapterFileError, match="with prompt_position='start', and at 'model' is one with 'after_cls'"):
+        init_prompt_from(prompted("llama", partial(OFFSETS, prompt_position="after_cls"))[0], path)
+
+
+@pytest.mark.parametrize("kind", ["file", "folded file", "checkpoint"])
+def test_offsets_are_what_they_were_where_a_prompt_of_another_scale_starts(kind: str, tmp_path: Path) -> None:
+    first, path = Module(), tmp_path / ("first.ckpt" if kind == "checkpoint" else "first.safetensors")
+    small: dict[str, Any] = {"length": 4, "rank": 12, "reach": 12}
+    trainer = fit(first, [*presets.dept(**small)])
+    if kind == "checkpoint":
+        trainer.save_checkpoint(path)
+    else:
+        save_prompt(first, path, folded=kind == "folded file")
+    second = Module()
+    inject(second, partial(DePT, **small, alpha=2.0), train=[])
+    init_prompt_from(second, path)
+    there, here = cast(DePT, first.model), cast(DePT, second.model)
+    assert there.scaling == 4 * here.scaling
+    assert there.table().any()
+    torch.testing.assert_close(here.table(), there.table())
+    assert torch.equal(here.P, there.P)

@@ -25,6 +25,11 @@ from lightning_peft.rank.gate import Gate
 _AUTHORS_RATE = 5e-4 / 0.3
 
 
+def scale_of(alpha: float | None, rank: int) -> float:
+    """gamma = alpha / sqrt(r), what multiplies the offsets; 1 for the text of the paper and where there are none."""
+    return 1.0 if alpha is None or not rank else alpha / sqrt(rank)
+
+
 class DePT(Prompt):
     """Decomposed prompt tuning: as many numbers as a long prompt has, in a shorter input.
 
@@ -152,7 +157,7 @@ class DePT(Prompt):
     @property
     def scaling(self) -> float:
         """gamma, what multiplies the offsets."""
-        return 1.0 if self.alpha is None or not self.rank else self.alpha / sqrt(self.rank)
+        return scale_of(self.alpha, self.rank)
 
     def rates(self) -> Mapping[str, float]:
         rate = self.rate
@@ -166,14 +171,20 @@ class DePT(Prompt):
     def offsets(self, positions: Tensor) -> Tensor | None:
         if self.gate is None:
             return None
-        if positions.shape[1] > self.reach and not self._told and not torch.compiler.is_compiling():
-            self._told = True
-            warnings.warn(
-                f"a text has {positions.shape[1]} tokens or padding, and DePT's offsets reach {self.reach}: tokens "
-                f"from place {self.reach} on have none. Cut texts, or give a larger `reach`.",
-                stacklevel=2,
-            )
+        # Only where there are more columns is the device waited for, to see whether they are more than padding.
+        if not self._told and positions.shape[1] > self.reach:
+            self._tell_of_reach(int(positions.max()) + 1)
         return position_offsets(positions, self.A, self.B, self._value(self.gate))
+
+    def _tell_of_reach(self, places: int) -> None:
+        if places <= self.reach:
+            return
+        self._told = True
+        warnings.warn(
+            f"a text has {places} {'tokens' if self.align == 'tokens' else 'columns'}, and DePT's offsets reach "
+            f"{self.reach}: tokens from place {self.reach} on have none. Cut texts, or give a larger `reach`.",
+            stacklevel=3,
+        )
 
     def table(self) -> Tensor:
         """The offsets of all places that have one: (s, d), what A, B, gate and scale come to."""

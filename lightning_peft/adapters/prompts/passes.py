@@ -161,9 +161,12 @@ class _Passes:
         for name in ("start_positions", "end_positions"):
             if new.get(name) is not None:
                 new[name] = columns.moved(new[name])
-        if isinstance(new.get("logits_to_keep"), Tensor):
+        kept = new.get("logits_to_keep")
+        if isinstance(kept, Tensor):
             first = None if columns.first is None else columns.first[:1]  # of one row: it names columns, not rows
-            new["logits_to_keep"] = Columns(columns.length, first).moved(new["logits_to_keep"][None])[0]
+            new["logits_to_keep"] = Columns(columns.length, first).moved(kept[None])[0]
+        elif kept is not None and kept >= shape[1]:
+            new["logits_to_keep"] = 0  # all, of which the prompt's are left out
 
     def embed(self, embedding: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         """Put the prompt in the place of what was embedded for its columns; offsets are added to the rest."""

@@ -111,11 +111,23 @@ def test_property_rows_of_a_batch_are_independent() -> None:
 
 def test_a_text_beyond_the_reach_is_told_once() -> None:
     host, _ = prompted("llama", partial(SMALL, reach=5))
-    with pytest.warns(UserWarning, match=r"a text has 7 tokens or padding, and DePT's offsets reach 5: tokens from pl"):
+    with pytest.warns(
+        UserWarning, match=r"a text has 7 tokens, and DePT's offsets reach 5: tokens from place 5 on have "
+    ):
         host(**batch("llama"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         host(**batch("llama"))
+
+
+def test_padding_beyond_the_reach_is_no_text() -> None:
+    host, prompt = prompted("llama", partial(SMALL, reach=7))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        host(**padded(batch("llama"), left=3, right=2))
+    prompt.align = "absolute"
+    with pytest.warns(UserWarning, match=r"a text has 10 columns, and DePT's offsets reach 7: tokens from place 7 on "):
+        host(**padded(batch("llama"), left=3, right=2))
 
 
 def test_components_are_cut_and_the_scale_stays() -> None:

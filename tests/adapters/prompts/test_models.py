@@ -171,7 +171,7 @@ def test_it_returns_a_tuple_where_the_model_would() -> None:
     assert torch.equal(logits, expected.logits)
 
 
-@pytest.mark.parametrize("kept", [1, 3, torch.tensor([0, 6])])
+@pytest.mark.parametrize("kept", [0, 1, 3, 7, 9, torch.tensor([0, 6])])
 def test_rows_that_are_kept_are_the_texts(kept: Any) -> None:
     adapter = prompted("llama")
     inputs = two_texts(adapter, "left")
