@@ -47,7 +47,7 @@ def table(
             "## The topic as an answer of SmolLM2-135M",
             "",
             "60 steps of 8 texts in float32; the prompt is a text's first 30 words, the answer its topic. One seed; of "
-            "two rates the one with the lower perplexity of",
+            "three rates the one with the lowest perplexity of",
             "held-out answers, so that each row might do better with another. Right: answers that greedy decoding "
             "writes, of 160.",
             "",
@@ -65,6 +65,30 @@ def table(
     )
 
 
+class _Ends:
+    """Which methods' best rate stands at an end of those that were tried."""
+
+    def __init__(self) -> None:
+        self._at: dict[str, list[str]] = {"lowest": [], "highest": []}
+
+    def look(self, title: str, tried: Sequence[float], best: float) -> None:
+        """Note a method; `tried` ascends."""
+        for end, rate in (("lowest", tried[0]), ("highest", tried[-1])):
+            if len(tried) > 1 and best == rate:
+                self._at[end].append(f"{title} ({rate:g})")
+
+    def said(self) -> list[str]:
+        """The sentence, as lines of the page; none if there is nothing to say."""
+        found = [f"the {end} for {', '.join(names)}" for end, names in self._at.items() if names]
+        if not found:
+            return []
+        return [
+            "",
+            f"The best rate stands at an end of those that were tried, {'; '.join(found)}: none was tried beyond it, "
+            "so these rows may do better.",
+        ]
+
+
 def _classification(
     rows: Rows, titles: Mapping[str, str], methods: Sequence[str], seeds: Mapping[str, Sequence[int]]
 ) -> list[str]:
@@ -73,7 +97,7 @@ def _classification(
         "peak MB |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    at_end: dict[str, list[str]] = {"lowest": [], "highest": []}
+    ends = _Ends()
     for method in methods:
         own = [row for row in rows if row["method"] == method]
         tried = sorted((row["lr"], row["loss"]) for row in own if row["search"])
@@ -82,9 +106,7 @@ def _classification(
         if not found:
             lines.append(f"| {titles[method]} | – | 0 of {len(seeds[method])} | – | – | – | – | – |")
             continue
-        for end, rate in (("lowest", tried[0][0]), ("highest", tried[-1][0])):
-            if len(tried) > 1 and best == rate:
-                at_end[end].append(f"{titles[method]} ({rate:g})")
+        ends.look(titles[method], [rate for rate, _ in tried], found[0]["lr"])
         losses = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in tried)
         accuracies = [row["accuracy"] for row in found]
         spread = f" ± {statistics.stdev(accuracies):.4f}" if len(found) > 1 else ""
@@ -93,33 +115,32 @@ def _classification(
             f"{losses} | {best:g} | {found[0]['adapter_parameters']:,} | {_median(found, 'cpu_ms_per_step'):.0f} | "
             f"{_median(found, 'peak_memory') / 1e6:.0f} |"
         )
-    said = [f"the {end} for {', '.join(names)}" for end, names in at_end.items() if names]
-    if said:
-        lines += [
-            "",
-            f"The best rate stands at an end of those that were tried, {'; '.join(said)}: none was tried beyond it, so "
-            "these rows may do better.",
-        ]
-    return lines
+    return lines + ends.said()
 
 
 def _answers(rows: Rows, titles: Mapping[str, str], methods: Sequence[str], rates: Rates) -> list[str]:
     lines = [
-        "| method | perplexity of test answers | right | rate | rates tried | trained | ms per step | peak MB |",
+        "| method | perplexity of test answers | right | rates tried: held-out perplexity | rate | trained | "
+        "ms per step | peak MB |",
         "|---|---|---|---|---|---|---|---|",
     ]
+    ends = _Ends()
     for method in methods:
-        found, all_ = [row for row in rows if row["method"] == method], len(rates["smollm2", method])
+        found = sorted((row for row in rows if row["method"] == method), key=lambda row: float(row["lr"]))
+        missing = [rate for rate in rates["smollm2", method] if rate not in {row["lr"] for row in found}]
+        to_come = "".join(f", {rate:g}: –" for rate in missing)
         if not found:
-            lines.append(f"| {titles[method]} | – | – | – | 0 of {all_} | – | – | – |")
+            lines.append(f"| {titles[method]} | – | – | {to_come[2:]} | – | – | – | – |")
             continue
-        best = min(found, key=lambda row: row["val_perplexity"])
+        best = min(found, key=lambda row: float(row["val_perplexity"]))
+        ends.look(titles[method], [row["lr"] for row in found], best["lr"])
+        tried = ", ".join(f"{row['lr']:g}: {row['val_perplexity']:.3g}" for row in found)
         lines.append(
-            f"| {titles[method]} | {best['test_perplexity']:.3f} | {best['accuracy']:.3f} | {best['lr']:g} | "
-            f"{len(found)} of {all_} | {best['adapter_parameters']:,} | {best['cpu_ms_per_step']:.0f} | "
+            f"| {titles[method]} | {best['test_perplexity']:.3f} | {best['accuracy']:.3f} | {tried}{to_come} | "
+            f"{best['lr']:g} | {best['adapter_parameters']:,} | {best['cpu_ms_per_step']:.0f} | "
             f"{best['peak_memory'] / 1e6:.0f} |"
         )
-    return lines
+    return lines + ends.said()
 
 
 def _speed(rows: Rows) -> list[str]:

@@ -108,6 +108,29 @@ def test_the_prompts_page_says_which_rates_stand_at_an_end(script: Any) -> None:
     assert table([*tried, row("one", 2e-3, False)], titles, jobs, seeds, {}) == table(tried, titles, jobs, seeds, {})
 
 
+def test_the_prompts_page_shows_the_answers_at_the_best_rate_and_what_is_missing(script: Any) -> None:
+    figures: dict[str, Any] = {
+        "seed": 0,
+        "search": False,
+        "adapter_parameters": 9,
+        "cpu_ms_per_step": 1,
+        "job": "smollm2",
+    }
+    tried = {("one", 1e-3): 700.0, ("one", 1e-2): 6.5, ("two", 1e-2): 2.0, ("two", 3e-2): 2.5, ("two", 1e-3): 3.0}
+    rows = [
+        figures | {"method": name, "lr": lr, "val_perplexity": value, "test_perplexity": value + 1, "accuracy": lr}
+        | {"peak_memory": 5e6}
+        for (name, lr), value in tried.items()
+    ]  # fmt: skip
+    titles = {"one": "One", "two": "Two", "three": "Three"}
+    jobs, rates = {"r8": [], "smollm2": list(titles)}, {("smollm2", name): (1e-3, 1e-2, 3e-2) for name in titles}
+    text = script("prompts_table").table(rows, titles, jobs, {}, rates)
+    assert "| One | 7.500 | 0.010 | 0.001: 700, 0.01: 6.5, 0.03: – | 0.01 | 9 | 1 | 5 |" in text
+    assert "| Two | 3.000 | 0.010 | 0.001: 3, 0.01: 2, 0.03: 2.5 | 0.01 | 9 | 1 | 5 |" in text
+    assert "| Three | – | – | 0.001: –, 0.01: –, 0.03: – | – | – | – | – |" in text
+    assert "stands at an end of those that were tried, the highest for One (0.01): none" in text
+
+
 def test_a_plan_of_prompts_goes_by_loss_and_one_rate_beyond_an_end(
     script: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,11 +165,11 @@ def test_the_prompts_page_says_what_the_plan_does(script: Any) -> None:
     assert f"of three in {prompts.SEARCH_STEPS} steps or four where the best is at an end" in text
     assert f"{prompts.ANSWERS['steps']} steps of {prompts.ANSWERS['batch_size']} texts" in text
     assert f"writes, of {prompts.ANSWERS['test_rows']}" in text
-    assert {len(rates) for (job, _), rates in prompts.rates().items() if job == "smollm2"} == {2}
+    assert {len(rates) for (job, _), rates in prompts.rates().items() if job == "smollm2"} == {3}
     (runs,) = prompts.plan(["smollm2"])
     assert f"steps of {prompts.ANSWERS['batch_size']} texts in float32" in text
     assert prompts.precision("smollm2") == "32-true"
-    assert [run.lr for run in runs] == [3e-3] * 3 + [1e-3] + [1e-2] * 3 + [3e-3]
+    assert [run.lr for run in runs] == [3e-3] * 3 + [1e-3] + [1e-2] * 3 + [3e-3] + [3e-2] * 3 + [1e-2]
 
 
 def test_every_noise_is_run_on_both_data_sets_and_longer_with_more_texts(script: Any) -> None:
