@@ -35,7 +35,8 @@ class Prompt(Adapter):
     - Token types get 0; positions of answers (`start_positions`) move with the text.
     - A classifier on a decoder pools the last token that is shown, by the mask. A classifier on an encoder pools its
       first column: the prompt's first vector for `prompt_position="start"`, as PEFT does, and the text's own first
-      token for "after_cls".
+      token for "after_cls". Where columns count (MPNet, DeBERTa, windows) and texts are padded on the left, that is
+      padding, as without a prompt.
 
     The model is called with token ids that have m more columns, and what its own embedding returns for these is
     replaced: by a hook that is there during the call alone. So scaled embeddings (BART, Gemma) are scaled before, and

@@ -68,6 +68,7 @@ class _Call:
     Attributes:
         columns: where the prompt's columns are; ``None`` where they are in the cache already.
         positions: (B, L) places of the text's tokens, for offsets.
+        rows: texts of the call.
         length: columns of the call, those of the prompt included.
         as_tuple: whether the caller wants a tuple.
         embedded: whether the model has called its embedding by now.
@@ -75,6 +76,7 @@ class _Call:
 
     columns: Columns | None
     positions: Tensor | None
+    rows: int
     length: int
     as_tuple: bool
     embedded: bool = False
@@ -126,7 +128,8 @@ class _Passes:
             new["attention_mask"] = columns.filled(mask, 1)
         if "position_ids" in self.names:
             new["position_ids"] = self._position_ids(given.get("position_ids"), mask, columns, text, past)
-        call = _Call(None if past else columns, positions, text.shape[1] + (0 if past else m), False, ids is None)
+        length = text.shape[1] + (0 if past else m)
+        call = _Call(None if past else columns, positions, len(text), length, False, ids is None)
         if given.get("cache_position") is not None:
             # Older transformers tells a model which columns of the cache a call fills: the text's, without ours.
             new["cache_position"] = torch.arange(past, past + call.length, device=text.device)
@@ -175,6 +178,12 @@ class _Passes:
         if call is None or call.embedded:
             return None
         call.embedded = True
+        if output.shape[0] != call.rows or output.shape[1] < call.length:
+            raise RuntimeError(
+                f"{type(self.parts.model).__name__} embeds {tuple(output.shape[:2])} tokens where a text of "
+                f"{(call.rows, call.length)}, the prompt's {self.adapter.length} columns included, was given. Models "
+                "that turn the text around inside are not known."
+            )
         return self._joined(output if call.columns is None else call.columns.text_of(output), call)
 
     def _joined(self, text: Tensor, call: _Call) -> Tensor:
@@ -182,7 +191,8 @@ class _Passes:
             offsets = None if call.positions is None else self.adapter.offsets(call.positions)
             prompt = None if call.columns is None else self.adapter.prompt()
         if offsets is not None:
-            text = text + offsets.to(text.dtype)
+            further = text.shape[1] - offsets.shape[1]  # columns that the model pads a text with itself (Longformer)
+            text = text + nn.functional.pad(offsets.to(text.dtype), (0, 0, 0, further))
         return text if prompt is None or call.columns is None else call.columns.put_together(prompt[None], text)
 
     def finish(self, stack: nn.Module, args: Any, output: Any) -> Any:

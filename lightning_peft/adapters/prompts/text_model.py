@@ -106,13 +106,20 @@ class TextModel:
     def counts_columns(self) -> bool:
         """Whether it matters which columns lie between two tokens, be their positions what they may.
 
-        So it does for T5, which knows distances alone, for windows of attention, and for recurrences.
+        So it does for T5, which knows distances alone, for MPNet and DeBERTa, which know them as well, for windows of
+        attention, and for recurrences.
         """
-        if "position_ids" not in self.arguments:
+        if "position_ids" not in self.arguments or self._knows_distances():
             return True
         config = self.stack.config.get_text_config()
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
         return bool(window) or not self._kinds() <= _EVERYWHERE or self.carries_state()
+
+    def _knows_distances(self) -> bool:
+        names = (
+            name.rpartition(".")[2] for name, child in self.stack.named_modules() if isinstance(child, nn.Embedding)
+        )
+        return any(name in ("relative_attention_bias", "rel_embeddings") for name in names)
 
     def carries_state(self) -> bool:
         """Whether layers carry what they have read along (recurrences, convolutions), whatever attention is shown."""

@@ -12,7 +12,7 @@ import transformers as hf
 from prompted import LENGTH, TEXTS, TOKENS, build, two_texts
 from torch import Tensor, nn
 
-from lightning_peft import Adapter, SoftPrompt, inject
+from lightning_peft import Adapter, DePT, SoftPrompt, inject
 from lightning_peft.adapters.prompts import Prompt
 from lightning_peft.adapters.prompts.text_model import embedded
 
@@ -418,16 +418,16 @@ COUNTING: dict[str, Any] = {
 }
 
 
-def in_front_of(config: Any) -> Any:
-    """A decoder with large weights, and a prompt of three."""
+def in_front_of(config: Any, kind: Any = hf.AutoModelForCausalLM, prompt: Any = SoftPrompt, **sizes: Any) -> Any:
+    """A model with large weights, and a prompt of three."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        host = nn.ModuleDict({"model": hf.AutoModelForCausalLM.from_config(config).eval()})
+        host = nn.ModuleDict({"model": kind.from_config(config).eval()})
         for parameter in host.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.4)
-        inject(host, partial(SoftPrompt, length=3), train=[])
-    return host["model"]
+        inject(host, partial(prompt, length=3, **sizes), train=[])
+    return host["model"].eval()
 
 
 @pytest.mark.parametrize("kind", COUNTING)
@@ -449,6 +449,46 @@ def test_padding_does_not_come_between_prompt_and_text_where_columns_count(kind:
                 [ids, model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, -1:].argmax(-1)], 1
             )
     assert torch.equal(written, ids)
+
+
+DISTANCES: dict[str, Any] = {
+    "mpnet": lambda: hf.MPNetConfig(**COLUMNS | {"pad_token_id": 1}),
+    "deberta": lambda: hf.DebertaV2Config(**COLUMNS, relative_attention=True, pos_att_type=["c2p", "p2c"]),
+}
+
+
+@pytest.mark.parametrize("kind", DISTANCES)
+def test_padding_does_not_come_between_prompt_and_text_where_an_encoder_knows_distances(kind: str) -> None:
+    config = DISTANCES[kind]()
+    config.position_biased_input = False
+    model = in_front_of(config, hf.AutoModelForTokenClassification)
+    ids = torch.randint(3, TOKENS, (1, 6))
+    padded = nn.functional.pad(ids, (2, 0), value=config.pad_token_id)
+    with torch.no_grad():
+        alone = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        behind = model(input_ids=padded, attention_mask=padded.ne(config.pad_token_id).long()).logits[:, 2:]
+    torch.testing.assert_close(behind, alone, rtol=1e-3, atol=1e-4)
+
+
+def test_a_model_that_pads_the_text_itself_has_no_offsets_there() -> None:
+    config = hf.LongformerConfig(**COLUMNS | {"pad_token_id": 1}, attention_window=4)
+    model = in_front_of(config, hf.AutoModelForTokenClassification, DePT, rank=2, reach=16)
+    nn.init.normal_(model.B)
+    ids = torch.randint(3, TOKENS, (1, 5))
+    with torch.no_grad():
+        first = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits  # 8 columns, of windows of 4
+        longer = torch.cat([ids, ids[:, :1]], 1)
+        mask = torch.ones_like(longer)
+        mask[:, -1] = 0
+        again = model(input_ids=longer, attention_mask=mask).logits[:, :-1]  # 9, which the model makes 12
+    torch.testing.assert_close(again, first, rtol=1e-3, atol=1e-4)
+
+
+def test_a_model_that_turns_the_text_around_is_refused() -> None:
+    config = hf.XLNetConfig(vocab_size=TOKENS, d_model=16, n_layer=2, n_head=2, d_inner=32, pad_token_id=0)
+    model = in_front_of(config, hf.AutoModelForTokenClassification)
+    with pytest.raises(RuntimeError, match=r"embeds \(6, 2\) tokens where a text of \(2, 6\), the prompt's 3 columns "):
+        model(input_ids=torch.randint(3, TOKENS, (2, 3)))
 
 
 @pytest.mark.parametrize("cached", [False, True])
