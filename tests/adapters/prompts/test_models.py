@@ -232,6 +232,17 @@ def test_property_generation_is_greedy(kind: str, position: str) -> None:
     assert torch.equal(adapter.generate(input_ids=TEXTS[0][None], attention_mask=mask, **GENERATE), ids)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
+def test_what_is_sampled_is_the_same_with_a_cache_and_without(kind: str) -> None:
+    adapter = prompted(kind)
+    inputs, written = two_texts(adapter, "left"), []
+    for cached, seed in ((True, 3), (False, 3), (True, 4)):
+        torch.manual_seed(seed)
+        written.append(adapter.generate(**inputs, **GENERATE | {"do_sample": True, "use_cache": cached}))
+    assert torch.equal(written[0], written[1])
+    assert not torch.equal(written[0], written[2])
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("beams", [1, 3])
 def test_prefix_is_computed_once(kind: str, beams: int) -> None:
